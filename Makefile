@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. Both set up .venv on a fresh machine and are quick when there is nothing to do.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+
+.PHONY: demo test lint bench setup clean
+
+setup: $(VENV)/.native
+
+demo: setup
+	$(BIN)/quire demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/quire bench
+
+# torch comes first and pinned: left to itself, pip takes a build with several GB of CUDA.
+$(VENV)/.deps: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja
+	$(PIP) install -c constraints.txt transformers typer rich pytest pytest-xdist hypothesis ruff mypy psutil
+	touch $@
+
+$(VENV)/.native: $(VENV)/.deps $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,86 @@
+"""What a caller gets back: events while a request runs, outputs when it has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class TopLogprob(NamedTuple):
+    """One of the most likely tokens at a position and its log-probability (natural log, raw logits)."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one request cost.
+
+    `cached_tokens` prompt tokens came from the cache (counted at first admission), `computed_tokens` tokens went through the model (again
+    after a preemption), `peak_cache_bytes` is the most page memory its tables named at once (shared pages counted whole). Times in seconds:
+    `queued_s` until first admission, `prefill_s` from there to the first token, `decode_s` from there to the end.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    num_preemptions: int = 0
+    peak_cache_bytes: int = 0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One generated sequence. `token_ids` hold every token drawn, a stop token included; `text` leaves it out.
+
+    `logprobs` (one float a token) and `top_logprobs` (one list a token, most likely first) are None unless asked for. `stop_reason` is the
+    stop string or stop token id that ended it, None for end-of-sequence or another finish reason.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[TopLogprob]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request that has ended: its prompt, its completions in order, its error if it failed, and its receipt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    receipt: Receipt
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """News of one sequence: tokens drawn and text that is now certain, either possibly empty.
+
+    Text held back because it may begin a stop string, or is half a character, comes with a later event; the last event of a sequence
+    has `finish_reason` and flushes it. The last event of a request also has `output`.
+    """
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[TopLogprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    output: RequestOutput | None = None
+
+    def with_output(self, output: RequestOutput) -> TokenEvent:
+        """The same event as the last of its request."""
+        return replace(self, output=output)

@@ -1,0 +1,151 @@
+"""What a caller may ask of one request's sampling: frozen, validated once, when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from quire.errors import InvalidRequestError
+
+MAX_SEQUENCES_PER_REQUEST = 1024
+MAX_STOP_STRINGS = 256
+MAX_TOP_LOGPROBS = 256
+MAX_TEMPERATURE = 100.0
+MAX_BIAS = 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it ends.
+
+    The order is: penalties and bias on the raw logits, `min_tokens` and `allowed_token_ids` as masks, temperature, top-k, top-p, min-p,
+    then one draw whose noise depends on (seed, sequence, position, token) alone.
+
+    Fields:
+        max_tokens: the most tokens to generate, >= 1. `None` means as many as the model's context has room for.
+        min_tokens: before this many tokens no end-of-sequence or stop token is drawn and no stop string ends the request.
+        temperature: 0 takes the argmax of the (penalised) logits, ties to the lowest id; at most 100.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches top_p, in (0, 1].
+        min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
+        repetition_penalty: > 0; logits of tokens seen in prompt or output are divided by it if positive, multiplied if negative.
+        presence_penalty, frequency_penalty: in [-2, 2]; subtracted once, and once per occurrence, for tokens in the output.
+        logit_bias: token id -> added to the raw logit, in [-1000, 1000].
+        allowed_token_ids: when given, no other token is ever drawn.
+        stop: string or strings that end the request; they are cut from the text unless `include_stop_in_output`.
+        stop_token_ids: ids that end the request like the end-of-sequence token.
+        ignore_eos: the model's own end-of-sequence tokens do not end the request (`stop_token_ids` still do).
+        seed: in [0, 2**64); the same seed gives the same tokens in any company. `None` draws one from the system.
+        n: sequences to generate; sequence i draws as a request with seed + i would.
+        logprobs: `None` for none, 0 for the chosen tokens' logprobs, k > 0 also for the k most likely tokens'. They are the fp32
+            log-softmax of the raw logits, before penalties, bias and temperature.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        InvalidRequestError: a value out of its range, naming field, value and limit.
+    """
+
+    max_tokens: int | None = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31)
+        _integer("min_tokens", self.min_tokens, 0, 2**31)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
+        _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        _integer("top_k", self.top_k, 0, 2**31)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, above=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _integer("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**64 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        for name in ("ignore_eos", "include_stop_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(name, getattr(self, name), "True or False")
+        # Kept as immutable values of one type each, so that nobody can change a request that is already running.
+        object.__setattr__(self, "stop", _strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise InvalidRequestError("allowed_token_ids", self.allowed_token_ids, "at least one id, or None")
+            object.__setattr__(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise InvalidRequestError("logit_bias", self.logit_bias, "a mapping from token id to number")
+            ids = _ids("logit_bias", tuple(self.logit_bias))
+            for value in self.logit_bias.values():
+                _number("logit_bias", value, -MAX_BIAS, MAX_BIAS)
+            object.__setattr__(self, "logit_bias", dict(zip(ids, self.logit_bias.values(), strict=True)))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, empty when there is none."""
+        assert isinstance(self.stop, tuple)
+        return self.stop
+
+    def token_ids_named(self) -> list[tuple[str, int]]:
+        """(field, id) of every token id these params mention, to be checked against a model's vocabulary."""
+        named = [("stop_token_ids", i) for i in self.stop_token_ids or ()]
+        named += [("allowed_token_ids", i) for i in self.allowed_token_ids or ()]
+        return named + [("logit_bias", i) for i in self.logit_bias or ()]
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of all fields, for doors that take them one by one."""
+        return tuple(f.name for f in fields(cls))
+
+
+def _integer(field: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequestError(field, value, f"an integer from {low} to {high}")
+
+
+def _number(field: str, value: object, low: float, high: float, above: bool = False) -> None:
+    limit = f"a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequestError(field, value, limit)
+    if not low <= value <= high or (above and value == low):
+        raise InvalidRequestError(field, value, limit)
+
+
+def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"{len(strings)} strings", f"at most {MAX_STOP_STRINGS} strings")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidRequestError("stop", string, "a string that is not empty, or several")
+    return strings
+
+
+def _ids(field: str, ids: Sequence[int]) -> tuple[int, ...]:
+    for token_id in ids:
+        _integer(field, token_id, 0, 2**31 - 1)
+    return tuple(ids)

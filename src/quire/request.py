@@ -1,0 +1,66 @@
+"""What a caller asked, once it has been checked: frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.errors import CacheTooSmallError, ContextLengthError, InvalidRequestError
+from quire.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to continue it. `max_tokens` and `seed` are the params' own, resolved: never None."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+
+    @property
+    def num_tokens_at_most(self) -> int:
+        """Prompt and output of one sequence together."""
+        return len(self.prompt_token_ids) + self.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What every request of one engine is held against. `num_pages` is the whole pool."""
+
+    vocab_size: int
+    context_len: int
+    num_pages: int
+
+
+def check_prompt(token_ids: tuple[int, ...], params: SamplingParams, limits: Limits) -> int:
+    """Refuse what can never run; returns `max_tokens` resolved. Touches nothing shared.
+
+    Raises:
+        InvalidRequestError: an empty prompt, an id outside the vocabulary.
+        ContextLengthError: prompt and max_tokens together exceed the context.
+    """
+    if not token_ids:
+        raise InvalidRequestError("prompt", list(token_ids), "at least one token")
+    for token_id in token_ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
+            raise InvalidRequestError("prompt", token_id, f"token ids from 0 to {limits.vocab_size - 1}")
+    for name, token_id in params.token_ids_named():
+        if token_id >= limits.vocab_size:
+            raise InvalidRequestError(name, token_id, f"token ids from 0 to {limits.vocab_size - 1}")
+    room = limits.context_len - len(token_ids)
+    max_tokens = max(1, room) if params.max_tokens is None else params.max_tokens
+    if max_tokens > room:
+        raise ContextLengthError(len(token_ids), max_tokens, limits.context_len)
+    return max_tokens
+
+
+def check_fits(num_tokens: int, pages_needed: int, limits: Limits) -> None:
+    """Refuse a request that could not finish even alone.
+
+    Raises:
+        CacheTooSmallError: it names the pages needed and the pages there are.
+    """
+    if pages_needed > limits.num_pages:
+        raise CacheTooSmallError(num_tokens, pages_needed, limits.num_pages)
