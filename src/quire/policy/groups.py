@@ -1,0 +1,111 @@
+"""Arranges layers in groups whose pages cost the same bytes, so that one pool serves them all.
+
+Layers of one kind (same mask, same geometry) share page tables. With several kinds, each kind is cut into groups of the same number of
+layers, so that a page of any group fills the same number of elements (the idea is Jenga's, Zhang et al. 2025):
+
+    18 layers, s = sliding, F = full:   s s s s s F  s s s s s F  s s s s s F
+    six groups of three layers:         [sss] [sss] [sss] [sss] [sss] [FFF]        one page = 3 layers x B tokens, in every group
+
+Where kinds differ in geometry, the tokens a page holds differ instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+MAX_PADDING = 0.125  # of all layer places may stay empty in exchange for fewer, larger groups
+
+
+class LayerShape(Protocol):
+    """What of a layer decides its group. `window` and `chunk` are 0 where there is none."""
+
+    @property
+    def layer_idx(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def k_dim(self) -> int: ...
+    @property
+    def v_dim(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+
+
+class Place(NamedTuple):
+    """Element offsets of one layer's K [Hkv, B, Dk] and V [Hkv, B, Dv] in a page of its group."""
+
+    layer_idx: int
+    k_offset: int
+    v_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that share a page table. A page holds `page_size` tokens of all of them."""
+
+    group_id: int
+    page_size: int
+    window: int
+    chunk: int
+    places: tuple[Place, ...]
+
+    def first_visible(self, position: int) -> int:
+        """The lowest position a query at `position` may see."""
+        if self.window:
+            return max(0, position - self.window + 1)
+        return position - position % self.chunk if self.chunk else 0
+
+    @property
+    def kind(self) -> str:
+        """`full`, `sliding` or `chunked`."""
+        return "sliding" if self.window else "chunked" if self.chunk else "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """All groups, and the number of elements every page has."""
+
+    groups: tuple[Group, ...]
+    page_elements: int
+
+    def elements_per_token(self) -> float:
+        """Cache elements one more token of a long sequence costs while no window has moved."""
+        return sum(self.page_elements / group.page_size for group in self.groups)
+
+
+def arrange(layers: Sequence[LayerShape], page_size: int) -> Arrangement:
+    """Group `layers`; full-attention pages hold `page_size` tokens (pages of the first kind, where there is no full one)."""
+    kinds: dict[tuple[int, ...], list[LayerShape]] = {}
+    for layer in sorted(layers, key=lambda x: (bool(x.window), bool(x.chunk), x.layer_idx)):
+        kinds.setdefault((layer.window, layer.chunk, layer.num_kv_heads, layer.k_dim, layer.v_dim), []).append(layer)
+    members = list(kinds.values())
+    per_group = _layers_per_group([len(m) for m in members])
+    token_elements = [min(per_group, len(m)) * m[0].num_kv_heads * (m[0].k_dim + m[0].v_dim) for m in members]
+    page_elements = max(token_elements[0] * page_size, *token_elements)
+    groups: list[Group] = []
+    for kind, elements in zip(members, token_elements, strict=True):
+        tokens = page_elements // elements
+        for start in range(0, len(kind), per_group):
+            places = tuple(_place(layer, i, tokens) for i, layer in enumerate(kind[start : start + per_group]))
+            groups.append(Group(len(groups), tokens, kind[0].window, kind[0].chunk, places))
+    return Arrangement(tuple(groups), page_elements)
+
+
+def _place(layer: LayerShape, index: int, tokens: int) -> Place:
+    base = index * tokens * layer.num_kv_heads * (layer.k_dim + layer.v_dim)
+    return Place(layer.layer_idx, base, base + tokens * layer.num_kv_heads * layer.k_dim)
+
+
+def _layers_per_group(counts: list[int]) -> int:
+    """The largest group size that leaves at most MAX_PADDING of the places empty."""
+    if len(counts) == 1:
+        return counts[0]
+
+    def padding(size: int) -> float:
+        return sum(-count % size for count in counts) / sum(counts)
+
+    return max(size for size in range(1, max(counts) + 1) if padding(size) <= MAX_PADDING and size <= min(counts))

@@ -1,0 +1,34 @@
+"""What one step will do: which sequences compute how many tokens, and which pages are copied first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from quire.policy.cache import Copy
+from quire.policy.sequence import Sequence
+
+
+class Work(NamedTuple):
+    """`sequence` computes its next `num_tokens` tokens. When that reaches all it has in hand, a token is drawn after the last one."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def draws(self) -> bool:
+        """Whether a token is drawn at the end of it."""
+        return self.sequence.num_committed + self.num_tokens == self.sequence.num_known
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: never empty, and never more tokens than the budget."""
+
+    works: tuple[Work, ...]
+    copies: tuple[Copy, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return sum(work.num_tokens for work in self.works)
