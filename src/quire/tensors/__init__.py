@@ -1,0 +1,1 @@
+"""Device, storage, attention, models and sampling. Knows tensors and no request."""

@@ -1,0 +1,98 @@
+"""What attention needs to know of one step, and the one operator every backend provides.
+
+Shape letters: T packed tokens of the step, S sequences, P pages, B page size, Hq/Hkv query/KV heads, Dk/Dv head sizes.
+
+    packed batch       query_start      one sequence's page table (group of full layers, B = 4)
+    a a a b c c  _     0 3 4 6          entry      0         1         2
+    (T = 7, one pad)                    page_ids  [ 17 ]    [  3 ]    [ 40 ]
+                                        positions 0..3      4..7      8..11
+                                        num_committed = 6  ->  0..5 are read from pages, 6.. from this step's staged k/v
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TableInputs:
+    """Page tables of one group in CSR form: sequence s owns `page_ids[page_start[s] : page_start[s + 1]]`.
+
+    Entry j of a sequence covers absolute positions [j * B, (j + 1) * B). It is -1 where the page has left a sliding window and is never read.
+    `page_ids` int32, `page_start` int32 [S + 1].
+    """
+
+    page_ids: torch.Tensor
+    page_start: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The ragged batch of one step, the same for every layer. `query_start` int32 [S + 1], `num_committed` int32 [S], one table a group."""
+
+    query_start: torch.Tensor
+    num_committed: torch.Tensor
+    tables: tuple[TableInputs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlace:
+    """Where one layer's keys and values lie: its group, and the element offsets in a page of K [Hkv, B, Dk] and V [Hkv, B, Dv]."""
+
+    layer_idx: int
+    group: int
+    page_size: int
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    k_offset: int
+    v_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What a query may see beyond causality, and how its scores are shaped. 0 means none.
+
+    A key at position p is visible to a query at position q when p <= q, q - p < window (if set), p // chunk == q // chunk (if set). Scores are
+    multiplied by `scale`, then softcapped to softcap * tanh(s / softcap) if set. `sinks` [Hq] adds one logit a head to the denominator.
+    """
+
+    scale: float
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+
+class AttentionBackend(Protocol):
+    """One operator and its commit. Implementations promise that a row's bits depend on its own sequence alone."""
+
+    name: str
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, step: StepInputs, mask: Mask
+    ) -> torch.Tensor:
+        """Attention of q [T,Hq,Dk] over committed pages [P,E] and staged k [T,Hkv,Dk], v [T,Hkv,Dv]; returns [T,Hq,Dv] contiguous.
+
+        Rows at and beyond query_start[S] are padding and come back zero. Nothing is written but the result.
+        """
+        ...
+
+    def commit(self, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, slots: torch.Tensor) -> None:
+        """Write staged k, v to pages: token t goes to page slots[t] // B, place slots[t] % B; -1 writes nothing. `slots` int64 [T]."""
+        ...
+
+
+class Products(Protocol):
+    """Matrix products whose row bits do not depend on the number of rows."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] times weight [N, K] transposed, plus bias [N]; fp32 accumulation, result in x's dtype."""
+        ...
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] times weight [K, N], plus bias [N]; fp32 accumulation, result in x's dtype."""
+        ...

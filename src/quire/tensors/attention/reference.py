@@ -1,0 +1,74 @@
+"""Attention in plain torch, one query token at a time: slow, plain to read, and the oracle of every other backend.
+
+Because a token's arithmetic is done for it alone, over exactly the keys it sees in their order, its bits cannot depend on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quire.tensors.attention.base import LayerPlace, Mask, StepInputs
+
+
+class ReferenceAttention:
+    """See `AttentionBackend`. Computes in fp32."""
+
+    name = "reference"
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, step: StepInputs, mask: Mask
+    ) -> torch.Tensor:
+        out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+        table = step.tables[place.group]
+        starts, page_starts = step.query_start.tolist(), table.page_start.tolist()
+        for s, committed in enumerate(step.num_committed.tolist()):
+            pages_of = table.page_ids[page_starts[s] : page_starts[s + 1]].tolist()
+            for t in range(starts[s], starts[s + 1]):
+                position = committed + t - starts[s]
+                first = _first_visible(position, mask)
+                old_k, old_v = _committed(pages, place, pages_of, first, min(committed, position + 1))
+                staged = slice(starts[s] + max(0, first - committed), t + 1)
+                out[t] = _one(q[t], torch.cat([old_k, k[staged]]), torch.cat([old_v, v[staged]]), mask)
+        return out
+
+    def commit(self, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, slots: torch.Tensor) -> None:
+        kept = slots >= 0
+        page, offset = slots[kept] // place.page_size, slots[kept] % place.page_size
+        keys, values = views(pages, place)
+        keys[page, :, offset] = k[kept]
+        values[page, :, offset] = v[kept]
+
+
+def views(pages: torch.Tensor, place: LayerPlace) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's K [P, Hkv, B, Dk] and V [P, Hkv, B, Dv] as views of pages [P, E]."""
+    num_pages, heads, size = pages.shape[0], place.num_kv_heads, place.page_size
+    k = pages[:, place.k_offset : place.k_offset + heads * size * place.k_dim].view(num_pages, heads, size, place.k_dim)
+    v = pages[:, place.v_offset : place.v_offset + heads * size * place.v_dim].view(num_pages, heads, size, place.v_dim)
+    return k, v
+
+
+def _first_visible(position: int, mask: Mask) -> int:
+    if mask.window:
+        return max(0, position - mask.window + 1)
+    return position - position % mask.chunk if mask.chunk else 0
+
+
+def _committed(pages: torch.Tensor, place: LayerPlace, table: list[int], first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [n, Hkv, Dk] and V [n, Hkv, Dv] at positions first .. end - 1, gathered through a page table."""
+    where = torch.arange(first, max(first, end))
+    entries = torch.tensor(table, dtype=torch.long)[where // place.page_size] if len(where) else where
+    keys, values = views(pages, place)
+    return keys[entries, :, where % place.page_size], values[entries, :, where % place.page_size]
+
+
+def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """q [Hq, Dk], k [n, Hkv, Dk], v [n, Hkv, Dv] -> [Hq, Dv]."""
+    repeat = q.shape[0] // k.shape[1]
+    keys, values = (x.float().transpose(0, 1).repeat_interleave(repeat, 0) for x in (k, v))
+    scores = (keys @ q.float()[:, :, None])[:, :, 0] * mask.scale
+    if mask.softcap:
+        scores = mask.softcap * torch.tanh(scores / mask.softcap)
+    if mask.sinks is not None:
+        scores = torch.cat([scores, mask.sinks.float()[:, None]], dim=1)
+    weights = torch.softmax(scores, dim=1)[:, : keys.shape[1]]
+    return (weights[:, None, :] @ values)[:, 0].to(q.dtype)

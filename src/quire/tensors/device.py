@@ -1,0 +1,68 @@
+"""The machine under the engine: memory really available, and how many threads torch's own operators take."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def available_bytes() -> int:
+    """Memory that can be taken now without swapping: the system's figure or what the control group leaves, whichever is less."""
+    free = _meminfo("MemAvailable")
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            continue
+        free = min(free, left)
+    return max(0, free)
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def one_torch_thread_here() -> None:
+    """Let torch run its own operators on the calling thread alone, leaving all other threads as they are.
+
+    Torch splits an elementwise operator among threads by element count, and the vector body and the scalar tail of a piece differ in the last
+    bit, so a row's bits would depend on the batch (promise 1). `torch.set_num_threads` is no way out: it changes every thread of the process.
+    The large products do not suffer, since the native kernels are told their number of threads.
+    """
+    torch.get_num_threads()  # torch sets its own number when a thread first asks; after that ours stays
+    library = _openmp_library()
+    if library is not None:
+        library.omp_set_num_threads(1)
+
+
+def _openmp_library() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch has loaded."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        path = line.rpartition(" ")[2]
+        if "libgomp" in path or "libiomp" in path or "libomp" in path:
+            return ctypes.CDLL(path)
+    return None
+
+
+def _meminfo(key: str) -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == key:
+                return int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    return 4 * 2**30  # no /proc: a guess that any machine able to run a model has

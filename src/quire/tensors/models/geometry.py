@@ -1,0 +1,69 @@
+"""What the cache must hold for each layer, read from one token's forward: it knows per-layer geometry and Dv != Dk, which configs often do not tell.
+
+Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from quire.errors import UnsupportedModelError
+from quire.tensors.attention.base import Mask
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """One attention layer. `window` and `chunk` are 0 where the layer has none."""
+
+    layer_idx: int
+    num_q_heads: int
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int
+    chunk: int
+
+
+class DryRun:
+    """An `AttentionStep` for one token. Attention over one key is its value, whatever the scores, so nothing needs computing."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerGeometry] = []
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """q [1,Hq,Dk], k [1,Hkv,Dk], v [1,Hkv,Dv] -> v for every query head, [1,Hq,Dv]."""
+        self.layers.append(LayerGeometry(layer_idx, q.shape[1], k.shape[1], k.shape[2], v.shape[2], mask.window, mask.chunk))
+        return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def check_layers(layers: list[LayerGeometry], config: PreTrainedConfig) -> tuple[LayerGeometry, ...]:
+    """The layers in order of layer_idx. `config` is the text model's.
+
+    Raises UnsupportedModelError when layers are missing or called twice, or when a layer's kind and its window disagree: eager attention goes by the
+    kind, the hook by the window, and a window longer than the probe would hide the difference.
+    """
+    if not layers:
+        raise UnsupportedModelError(f"{config.model_type}: its attention never calls transformers' attention interface (it has code of its own)")
+    called = [layer.layer_idx for layer in layers]
+    if len(set(called)) != len(called):
+        twice = sorted({i for i in called if called.count(i) > 1})
+        raise UnsupportedModelError(f"{config.model_type}: layers {_some(twice)} run attention more than once in a forward")
+    expected = config.num_hidden_layers
+    missing = sorted(set(range(expected)) - set(called))
+    if missing:
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers {_some(missing)} of {expected} never call the attention interface (recurrent, or attention of their own)"
+        )
+    layer_types = getattr(config, "layer_types", None)
+    for layer in layers:
+        kind = layer_types[layer.layer_idx] if layer_types is not None and layer.layer_idx < len(layer_types) else None
+        if (kind == "sliding_attention" and not layer.window) or (kind == "full_attention" and layer.window):
+            raise UnsupportedModelError(f"{config.model_type}: layer {layer.layer_idx} is of kind {kind} but passes a window of {layer.window}")
+    return tuple(sorted(layers, key=lambda layer: layer.layer_idx))
+
+
+def _some(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")

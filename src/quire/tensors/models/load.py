@@ -1,0 +1,174 @@
+"""Finding a model and loading it: a hub id, a local folder, or a live model that stays its owner's.
+
+Refused here: a source that is not there, weights that are not safetensors, a checkpoint that lacks some of its weights (transformers would make
+them up), Python code that comes with a checkpoint unless asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from quire.tensors.attention.base import Products
+from quire.tensors.models.model import CausalModel
+from quire.tensors.models.refusals import refuse_config
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def load_model(source: str | PreTrainedModel, *, dtype: str, trust_remote_code: bool, revision: str | None, products: Products) -> CausalModel:
+    """Load `source` for serving through `products`. It is not probed (see probe.py).
+
+    dtype: "auto" (the checkpoint's), or a name that torch has. A live model keeps its own and takes "auto" or that.
+    revision: of a hub id only.
+
+    Raises:
+        ModelNotFoundError: there is no such folder or hub id, or the hub cannot be reached; the message says what was tried.
+        UnsupportedModelError: it is there and cannot be served, with the reason.
+        ConfigError: an option that does not apply to this source.
+    """
+    if isinstance(source, PreTrainedModel):
+        return _live_model(source, dtype, revision, products)
+    if not isinstance(source, str):
+        raise ConfigError(f"model={type(source).__name__}: must be a hub id, a local folder or a transformers PreTrainedModel")
+    folder = _local_folder(source)
+    if folder is not None and revision is not None:
+        raise ConfigError(f"revision={revision!r}: applies to hub ids, and {source!r} is a local folder")
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    where |= {"local_files_only": True} if folder is not None else {"revision": revision or "main"}
+    config = _config(source, folder, where)
+    refuse_config(config)
+    if folder is None:
+        folder = _snapshot(source, where)
+    elif not any(folder.glob("*.safetensors")):
+        raise UnsupportedModelError(f"{source}: holds no .safetensors file{_other_weights(folder)}; only safetensors are loaded, as they run no code")
+    model = _weights(source, config, dtype, where)
+    return CausalModel(model, products, name=source, identity=_identity(config, model.dtype, _fingerprint(folder)), live=False)
+
+
+def _live_model(model: PreTrainedModel, dtype: str, revision: str | None, products: Products) -> CausalModel:
+    own = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("auto", own):
+        raise ConfigError(f"dtype={dtype!r}: a live model keeps its own, {own}")
+    if revision is not None:
+        raise ConfigError(f"revision={revision!r}: applies to hub ids, not to a live model")
+    # Its weights may change at any time, so nothing computed with them is ever taken for another model's.
+    identity = _identity(model.config, model.dtype, f"live {uuid.uuid4()}")
+    return CausalModel(model, products, name=type(model).__name__, identity=identity, live=True)
+
+
+def _local_folder(source: str) -> Path | None:
+    """The folder `source` names, or None for a hub id. Nothing is asked of the network for what looks like a path."""
+    path = Path(source).expanduser()
+    if source.strip() and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(f"{source!r}: the folder has no config.json")
+        return path
+    if path.exists():
+        raise ModelNotFoundError(f"{source!r}: is a file; a model is a folder with a config.json, or a hub id")
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source.strip():
+        raise ModelNotFoundError(f"{source!r}: no such folder, and not the form of a hub id (owner/name)")
+    return None
+
+
+def _config(source: str, folder: Path | None, where: dict[str, Any]) -> PreTrainedConfig:
+    if folder is not None:
+        _refuse_unasked_code(source, folder, where)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source if folder is None else str(folder), **where)
+    except Exception as error:
+        # Offline, unknown, private, gated, malformed: each hub client version raises another type for it.
+        if "trust_remote_code" in str(error):
+            raise _unasked_code(source) from error
+        if folder is None:
+            raise ModelNotFoundError(f"{source!r}: no local folder of that name, and the hub gave none: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
+    return config
+
+
+def _refuse_unasked_code(source: str, folder: Path, where: dict[str, Any]) -> None:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{source}: its config.json is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UnsupportedModelError(f"{source}: its config.json is not an object")
+    known = raw.get("model_type") in transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    if raw.get("auto_map") and not known and not where["trust_remote_code"]:
+        raise _unasked_code(source)
+
+
+def _unasked_code(source: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{source}: comes with Python code of its own (auto_map), which runs only with trust_remote_code=True")
+
+
+def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation="eager",  # what every family has; ours is put in for the time of a forward
+            use_safetensors=True,
+            output_loading_info=True,
+            **where,
+        )
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _unasked_code(source) from error
+        raise UnsupportedModelError(f"{source} ({config.model_type}): transformers cannot load it: {_first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    for problem, said in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        names = sorted(str(name) for name in info.get(problem) or ())
+        if names:
+            raise UnsupportedModelError(f"{source} ({config.model_type}): the checkpoint {said} {len(names)} weights, such as {names[0]}")
+    model.train(False).requires_grad_(False)
+    return model
+
+
+def _snapshot(source: str, where: dict[str, Any]) -> Path:
+    """The cache folder of a hub id's revision."""
+    path = cached_file(source, "config.json", revision=where["revision"], local_files_only=True)  # the config was just fetched
+    if path is None:
+        raise ModelNotFoundError(f"{source!r}: the hub cache holds no config.json")
+    return Path(path).parent
+
+
+def _other_weights(folder: Path) -> str:
+    found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx") for path in folder.glob(pattern))
+    return f" but {found[0]}" if found else ""
+
+
+def _identity(config: PreTrainedConfig, dtype: torch.dtype, weights: str) -> str:
+    settings = config.to_dict()
+    for field in ("_name_or_path", "transformers_version"):
+        settings.pop(field, None)
+    told = json.dumps([settings, str(dtype), weights, torch.__version__, transformers.__version__], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _fingerprint(folder: Path) -> str:
+    """What tells one set of weight files from another without reading gigabytes: sizes, times of change, and samples of the bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} {path.stat().st_mtime_ns} ".encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,170 @@
+"""A causal language model as the engine sees it: a forward over a packed ragged batch whose attention is the caller's.
+
+Shape letters: T packed tokens of a step, R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from quire.errors import QuireError, UnsupportedModelError
+from quire.tensors.attention.base import Products
+from quire.tensors.models.exact import VECTOR
+from quire.tensors.models.geometry import DryRun, check_layers
+from quire.tensors.models.hook import AttentionStep, Running, running
+from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
+from quire.tensors.models.refusals import refuse_model
+from quire.tensors.models.surgery import Surgery
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+class CausalModel:
+    """One transformers model, run packed. Use from one thread, with one torch thread, and never while a trainer's own forward runs.
+
+    Attributes:
+        name: hub id, folder, or the class of a live model. model_type: the config's.
+        tokenizer_source: hub id or folder where its tokenizer should be, None for a live model that came from neither.
+        dtype: of the weights. vocab_size: rows of the logits. context_len: the longest position + 1.
+        eos_token_ids: of the config and the generation config.
+        layers: one `LayerGeometry` per attention layer, in order.
+        identity: changes whenever the logits may: weights, config, dtype, versions. A live model's is new each time it is wrapped.
+        weight_bytes: of parameters and buffers, shared ones once. live: whether the caller owns the model.
+        everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py).
+
+    Raises UnsupportedModelError, with the reason, for a model that cannot be served.
+    """
+
+    def __init__(self, model: PreTrainedModel, products: Products, *, name: str, identity: str, live: bool) -> None:
+        refuse_model(model)
+        config = text_config(model)
+        self.name, self.identity, self.live = name, identity, live
+        self.model_type: str = model.config.model_type
+        self.tokenizer_source: str | None = (model.name_or_path or None) if live else name
+        self.dtype: torch.dtype = model.dtype
+        self.eos_token_ids = _eos_token_ids(model)
+        self.context_len = _context_len(config)
+        self.weight_bytes = _weight_bytes(model)
+        self.everywhere = False
+        self._model: PreTrainedModel | None = model
+        self._products = products
+        self._surgery: Surgery | None = Surgery(model, products, live=live)
+        self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._logits_multiple = 1
+        dry = DryRun()
+        zero = torch.zeros(1, dtype=torch.long)
+        try:
+            self.vocab_size = self.forward(dry, zero, zero, zero).shape[1]
+        except QuireError:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            what = "its forward fails on one token"
+            if not dry.layers:  # code of its own is not ready to do without the mask that we do not build
+                what = "no layer had called transformers' attention interface when its forward failed"
+            raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}") from error
+        self.layers = check_layers(dry.layers, config)
+        if getattr(config, "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
+            self._logits_multiple = VECTOR // math.gcd(VECTOR, self.vocab_size)
+
+    def forward(self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor) -> torch.Tensor:
+        """Run the packed tokens once; attention is `step`'s.
+
+        input_ids, positions: int64 [T], T >= 1; positions are within each sequence. logits_at: int64 [R], places in the packed batch, R >= 0.
+        Returns logits [R, V], contiguous, in the dtype the model gives them. They may be inference tensors: change them in place only under
+        torch.inference_mode. A row's bits depend on its own sequence alone, as far as `step` and the products keep to that.
+
+        Whatever the model raises passes through, with the model as it was before.
+        """
+        num_rows = logits_at.shape[0]
+        if num_rows % self._logits_multiple:
+            logits_at = torch.cat([logits_at, logits_at[-1:].expand(-num_rows % self._logits_multiple)])
+        inputs = {"input_ids": input_ids.unsqueeze(0), "position_ids": positions.unsqueeze(0), "use_cache": False}
+        if self._takes_logits_at:
+            inputs["logits_to_keep"] = logits_at
+        model, surgery = self._open()
+        # Buffers a live model makes lazily in a forward must serve its trainer's backward later, which inference tensors cannot.
+        with (
+            torch.inference_mode(not self.live),
+            torch.no_grad(),
+            _without_autocast(),
+            running(Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks)),
+            surgery.installed(),
+            surgery.mode if self.everywhere else nullcontext(),
+        ):
+            logits: torch.Tensor = model(**inputs).logits[0]
+        if not self._takes_logits_at:
+            logits = logits[logits_at]
+        return logits[:num_rows].contiguous()
+
+    @property
+    def transformers_model(self) -> PreTrainedModel:
+        """The model itself, nothing of ours on it. Raises RuntimeError after close()."""
+        return self._open()[0]
+
+    @contextmanager
+    def unpatched(self) -> Iterator[PreTrainedModel]:
+        """The model in eval mode, with its own plain code for attention and experts: what its packed output is compared with."""
+        model, surgery = self._open()
+        with surgery.unpatched(), torch.inference_mode(not self.live), torch.no_grad(), _without_autocast():
+            yield model
+
+    @contextmanager
+    def with_float_activations(self) -> Iterator[None]:
+        """Inside, this model's forwards and its own run with fp32 activations, whatever its weights are (see precise.py)."""
+        model, before = self._open()
+        self._surgery = Surgery(model, WidenedProducts(self._products), live=self.live)
+        try:
+            with WithFloatActivations():
+                yield
+        finally:
+            self._surgery = before
+
+    def close(self) -> None:
+        """Let go of the model. Idempotent. Nothing is left on it, as nothing of ours outlives a forward."""
+        self._model = self._surgery = None
+
+    def _open(self) -> tuple[PreTrainedModel, Surgery]:
+        if self._model is None or self._surgery is None:
+            raise RuntimeError(f"model {self.name} is closed")
+        return self._model, self._surgery
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the language model proper, within a composite config or the config itself."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _without_autocast() -> torch.autocast | nullcontext[None]:
+    # A trainer's autocast would change the dtype of products behind our back; switching it off costs too much to do when it is not on.
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (model.config, text_config(model), getattr(model, "generation_config", None)):
+        given = getattr(source, "eos_token_id", None)
+        found.update(given if isinstance(given, (list, tuple)) else [] if given is None else [given])
+    return frozenset(found)
+
+
+def _context_len(config: PreTrainedConfig) -> int:
+    for field in _CONTEXT_FIELDS:
+        try:
+            value = getattr(config, field, None)
+        except NotImplementedError:  # how XLNet says that it has no limit
+            continue
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    tensors = (*model.parameters(), *model.buffers())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,114 @@
+"""The gate every model passes at load: what it gives packed with others is compared with what it gives alone.
+
+Two questions, over the same few short sequences, which go past a window or chunk where that is short:
+  close   packed logits against the model's own forward of each sequence alone, nothing of ours on it. A wrong mask, a wrong scale, positions taken
+          from the batch, state that leaks from one sequence into the next: all show here.
+  exact   packed logits against packed logits in another order and against each sequence alone, all through our path: the same bits. If the modules
+          that were changed are not all that depend on the batch, the whole forward runs in exact mode from then on, and is asked again.
+
+The random state of torch is neither used nor changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quire.errors import ProbeMismatchError, UnsupportedModelError
+from quire.tensors.models.hook import AttentionStep
+from quire.tensors.models.model import CausalModel
+from quire.tensors.models.rows import RowByRow
+
+MakeStep = Callable[[Sequence[int]], AttentionStep]
+
+# Largest difference of a logit, in standard deviations of its sequence's logits. Over the families of the test suite roundings made 1e-5, 0.02 and
+# 0.1 of it; larger models add more roundings. A wrong mask or scale moves some logits by a whole deviation.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+LONGEST_WINDOW = 128  # longer ones cost more than a probe should
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """What the probe found. `max_error` and `tolerance` are in standard deviations; `everywhere`: exact mode had to cover the whole forward."""
+
+    num_tokens: int
+    max_error: float
+    tolerance: float
+    everywhere: bool
+
+
+def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
+    """Check `model`, and set its `everywhere` if bits ask for it.
+
+    make_step: gives the step for fresh sequences of these lengths, packed in order, each from position 0.
+    Raises ProbeMismatchError when packed logits are not the model's own, UnsupportedModelError when their bits depend on the batch.
+    """
+    sequences = _sequences(model)
+    packed = _packed(model, make_step, sequences)
+    tolerance = TOLERANCE[model.dtype]
+    errors = _errors(packed, _own_logits(model, sequences))
+    if not bool((errors <= tolerance).all()) and bool(errors.median() <= tolerance) and model.dtype != torch.float32:
+        # Most tokens agree and some do not: a mistake, or experts chosen by a rounding. In fp32 the two look different.
+        tolerance = TOLERANCE[torch.float32]
+        with model.with_float_activations():
+            errors = _errors(_packed(model, RowByRow, sequences), _own_logits(model, sequences))
+    error = float(errors.max())
+    if not error <= tolerance:  # NaN too
+        raise ProbeMismatchError(
+            f"{model.model_type}: packed with others, logits differ by {error:.3g} deviations from those of each sequence alone"
+            f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
+            " or attention takes something that its interface does not pass on"
+        )
+    if not _exact(model, make_step, sequences, packed):
+        model.everywhere = True
+        if not _exact(model, make_step, sequences, _packed(model, make_step, sequences)):
+            raise UnsupportedModelError(f"{model.model_type}: the bits of a token's logits depend on what else is in the batch, even in exact mode")
+    return ProbeReport(sum(map(len, sequences)), error, tolerance, model.everywhere)
+
+
+def _sequences(model: CausalModel) -> list[torch.Tensor]:
+    """Random token ids: one token, a few, and enough to leave a short window or chunk behind."""
+    spans = [span for layer in model.layers for span in (layer.window, layer.chunk) if 0 < span <= LONGEST_WINDOW]
+    lengths = (max(spans, default=13) + 4, 1, 6)
+    random = torch.Generator().manual_seed(20)
+    special = {value for name, value in vars(model.transformers_model.config).items() if name.endswith(("_token_id", "_token_index"))}
+    usable = torch.tensor([token for token in range(min(model.vocab_size, 4096)) if token not in special])
+    longest = model.context_len
+    return [usable[torch.randint(len(usable), (min(length, longest),), generator=random)] for length in lengths]
+
+
+def _packed(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [len, V] of each sequence, all computed in one forward."""
+    lengths = [len(ids) for ids in sequences]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    logits = model.forward(make_step(lengths), torch.cat(list(sequences)), positions, torch.arange(sum(lengths)))
+    return list(torch.split(logits, lengths))
+
+
+def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> bool:
+    backwards = _packed(model, make_step, sequences[::-1])[::-1]
+    alone = [_packed(model, make_step, [ids])[0] for ids in sequences]
+    begun = _packed(model, make_step, [sequences[0][:3]])[0]  # its first tokens only: two rows or three are a class of their own in fp32
+    return (
+        all(torch.equal(a, b) for a, b in zip(packed, backwards, strict=True))
+        and all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
+        and torch.equal(packed[0][:3], begun)
+    )
+
+
+def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [len, V] of each sequence in a forward of its own, by the model as it is."""
+    logits = []
+    with model.unpatched() as alone:
+        for ids in sequences:
+            positions = torch.arange(len(ids)).unsqueeze(0)
+            logits.append(alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0])
+    return logits
+
+
+def _errors(packed: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> torch.Tensor:
+    """For every token, the largest difference of a logit in standard deviations of its sequence's logits; infinite where not a number."""
+    parts = [(got.double() - own.double()).abs().amax(-1) / own.double().std().clamp_min(1e-12) for got, own in zip(packed, alone, strict=True)]
+    return torch.cat(parts).nan_to_num(nan=torch.inf)

@@ -1,0 +1,75 @@
+"""Models that cannot be served, told apart before anything is run: by their config, before the weights are read, and by their modules.
+
+What cannot be seen here is left to the dry run (geometry.py), the hook and the probe.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from quire.errors import UnsupportedModelError
+
+_SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse_config(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModelError, with the reason, for a config that no checkpoint of can be served."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{kind}: is an encoder-decoder model; only decoders are served")
+    text = config.get_text_config(decoder=True)
+    for config_ in (config, text):
+        if getattr(config_, "add_cross_attention", False) or getattr(config_, "cross_attention_layers", None):
+            raise UnsupportedModelError(f"{kind}: has cross-attention")
+        if getattr(config_, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{kind}: its attention is not causal (is_causal=False)")
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_KINDS)
+    if others:
+        raise UnsupportedModelError(f"{kind}: has layers of kind {', '.join(others)}; served are {', '.join(sorted(_SERVED_KINDS))}")
+    for rope_type in _rope_types(getattr(text, "rope_parameters", None)) | _rope_types(getattr(text, "rope_scaling", None)):
+        _refuse_rope(kind, rope_type)
+
+
+def refuse_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError, with the reason, for a loaded model that cannot be served. It is not run."""
+    kind = model.config.model_type
+    refuse_config(model.config)
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise UnsupportedModelError(f"{kind}: {type(model).__name__} has no language model head")
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise UnsupportedModelError(f"{kind}: {type(model).__name__} takes no position_ids, so sequences cannot be packed")
+    if model.dtype not in _DTYPES:
+        raise UnsupportedModelError(f"{kind}: its weights are {model.dtype}; served are {', '.join(map(str, _DTYPES))}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise UnsupportedModelError(f"{kind}: {name} is on device {tensor.device}; models are served on the CPU")
+    for name, module in model.named_modules():
+        for rope_type in _rope_types(getattr(module, "rope_type", None)):
+            _refuse_rope(kind, rope_type)
+        if module._compiled_call_impl is not None:
+            raise UnsupportedModelError(f"{kind}: {name or 'the model'} is compiled (nn.Module.compile), so its attention cannot be replaced")
+        if "A_log" in module._parameters or "time_decay" in module._parameters:
+            raise UnsupportedModelError(f"{kind}: {name} ({type(module).__name__}) is a recurrent layer, whose state would leak between sequences")
+
+
+def _rope_types(given: Any) -> set[str]:
+    """The rope types in a module's `rope_type` (a name, or one a layer type) or a config's rope settings (flat, or nested by layer type)."""
+    if isinstance(given, str):
+        return {given}
+    if not isinstance(given, dict):
+        return set()
+    found: set[str] = set()
+    for key, value in given.items():
+        if isinstance(value, dict) or (isinstance(value, str) and (key in {"rope_type", "type"} or key.endswith("_attention"))):
+            found |= _rope_types(value)
+    return found
+
+
+def _refuse_rope(kind: str, rope_type: str) -> None:
+    if "dynamic" in rope_type or rope_type in {"longrope", "su"}:
+        raise UnsupportedModelError(f"{kind}: {rope_type} rope chooses its frequencies from the longest sequence of a batch, shared by all others")

@@ -1,0 +1,53 @@
+"""Attention one query at a time, in plain torch: the probe's own, slow and easy to believe.
+
+Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes, n visible keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quire.tensors.attention.base import Mask
+
+
+class RowByRow:
+    """An `AttentionStep` for fresh sequences of `lengths`, packed in order, each from position 0.
+
+    A row sees only tensors of sizes given by its own position, so its bits depend on nothing else.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = tuple(lengths)
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> [T,Hq,Dv] in q's dtype, computed in fp32."""
+        num_kv_heads, k_dim = k.shape[1:]
+        queries = q.float().view(q.shape[0], num_kv_heads, -1, k_dim)
+        keys, values = k.float().unsqueeze(2), v.float().unsqueeze(2)
+        sinks = None if mask.sinks is None else mask.sinks.float().view(1, num_kv_heads, -1)
+        rows = []
+        start = 0
+        for length in self._lengths:
+            for position in range(length):
+                seen = slice(start + _first_visible(position, mask), start + position + 1)
+                rows.append(_row(queries[start + position], keys[seen], values[seen], sinks, mask))
+            start += length
+        return torch.stack(rows).view(q.shape[0], q.shape[1], v.shape[2]).to(q.dtype)
+
+
+def _first_visible(position: int, mask: Mask) -> int:
+    first = max(0, position - mask.window + 1) if mask.window else 0
+    return max(first, position // mask.chunk * mask.chunk) if mask.chunk else first
+
+
+def _row(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None, mask: Mask) -> torch.Tensor:
+    """query [Hkv,Hq/Hkv,Dk], keys [n,Hkv,1,Dk], values [n,Hkv,1,Dv] -> [Hkv,Hq/Hkv,Dv]."""
+    scores = (keys * query).sum(-1) * mask.scale
+    if mask.softcap:
+        scores = torch.tanh(scores / mask.softcap) * mask.softcap
+    if sinks is not None:
+        scores = torch.cat([scores, sinks])
+    weights = scores.softmax(0)[: keys.shape[0]]
+    return (weights.unsqueeze(-1) * values).sum(0)

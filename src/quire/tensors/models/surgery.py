@@ -1,0 +1,222 @@
+"""What is changed on a model for the time of one forward, and put back after it.
+
+The model never knows it is served: a trainer may run its own forward and backward on the same live model between two of ours, so nothing of Quire
+stays on it. Invariant: after `installed()` has been left, also by an exception, every changed attribute is as it was before.
+
+The set of changes is found once. Modules added to a live model later run unchanged: right, but without the promise that bits do not move.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2CLS
+from transformers.pytorch_utils import Conv1D
+
+from quire.tensors.attention.base import Products
+from quire.tensors.models.exact import VECTOR, ExactMode, in_whole_vectors
+from quire.tensors.models.hook import NAME, QueryScale
+
+Forward = Callable[..., Any]
+Change = tuple[dict[str, Any], str, Any]  # an object's __dict__, a name in it, its value for a while
+
+_EXACT = {"linear", "relu", "relu2", "relu6", "leaky_relu", "prelu"}  # invariant as they are
+# Elementwise activations that are more than a comparison and a product. nn.Softmax, nn.GLU, nn.PReLU are not elementwise and not here.
+_ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    *(cast(type[nn.Module], entry[0] if isinstance(entry, tuple) else entry) for name, entry in ACT2CLS.items() if name not in _EXACT),
+    nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid,
+    nn.Tanhshrink, nn.Softsign,
+)  # fmt: skip
+
+
+class Surgery:
+    """The changes one model needs: forwards of modules, implementation names in configs, training flags (of a live model).
+
+    Attributes: `mode`, `query_scales` (layer_idx -> Llama 4's query temperature), `chunks` (layer_idx -> chunk, filled by the first forward).
+    """
+
+    def __init__(self, model: PreTrainedModel, products: Products, *, live: bool) -> None:
+        self.mode = ExactMode(products)
+        self.query_scales: dict[int, QueryScale] = {}
+        self.chunks: dict[int, int] = {}
+        self._forwards: list[tuple[dict[str, Any], Forward]] = []  # a module's __dict__, its forward during ours
+        self._settings: list[Change] = []
+        self._states = [module.__dict__ for module in model.modules()] if live else []
+        for module in model.modules():
+            forward = _forward_of(module, products, self.mode)
+            if forward is not None:
+                self._forwards.append((module.__dict__, forward))
+            self._take_over_query_scale(module)
+        for config in _configs(model):
+            self._settings.append((config.__dict__, "_attn_implementation_internal", NAME))
+            # The other experts implementations choose between kernels by the batch; the eager one calls plain products, expert by expert.
+            self._settings.append((config.__dict__, "_experts_implementation_internal", "eager"))
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Everything in place inside, everything as before outside."""
+        found: list[tuple[dict[str, Any], Forward]] = []
+        with _changed(self._settings), self._in_eval_mode():
+            try:
+                # Hundreds of modules, twice a forward: __dict__ skips nn.Module.__setattr__, which would cost more than all the rest here.
+                for state, forward in self._forwards:
+                    if "forward" in state:
+                        found.append((state, state["forward"]))
+                    state["forward"] = forward
+                yield
+            finally:
+                for state, _ in self._forwards:
+                    state.pop("forward", None)
+                for state, forward in found:
+                    state["forward"] = forward
+
+    @contextmanager
+    def unpatched(self) -> Iterator[None]:
+        """Inside, the model is in eval mode, with its own plain code for attention and experts, and nothing else is changed."""
+        eager: list[Change] = [(state, name, "eager") for state, name, _ in self._settings if name.endswith("_implementation_internal")]
+        with _changed(eager), self._in_eval_mode():
+            yield
+
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        training = [state for state in self._states if state["training"]]  # each module by itself: parts of a model may be frozen in eval mode
+        try:
+            for state in training:
+                state["training"] = False
+            yield
+        finally:
+            for state in training:
+                state["training"] = True
+
+    def _take_over_query_scale(self, module: nn.Module) -> None:
+        # Llama 4 counts positions from the start of the batch, which is not the start of a sequence; the hook uses the true ones.
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not getattr(module, "use_rope", True):
+            self.query_scales[int(module.layer_idx)] = QueryScale(float(module.floor_scale), float(module.attn_scale))  # type: ignore[arg-type]
+            self._settings.append((module.__dict__, "attn_temperature_tuning", False))
+
+
+_ABSENT = object()
+
+
+@contextmanager
+def _changed(changes: list[Change]) -> Iterator[None]:
+    before: list[Any] = []
+    try:
+        for state, name, value in changes:
+            before.append(state.get(name, _ABSENT))
+            state[name] = value
+        yield
+    finally:
+        for (state, name, _), value in zip(changes, before, strict=False):  # fewer were changed if the change itself failed
+            if value is _ABSENT:
+                state.pop(name, None)
+            else:
+                state[name] = value
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every config object that a module reads, with the configs inside it, once each. Modules may hold copies of the model's own."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def add(config: PreTrainedConfig) -> None:
+        if id(config) not in found:
+            found[id(config)] = config
+            for inner in list(config.__dict__.values()):
+                if isinstance(inner, PreTrainedConfig):
+                    add(inner)
+
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, PreTrainedConfig):
+                add(value)
+    return list(found.values())
+
+
+def _forward_of(module: nn.Module, products: Products, mode: ExactMode) -> Forward | None:
+    """The forward that `module` gets for the time of ours, or None if its own will do."""
+    own = "forward" in module.__dict__  # put there by a library that wraps modules one by one; what it wraps is its own affair
+    if not own and _is_plain(module, nn.Linear):
+        return _linear(module, products)
+    if not own and _is_plain(module, Conv1D):
+        return _conv1d(module, products)
+    if isinstance(module, _ACTIVATIONS):
+        return _activation(module)
+    if _is_rotary(module):
+        return _rotary(module)
+    if not isinstance(module, nn.Embedding) and any(weight is not None and weight.dim() > 1 for weight in module._parameters.values()):
+        return _in_mode(module, mode)
+    return None
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module computes exactly what `kind` does: a subclass may quantise, a tensor subclass may too."""
+    weight = module._parameters.get("weight")
+    return isinstance(module, kind) and type(module).forward is kind.forward and type(weight) in (nn.Parameter, torch.Tensor)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """Whether the module makes rope's tables: frequencies in a buffer (one a layer type in some families), and forward(x, position_ids, ...)."""
+    if not any(name.endswith("inv_freq") for name in module._buffers):
+        return False
+    return list(inspect.signature(module.forward).parameters)[1:2] == ["position_ids"]
+
+
+# Weights are read from the module at every call: a trainer may have put others in their place.
+def _linear(module: nn.Module, products: Products) -> Forward:
+    parameters, linear = module._parameters, products.linear
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        return linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+    return forward
+
+
+def _conv1d(module: nn.Module, products: Products) -> Forward:
+    parameters, matmul = module._parameters, products.matmul
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return matmul(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+    return forward
+
+
+def _activation(module: nn.Module) -> Forward:
+    original = module.forward
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        return in_whole_vectors(original, input)
+
+    return forward
+
+
+def _rotary(module: nn.Module) -> Forward:
+    """Positions [..., T] padded to whole vectors; tables [..., T, D] cut back. Once a step, not once a layer."""
+    original = module.forward
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        count = position_ids.shape[-1]
+        if count % VECTOR == 0:
+            return original(x, position_ids, *args, **kwargs)
+        tables = original(x, functional.pad(position_ids, (0, -count % VECTOR)), *args, **kwargs)
+        if isinstance(tables, torch.Tensor):
+            return tables[..., :count, :]
+        return tuple(table[..., :count, :] for table in tables)
+
+    return forward
+
+
+def _in_mode(module: nn.Module, mode: ExactMode) -> Forward:
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return original(*args, **kwargs)
+
+    return forward
