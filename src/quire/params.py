@@ -10,6 +10,7 @@ from quire.errors import InvalidRequestError
 
 MAX_SEQUENCES_PER_REQUEST = 1024
 MAX_STOP_STRINGS = 256
+MAX_STOP_CHARACTERS = 4096  # of all stop strings together; the matcher takes a few hundred bytes for each
 MAX_TOP_LOGPROBS = 256
 MAX_TEMPERATURE = 100.0
 MAX_BIAS = 1000.0
@@ -142,6 +143,8 @@ def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidRequestError("stop", string, "a string that is not empty, or several")
+    if sum(map(len, strings)) > MAX_STOP_CHARACTERS:
+        raise InvalidRequestError("stop", f"{sum(map(len, strings))} characters", f"at most {MAX_STOP_CHARACTERS} characters in all")
     return strings
 
 

@@ -37,7 +37,7 @@ def run(matcher: StopMatcher, pushes: Iterator[str] | Sequence[str]) -> tuple[st
     return text + matcher.flush(), stop
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(stops=STOPS, pushes=st.lists(st.text(CHARS, max_size=7), max_size=12), include=st.booleans())
 def test_against_a_search_of_the_whole_text(stops: list[str], pushes: list[str], include: bool) -> None:
     matcher = StopMatcher(stops, include)
@@ -60,7 +60,7 @@ def test_against_a_search_of_the_whole_text(stops: list[str], pushes: list[str],
     assert matcher.flush() == ""
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(stops=STOPS, pushes=PUSHES, include=st.booleans())
 def test_matches_that_may_not_stop_are_text(stops: list[str], pushes: list[tuple[str, bool]], include: bool) -> None:
     matcher = StopMatcher(stops, include)

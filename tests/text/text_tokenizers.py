@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Don't stop, isn't it? The end of the text and then the rest.",
@@ -73,33 +74,40 @@ def end_of_word() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
 
 
-def python_bytes(**options: Any) -> Any:
+class PythonBytes(PreTrainedTokenizer):  # type: ignore[misc]
     """A tokenizer in Python, as custom code brings it: one token a byte, but for one special."""
-    from transformers import PreTrainedTokenizer
 
-    class Bytes(PreTrainedTokenizer):  # type: ignore[misc]
-        @property
-        def vocab_size(self) -> int:
-            return 256
+    def __init__(self, **options: Any) -> None:
+        super().__init__(eos_token="</s>", **options)
 
-        def get_vocab(self) -> dict[str, int]:
-            return {f"b{i}": i for i in range(256)} | self.added_tokens_encoder
+    @property
+    def vocab_size(self) -> int:
+        return 256
 
-        def _tokenize(self, text: str) -> list[str]:
-            return [f"b{byte}" for byte in text.encode()]
+    def get_vocab(self) -> dict[str, int]:
+        return {f"b{i}": i for i in range(256)} | self.added_tokens_encoder
 
-        def _convert_token_to_id(self, token: str) -> int:
-            return int(token[1:])
+    def _tokenize(self, text: str) -> list[str]:
+        return [f"b{byte}" for byte in text.encode()]
 
-        def _convert_id_to_token(self, index: int) -> str:
-            assert index < 256
-            return f"b{index}"
+    def _convert_token_to_id(self, token: str) -> int:
+        return int(token[1:])
 
-        def convert_tokens_to_string(self, tokens: list[str]) -> str:
-            parts = (bytes([int(token[1:])]) if token[0] == "b" else token.encode() for token in tokens)
-            return b"".join(parts).decode(errors="replace")
+    def _convert_id_to_token(self, index: int) -> str:
+        assert index < 256
+        return f"b{index}"
 
-    return Bytes(eos_token="</s>", **options)
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        parts = (bytes([int(token[1:])]) if token[0] == "b" else token.encode() for token in tokens)
+        return b"".join(parts).decode(errors="replace")
+
+
+class Stripped(PythonBytes):
+    """A tokenizer in Python that strips all spaces from both ends, and shows every bad byte."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        parts = (bytes([int(token[1:])]) if token[0] == "b" else token.encode() for token in tokens)
+        return re.sub("[\udc80-\udcff]", "\ufffd", b"".join(parts).decode(errors="surrogateescape")).strip(" ")
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -109,5 +117,6 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "word_piece": word_piece,
     "word_piece_spaced": lambda: word_piece(cleanup=False),
     "end_of_word": end_of_word,
-    "python_bytes": python_bytes,
+    "python_bytes": PythonBytes,
+    "stripped": Stripped,
 }
