@@ -61,7 +61,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = CONFIG_MAPPING[family](**{**BASE, **FAMILIES.get(family, {}), **changes})
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "sinks" in name or (weight.dim() > 1 and weight.std() < 1e-3):
@@ -69,7 +69,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
                 elif weight.dim() > 1:
                     tied = getattr(config, "tie_word_embeddings", False)
                     weight.mul_(2 if tied and "embed" in name else 10 if tied else 6)
-    return model.to(dtype)
+        model.train(False).to(dtype)
+    return model
 
 
 def make(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> str:

@@ -58,9 +58,9 @@ class CausalModel:
         self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._logits_multiple = 1
         dry = DryRun()
-        zero = torch.zeros(1, dtype=torch.long)
+        token, zero = torch.tensor(ordinary_tokens(model.config, 64)[:1]), torch.zeros(1, dtype=torch.long)
         try:
-            self.vocab_size = self.forward(dry, zero, zero, zero).shape[1]
+            self.vocab_size = self.forward(dry, token, zero, zero).shape[1]
         except QuireError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -138,6 +138,12 @@ class CausalModel:
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of the language model proper, within a composite config or the config itself."""
     return model.config.get_text_config(decoder=True)
+
+
+def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
+    """The ids below `count` without those the config names: a model warns of a pad, and takes some for an image to come."""
+    special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    return [token for token in range(count) if token not in special]
 
 
 def _without_autocast() -> torch.autocast | nullcontext[None]:

@@ -18,7 +18,7 @@ import torch
 
 from quire.errors import ProbeMismatchError, UnsupportedModelError
 from quire.tensors.models.hook import AttentionStep
-from quire.tensors.models.model import CausalModel
+from quire.tensors.models.model import CausalModel, ordinary_tokens
 from quire.tensors.models.rows import RowByRow
 
 MakeStep = Callable[[Sequence[int]], AttentionStep]
@@ -73,8 +73,7 @@ def _sequences(model: CausalModel) -> list[torch.Tensor]:
     spans = [span for layer in model.layers for span in (layer.window, layer.chunk) if 0 < span <= LONGEST_WINDOW]
     lengths = (max(spans, default=13) + 4, 1, 6)
     random = torch.Generator().manual_seed(20)
-    special = {value for name, value in vars(model.transformers_model.config).items() if name.endswith(("_token_id", "_token_index"))}
-    usable = torch.tensor([token for token in range(min(model.vocab_size, 4096)) if token not in special])
+    usable = torch.tensor(ordinary_tokens(model.transformers_model.config, min(model.vocab_size, 4096)))
     longest = model.context_len
     return [usable[torch.randint(len(usable), (min(length, longest),), generator=random)] for length in lengths]
 

@@ -1,0 +1,208 @@
+"""Puts an engine together: model, arrangement of its layers, pool size, backend. Nothing here runs twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from quire.config import EngineConfig
+from quire.engine.engine import Engine
+from quire.engine.runner import Runner
+from quire.errors import ConfigError
+from quire.policy.cache import PageCache
+from quire.policy.groups import Arrangement, Group, arrange
+from quire.policy.scheduler import Scheduler
+from quire.request import Limits
+from quire.tensors.attention.base import AttentionBackend, LayerPlace, Products
+from quire.tensors.attention.reference import ReferenceAttention
+from quire.tensors.device import available_bytes
+from quire.tensors.models.load import load_model
+from quire.tensors.models.model import CausalModel
+from quire.tensors.models.probe import probe
+from quire.tensors.products import ReferenceProducts
+from quire.tensors.sampler import Sampler
+from quire.tensors.store import PageStore
+from quire.text.tokenizer import TextTokenizer, load_tokenizer
+
+MEMORY_SHARE = 0.4  # of what is available, when the pool's size is left to us
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the options resolved to for this model on this machine.
+
+    Sizes in bytes. `max_cached_tokens` is what a full pool holds of one long sequence; `bytes_per_token` is before any window has moved on.
+    """
+
+    model: str
+    model_type: str
+    dtype: str
+    backend: str
+    num_threads: int
+    context_len: int
+    vocab_size: int
+    weight_bytes: int
+    page_size: int
+    page_bytes: int
+    num_pages: int
+    cache_bytes: int
+    bytes_per_token: int
+    max_cached_tokens: int
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What computes attention and products."""
+
+    attention: AttentionBackend
+    products: Products
+    sampler: Literal["native", "reference"]
+    name: str
+
+
+def choose_kernels(backend: str, num_threads: int) -> Kernels:
+    """The kernels asked for; with "auto" the native ones, or the reference with one warning where they do not load.
+
+    Raises:
+        ConfigError: "native" was asked for and does not load.
+    """
+    if backend != "reference":
+        try:
+            from quire.tensors.attention.native import NativeAttention
+            from quire.tensors.native import isa
+            from quire.tensors.native_products import NativeProducts
+
+            return Kernels(NativeAttention(num_threads), NativeProducts(num_threads), "native", f"native ({isa()})")
+        except ImportError as error:
+            if backend == "native":
+                raise ConfigError(f"backend='native': the native kernels do not load: {error}") from error
+            warnings.warn(f"Quire's native kernels do not load ({error}); the reference backend in plain torch is exact but slow", stacklevel=2)
+    return Kernels(ReferenceAttention(), ReferenceProducts(), "reference", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An engine ready to run, and what belongs to it."""
+
+    engine: Engine
+    model: CausalModel
+    tokenizer: TextTokenizer | None
+    limits: Limits
+    info: EngineInfo
+
+
+def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
+    """Load, probe and lay out.
+
+    Raises:
+        ModelError: there is no such model, or it is refused.
+        ConfigError: an option that does not go with this model or machine.
+    """
+    num_threads = config.num_threads or torch.get_num_threads()
+    kernels = choose_kernels(config.backend, num_threads)
+    model = load_model(
+        source, dtype=config.dtype, trust_remote_code=config.trust_remote_code, revision=config.revision, products=kernels.products
+    )
+    try:
+        return _lay_out(source, model, config, kernels, num_threads)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
+    context_len = _context_len(config, model)
+    probe(model)
+    arrangement = arrange(model.layers, config.page_size)
+    num_pages = _num_pages(config, arrangement, model, context_len)
+    store = PageStore(_places(arrangement, model), num_pages, arrangement.page_elements, model.dtype, kernels.attention)
+    identity = hashlib.blake2b(f"{model.identity}/{model.dtype}".encode(), digest_size=16).digest()
+    cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
+    scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences)
+    sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
+    tokenizer = _tokenizer(source, config)
+    engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer)
+    info = _info(model, arrangement, store, kernels, num_threads, context_len)
+    return Built(engine, model, tokenizer, Limits(model.vocab_size, context_len, num_pages), info)
+
+
+def _tokenizer(source: str | PreTrainedModel, config: EngineConfig) -> TextTokenizer | None:
+    # A live model brings none; the folder it was loaded from, if it still knows one, does.
+    folder = source if isinstance(source, str) else source.name_or_path or ""
+    if not isinstance(source, str) and not os.path.isdir(folder):
+        return None
+    return load_tokenizer(folder, trust_remote_code=config.trust_remote_code, revision=config.revision)
+
+
+def _context_len(config: EngineConfig, model: CausalModel) -> int:
+    if config.max_model_len is None:
+        return model.context_len
+    if config.max_model_len > model.context_len:
+        raise ConfigError(f"max_model_len={config.max_model_len}: must be at most {model.context_len}, the context of {model.name}")
+    return config.max_model_len
+
+
+def _num_pages(config: EngineConfig, arrangement: Arrangement, model: CausalModel, context_len: int) -> int:
+    page_bytes = arrangement.page_elements * model.dtype.itemsize
+    if config.cache_bytes is not None:
+        least = page_bytes * len(arrangement.groups)
+        if config.cache_bytes < least:
+            raise ConfigError(f"cache_bytes={config.cache_bytes}: must be at least {least}, one page for each group of layers")
+        return config.cache_bytes // page_bytes
+    wanted = config.max_sequences * sum(-(-context_len // group.page_size) for group in arrangement.groups)
+    return max(len(arrangement.groups), min(wanted, int(available_bytes() * MEMORY_SHARE) // page_bytes))
+
+
+def _places(arrangement: Arrangement, model: CausalModel) -> list[LayerPlace]:
+    shapes = {layer.layer_idx: layer for layer in model.layers}
+    return [
+        LayerPlace(
+            layer_idx=place.layer_idx,
+            group=group.group_id,
+            page_size=group.page_size,
+            num_kv_heads=shapes[place.layer_idx].num_kv_heads,
+            k_dim=shapes[place.layer_idx].k_dim,
+            v_dim=shapes[place.layer_idx].v_dim,
+            k_offset=place.k_offset,
+            v_offset=place.v_offset,
+        )
+        for group in arrangement.groups
+        for place in group.places
+    ]
+
+
+def _info(model: CausalModel, arrangement: Arrangement, store: PageStore, kernels: Kernels, num_threads: int, context_len: int) -> EngineInfo:
+    per_token = arrangement.elements_per_token() * model.dtype.itemsize
+    num_pages = store.pages.shape[0]
+    # Windows stop growing, so only full groups bound how long a sequence may become.
+    full = [g for g in arrangement.groups if g.kind == "full"] or list(arrangement.groups)
+    return EngineInfo(
+        model=model.name,
+        model_type=model.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        backend=kernels.name,
+        num_threads=num_threads,
+        context_len=context_len,
+        vocab_size=model.vocab_size,
+        weight_bytes=model.weight_bytes,
+        page_size=arrangement.groups[0].page_size,
+        page_bytes=store.page_bytes,
+        num_pages=num_pages,
+        cache_bytes=num_pages * store.page_bytes,
+        bytes_per_token=round(per_token),
+        max_cached_tokens=num_pages // len(full) * full[0].page_size,
+        groups=tuple(_describe(g) for g in arrangement.groups),
+    )
+
+
+def _describe(group: Group) -> str:
+    reach = group.window or group.chunk
+    layers = [place.layer_idx for place in group.places]
+    return f"{group.kind}{f' {reach}' if reach else ''}: layers {layers}, {group.page_size} tokens a page"

@@ -1,0 +1,179 @@
+"""The library's front door: a model, its engine and its thread behind four verbs."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from quire.config import EngineConfig
+from quire.engine.build import EngineInfo, build_engine
+from quire.engine.stream import RequestStream
+from quire.engine.worker import Worker
+from quire.errors import ConfigError, InvalidRequestError
+from quire.outputs import RequestOutput, TokenEvent
+from quire.params import SamplingParams
+from quire.request import Request, check_fits, check_prompt
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A causal language model served from a paged cache.
+
+        with LLM("path-or-hub-id") as llm:
+            outputs = llm.generate(["Once upon", [5, 6, 7]], SamplingParams(max_tokens=64, temperature=0.8, seed=7))
+            for event in llm.stream("Once upon"):
+                print(event.text, end="")
+
+    Args:
+        model: a hub id, a local folder in Hugging Face format, or a live `PreTrainedModel` on CPU. A live model is not copied and not changed;
+            after changing its weights call `reset_cache`.
+        **options: fields of `EngineConfig`.
+
+    Raises:
+        ConfigError, ModelError (both ValueErrors): before anything runs.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
+        config = _config(options)
+        source = model if isinstance(model, PreTrainedModel) else os.fspath(model)
+        self._built = build_engine(source, config)
+        self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
+        self._names = itertools.count()
+        # Also at interpreter exit: a thread inside a kernel must not outlive the runtime under it.
+        self._close = weakref.finalize(self, _shut_down, self._worker, self._built.model)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the options resolved to for this model on this machine."""
+        return self._built.info
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer as Hugging Face made it, or None."""
+        return self._built.tokenizer.hf if self._built.tokenizer else None
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = False
+    ) -> list[RequestOutput]:
+        """Run prompts to their end, together, and return their outputs in order.
+
+        Args:
+            prompts: one prompt (text, or a list of token ids) or a list of prompts.
+            params: one for all, or one for each.
+            progress: show a progress bar.
+
+        Raises:
+            InvalidRequestError: any prompt or params are refused; then none has run.
+            EngineDeadError: the engine has ended.
+        """
+        many = _as_list(prompts)
+        given = params if params is not None else SamplingParams()
+        each = [given] * len(many) if isinstance(given, SamplingParams) else list(given)
+        if len(each) != len(many):
+            raise InvalidRequestError("params", f"{len(each)} SamplingParams", f"one, or one for each of the {len(many)} prompts")
+        requests = [self._request(prompt, one) for prompt, one in zip(many, each, strict=True)]  # all are checked before any is submitted
+        streams: list[RequestStream] = []
+        try:
+            streams.extend(self._worker.submit(request) for request in requests)
+            return [stream.wait() for stream in _shown(streams, progress)]
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """Events of one prompt as they come; leaving the loop early cancels it. Arguments and errors as in `generate`."""
+        stream = self.submit(prompt, params)
+
+        def events() -> Iterator[TokenEvent]:
+            try:
+                yield from stream
+            finally:
+                stream.cancel()
+
+        return events()
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None) -> RequestStream:
+        """Queue one prompt and return its stream at once, for `for`, `async for`, `wait()` and `cancel()`. Thread-safe."""
+        return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), request_id))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its pages are back before the next step. Harmless when it has ended."""
+        self._worker.cancel(request_id)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start and the state of the pool now, taken between two steps."""
+        info = self.info
+        return {**self._worker.call(self._built.engine.stats), "bytes_per_token": info.bytes_per_token, "cache_bytes": info.cache_bytes}
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if an invariant of the cache does not hold. Callable at any time."""
+        self._worker.call(self._built.engine.check_integrity)
+
+    def reset_cache(self) -> None:
+        """Forget all cached pages. Call it after changing a live model's weights; requests that run are computed again."""
+        self._worker.call(self._built.engine.reset_cache)
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread and leave a live model as it was. A second call does nothing."""
+        self._close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _request(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("params", params, "a SamplingParams")
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = tuple(self._encode(prompt))
+        max_tokens = check_prompt(token_ids, params, self._built.limits)
+        num_committed = len(token_ids) + max_tokens - 1  # the last token drawn is never fed back
+        check_fits(num_committed, self._built.engine.scheduler.cache.pages_to_finish(num_committed), self._built.limits)
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed)
+
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            try:
+                return [token if isinstance(token, bool) else operator.index(token) for token in prompt]
+            except TypeError:
+                raise InvalidRequestError("prompt", prompt, "text or a list of token ids") from None
+        if self._built.tokenizer is None:
+            raise InvalidRequestError("prompt", prompt, "a list of token ids: this model came without a tokenizer")
+        return self._built.tokenizer.encode(prompt)
+
+
+def _config(options: dict[str, Any]) -> EngineConfig:
+    try:
+        return EngineConfig(**options)
+    except TypeError as error:
+        raise ConfigError(f"{str(error).removeprefix('EngineConfig.__init__() ')}; options are {', '.join(EngineConfig.__slots__)}") from None
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt is text, or ids: a list that begins with an integer. An empty list is a list of no prompts."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))
+
+
+def _shown(streams: list[RequestStream], progress: bool) -> Iterator[RequestStream]:
+    if not progress:
+        return iter(streams)
+    from tqdm.auto import tqdm  # comes with transformers
+
+    return iter(tqdm(streams, unit="request"))
+
+
+def _shut_down(worker: Worker, model: Any) -> None:
+    worker.stop()
+    model.close()

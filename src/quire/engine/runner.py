@@ -1,0 +1,29 @@
+"""One plan through the model: copies, forward, draws, and at the very end the commit. Anything that raises leaves the cache as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quire.engine.batch import build
+from quire.policy.groups import Group
+from quire.policy.plan import StepPlan
+from quire.tensors.models.model import CausalModel
+from quire.tensors.sampler import Row, Sampled, Sampler
+from quire.tensors.store import PageStore, StagedStep
+
+
+class Runner:
+    """A model, the store it attends to and the sampler behind it."""
+
+    def __init__(self, model: CausalModel, store: PageStore, sampler: Sampler, groups: Sequence[Group]) -> None:
+        self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
+
+    def run(self, plan: StepPlan, rows: Sequence[Row]) -> list[Sampled]:
+        """Compute the plan and draw one token for each of `rows`, the plan's drawing works in order."""
+        self.store.copy_pages(plan.copies)
+        batch = build(plan, self.groups)
+        step = StagedStep(self.store, batch.inputs, batch.slots)
+        logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at)
+        drawn = self.sampler.sample(logits, rows)
+        step.commit()
+        return drawn

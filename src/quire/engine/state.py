@@ -1,0 +1,141 @@
+"""What the engine keeps of a running request beside its pages: text so far, stops, counters. One `Branch` for each of its n sequences."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from quire.outputs import Completion, FinishReason, Receipt, RequestOutput, TokenEvent, TopLogprob
+from quire.policy.sequence import Sequence
+from quire.request import Request
+from quire.tensors.sampler import Row, Sampled, SequenceState
+from quire.text.detokenizer import Detokenizer
+from quire.text.stops import StopMatcher
+from quire.text.tokenizer import TextTokenizer
+
+Sink = Callable[[TokenEvent], None]
+
+
+class Branch:
+    """One sequence of a request, from its first draw to its end."""
+
+    def __init__(
+        self, request: Request, index: int, sequence: Sequence, tokenizer: TextTokenizer | None, eos_token_ids: frozenset[int], vocab_size: int
+    ) -> None:
+        params = request.params
+        self.request, self.index, self.sequence = request, index, sequence
+        self.stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self.eos_token_ids = eos_token_ids
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[list[TopLogprob]] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self._text: list[str] = []
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens) if tokenizer else None
+        self._stops = StopMatcher(params.stop_strings, params.include_stop_in_output)
+        self._sampling = SequenceState(params, (request.seed + index) % 2**64, vocab_size, request.prompt_token_ids)
+
+    def next_row(self) -> Row:
+        """What the sampler must know to draw the next token."""
+        banned = tuple(self.stop_ids) if len(self.token_ids) < self.request.params.min_tokens else ()
+        return Row(self._sampling, len(self.sequence.tokens), banned)
+
+    def push(self, drawn: Sampled) -> TokenEvent:
+        """Take a drawn token: what is now certain of the text, and whether the sequence has ended."""
+        token_id, params = drawn.token_id, self.request.params
+        self.sequence.tokens.append(token_id)
+        self.token_ids.append(token_id)
+        self._sampling.append(token_id)
+        if drawn.logprob is not None:
+            self.logprobs.append(drawn.logprob)
+        if drawn.top is not None:
+            self.top_logprobs.append(drawn.top)
+        if token_id in self.stop_ids:
+            text = self._end("stop", None if token_id in self.eos_token_ids else token_id)
+        else:
+            text = self._push_text(self._detokenizer.push([token_id]) if self._detokenizer else "")
+            if self.finish_reason is None and len(self.token_ids) >= self.request.max_tokens:
+                text += self._end("length", None)
+        return TokenEvent(
+            self.request.request_id,
+            self.index,
+            text=text,
+            token_ids=[token_id],
+            logprobs=None if params.logprobs is None else [drawn.logprob or 0.0],
+            top_logprobs=[drawn.top] if drawn.top is not None else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+    def end(self, reason: FinishReason) -> TokenEvent:
+        """End it from outside (cancelled, error); what was held back of its text comes out."""
+        return TokenEvent(self.request.request_id, self.index, text=self._end(reason, None), finish_reason=reason)
+
+    def completion(self) -> Completion:
+        """What it came to."""
+        params = self.request.params
+        assert self.finish_reason is not None
+        return Completion(
+            self.index,
+            "".join(self._text),
+            list(self.token_ids),
+            self.finish_reason,
+            self.stop_reason,
+            None if params.logprobs is None else list(self.logprobs),
+            list(self.top_logprobs) if params.logprobs else None,
+        )
+
+    def _push_text(self, text: str) -> str:
+        found = self._stops.push(text, may_stop=len(self.token_ids) >= self.request.params.min_tokens)
+        if found.stop is not None:
+            self.finish_reason, self.stop_reason = "stop", found.stop
+        self._text.append(found.text)
+        return found.text
+
+    def _end(self, reason: FinishReason, stop_reason: int | None) -> str:
+        text = self._push_text(self._detokenizer.flush()) if self._detokenizer else ""
+        if self.finish_reason is None:  # the last half character may have completed a stop string
+            self.finish_reason, self.stop_reason = reason, stop_reason
+            held = self._stops.flush()
+            self._text.append(held)
+            text += held
+        return text
+
+
+@dataclass(slots=True)
+class RequestState:
+    """A request's branches and what it has cost so far. Times are `time.perf_counter` seconds."""
+
+    request: Request
+    sink: Sink
+    branches: list[Branch] = field(default_factory=list)
+    error: Exception | None = None
+    submitted_s: float = field(default_factory=time.perf_counter)
+    started_s: float | None = None
+    first_token_s: float | None = None
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether every branch has ended."""
+        return all(branch.finish_reason is not None for branch in self.branches)
+
+    def output(self, page_bytes: int) -> RequestOutput:
+        """The whole of it, once it has ended."""
+        now = time.perf_counter()
+        started, first = self.started_s or now, self.first_token_s or now
+        receipt = Receipt(
+            prompt_tokens=len(self.request.prompt_token_ids),
+            cached_tokens=self.cached_tokens,
+            computed_tokens=self.computed_tokens,
+            num_preemptions=sum(b.sequence.num_preemptions for b in self.branches),
+            peak_cache_bytes=sum(b.sequence.peak_pages for b in self.branches) * page_bytes,
+            queued_s=started - self.submitted_s,
+            prefill_s=first - started,
+            decode_s=now - first,
+        )
+        completions = [branch.completion() for branch in self.branches]
+        return RequestOutput(self.request.request_id, self.request.prompt, list(self.request.prompt_token_ids), completions, receipt, self.error)

@@ -1,0 +1,142 @@
+"""Gives the engine its thread. Everything that touches the engine runs there, between steps; callers only leave messages.
+
+An idle worker sleeps. A worker whose loop has failed fails every open request at once, and every later call; nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from quire.engine.engine import Engine
+from quire.engine.stream import RequestStream
+from quire.errors import EngineDeadError, QueueFullError
+from quire.outputs import FinishReason, TokenEvent
+from quire.request import Request
+from quire.tensors.device import one_torch_thread_here
+
+T = TypeVar("T")
+log = logging.getLogger("quire")
+
+
+class Worker:
+    """One engine on one thread. Thread-safe."""
+
+    def __init__(self, engine: Engine, *, max_open: int) -> None:
+        self._engine = engine
+        self._max_open = max_open
+        self._num_open = 0
+        self._mail: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> RequestStream:
+        """Queue a checked request; its events come on the stream returned.
+
+        Raises:
+            QueueFullError: too many requests are open already.
+            EngineDeadError: the engine has ended.
+        """
+        stream = RequestStream(request.request_id, self.cancel)
+
+        def sink(event: TokenEvent) -> None:
+            if event.output is not None:
+                with self._wake:
+                    self._num_open -= 1
+            stream.put(event)
+
+        with self._wake:
+            self._refuse_if_dead()
+            if self._num_open >= self._max_open:
+                raise QueueFullError(f"{self._num_open} requests are open, the most there may be (max_waiting + max_sequences)")
+            self._num_open += 1
+            self._mail.append(lambda: self._engine.add(request, sink))
+            self._wake.notify()
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step. Harmless when it has ended, or the engine has."""
+        with self._wake:
+            if not self._stopping and self._death is None:
+                self._mail.append(lambda: self._engine.cancel(request_id))
+                self._wake.notify()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the engine's thread between two steps and return what it returns, or raise what it raises."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # belongs to the caller, whatever it is
+                future.set_exception(error)
+
+        with self._wake:
+            self._refuse_if_dead()
+            self._mail.append(run)
+            self._wake.notify()
+        return future.result()
+
+    def stop(self) -> None:
+        """Cancel what is open and end the thread; returns when it has ended."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still taken."""
+        return not self._stopping and self._death is None
+
+    def _refuse_if_dead(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(f"the engine has failed: {type(self._death).__name__}: {self._death}") from self._death
+        if self._stopping:
+            raise EngineDeadError("the engine has been closed")
+
+    def _run(self) -> None:
+        try:
+            one_torch_thread_here()
+            while self._turn():
+                pass
+            self._drain("cancelled", None)
+        except BaseException as death:  # whatever ends the loop must reach those who wait
+            log.critical("the engine has failed", exc_info=death)
+            with self._wake:
+                self._death = death
+            error = EngineDeadError(f"the engine has failed: {type(death).__name__}: {death}")
+            error.__cause__ = death
+            self._drain("error", error)
+
+    def _turn(self) -> bool:
+        """Read the mail, then one step. False when it is time to end."""
+        with self._wake:
+            while not (self._mail or self._stopping or self._engine.has_work):
+                self._wake.wait()
+            if self._stopping:
+                return False
+            mail = list(self._mail)
+            self._mail.clear()
+        for message in mail:
+            message()
+        self._engine.step()
+        return True
+
+    def _drain(self, reason: FinishReason, error: EngineDeadError | None) -> None:
+        with self._wake:
+            mail = list(self._mail)
+            self._mail.clear()
+        for message in mail:  # requests left in the mail are added, so that they end like all others
+            with contextlib.suppress(Exception):
+                message()
+        self._engine.end_all(reason, error)

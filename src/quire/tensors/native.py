@@ -1,0 +1,97 @@
+"""Loads Quire's C++ kernels, after torch, so that both share one OpenMP pool.
+
+`lib` is the module `quire._native` itself. Its functions take addresses (`Tensor.data_ptr()`), sizes and strides in elements and check little: call
+them through the wrappers in this package. The environment variable QUIRE_NATIVE names another build of the module to load in its place (a debug or
+sanitised one).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import torch  # first: the kernels must find torch's OpenMP runtime already loaded, or they would bring a second one
+
+from quire.errors import QuireError
+
+DTYPE_CODES: Final[dict[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The dtypes the kernels read and write, and the numbers they know them by."""
+
+
+class NativeMissingError(QuireError, ImportError):
+    """The compiled module is absent or does not load. The message says how to build it."""
+
+
+def _load() -> Any:
+    path = os.environ.get("QUIRE_NATIVE")
+    try:
+        if not path:
+            return importlib.import_module("quire._native")
+        spec = importlib.util.spec_from_file_location("quire._native", path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"QUIRE_NATIVE={path} is not an extension module")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise NativeMissingError(
+            f"Quire's native kernels could not be loaded ({error}). Install Quire from a wheel, or build it in place with "
+            "`pip install --no-build-isolation --no-deps -e .`"
+        ) from error
+
+
+def openmp_runtimes() -> list[str]:
+    """File names of the GNU OpenMP runtimes mapped into this process; empty where that cannot be told (no /proc)."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
+    return sorted(Path(path).name for path in paths)
+
+
+def _warn_if_two_pools() -> None:
+    runtimes = openmp_runtimes()
+    if len(runtimes) > 1:
+        warnings.warn(
+            f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(runtimes)}): torch and Quire will fight for the cores. "
+            "Results are right, but slow; set OMP_WAIT_POLICY=passive, or install a torch whose runtime is named libgomp.so.1.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+lib: Final[Any] = _load()
+debug: Final[bool] = lib.debug
+"""Whether this build checks page ids, lengths and offsets on every call."""
+_warn_if_two_pools()
+
+
+def isas() -> list[str]:
+    """Instruction sets that were compiled and can run here, slowest first."""
+    return list(lib.isas())
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(lib.isa())
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on, in the whole process; a test's tool. Raises ValueError if it cannot run here."""
+    lib.set_isa(name)
+
+
+def set_threads_here(num_threads: int) -> None:
+    """Limit OpenMP in the calling thread alone, which torch's own `set_num_threads` cannot. Quire's kernels ignore it: they are told their number."""
+    lib.set_threads_here(num_threads)
+
+
+def loaded_from() -> str:
+    """The file the kernels were loaded from."""
+    return str(getattr(lib, "__file__", None) or sys.modules["quire._native"].__file__)

@@ -1,0 +1,102 @@
+"""A step is a transaction: one that fails leaves cache and tables as they were and ends only the requests that were in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quire import LLM, NonFiniteLogitsError, SamplingParams, StepError
+from tests.engine.conftest import Checkpoint
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0, ignore_eos=True)
+PROMPT = list(range(3, 40))
+
+
+class Fault(Exception):
+    pass
+
+
+def snapshot(llm: LLM) -> tuple[Any, ...]:
+    cache = llm._built.engine.scheduler.cache
+    return {k: v for k, v in cache.index._pages.items()}, llm._built.engine.runner.store.pages.clone()
+
+
+@pytest.mark.parametrize("where", ["layer", "sampler", "first layer", "build"])
+def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(checkpoint("gemma3_text"), page_size=4, max_tokens_per_step=16) as llm:
+        runner = llm._built.engine.runner
+        runner.store.pages.zero_()
+        expected = llm.generate([PROMPT], GREEDY)[0]
+        index, pages = snapshot(llm)
+        broken = {"layer": (runner.store.backend, "attend"), "first layer": (runner.store.backend, "attend"), "sampler": (runner.sampler, "sample")}
+        calls = 0
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if where == "layer" and calls % 3:
+                return original(*args, **kwargs)
+            raise Fault("injected")
+
+        if where == "build":
+            monkeypatch.setattr("quire.engine.runner.build", fail)
+        else:
+            owner, name = broken[where]
+            original = getattr(owner, name)
+            setattr(owner, name, fail)
+        other = [7, 5, *PROMPT]
+        output = llm.generate([other], GREEDY)[0]
+        assert isinstance(output.error, StepError) and isinstance(output.error.__cause__, Fault)
+        assert output.outputs[0].finish_reason == "error" and output.outputs[0].token_ids == []
+        after_index, after_pages = snapshot(llm)
+        assert after_index == index and torch.equal(pages, after_pages)
+        if where == "build":
+            monkeypatch.undo()
+        else:
+            setattr(owner, name, original)
+        llm.check_integrity()
+        assert llm.stats()["num_held_pages"] == 0
+        again = llm.generate([PROMPT], GREEDY)[0]
+        assert again.outputs[0].logprobs == expected.outputs[0].logprobs and again.receipt.cached_tokens > 0
+
+
+def test_only_requests_of_the_failed_step_end(checkpoint: Checkpoint) -> None:
+    """One sequence at a time: the step that fails is the first request's; the second runs on, from pages the first had committed."""
+    with LLM(checkpoint("llama"), page_size=4, max_tokens_per_step=8, max_sequences=1) as llm:
+        backend = llm._built.engine.runner.store.backend
+        original, steps = backend.attend, 0
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == 3 * 3 + 1:  # three layers: the fourth step of the first request
+                raise Fault("injected")
+            return original(*args, **kwargs)
+
+        backend.attend = fail
+        first, second = llm.generate([PROMPT, PROMPT], GREEDY)
+        assert isinstance(first.error, StepError)
+        assert second.error is None and len(second.outputs[0].token_ids) == 12
+        assert second.receipt.cached_tokens == 24, "the three chunks committed before the fault"
+        llm.check_integrity()
+
+
+def test_nan_logits_fail_one_request(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), prefix_sharing=True) as llm:
+        model = llm._built.engine.runner.model
+        expected = llm.generate([PROMPT[:9]], GREEDY)[0].outputs[0].token_ids
+        original = model.forward
+
+        def poisoned(step: Any, ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor) -> torch.Tensor:
+            logits = original(step, ids, positions, logits_at).clone()
+            logits[ids[logits_at] == 599] = float("nan")
+            return logits
+
+        model.forward = poisoned
+        good, bad = llm.generate([PROMPT[:9], [5, 6, 599]], GREEDY)
+        assert good.outputs[0].token_ids == expected
+        assert isinstance(bad.error, NonFiniteLogitsError) and bad.outputs[0].finish_reason == "error"
+        llm.check_integrity()
+        assert llm.generate([[5, 6, 599, 7]], GREEDY)[0].receipt.cached_tokens == 0, "pages behind NaN are not reused"

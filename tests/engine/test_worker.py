@@ -1,0 +1,175 @@
+"""The engine's thread: streams, cancellation, threads and loops that submit, a loop that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from quire import LLM, EngineDeadError, QueueFullError, SamplingParams, TokenEvent
+from quire.engine.stream import RequestStream
+from tests.engine.conftest import Checkpoint
+from tests.tensors.checkpoints import VOCAB
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=1500, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Checkpoint) -> Any:
+    with LLM(checkpoint("llama"), page_size=4, max_tokens_per_step=32) as llm:
+        yield llm
+
+
+def settle(llm: LLM) -> None:
+    """Returns when what was said to the engine so far has been done."""
+    llm.check_integrity()
+
+
+def test_cancel_gives_pages_back_before_the_next_step(llm: LLM) -> None:
+    stream = llm.submit([5, 6, 7], LONG)
+    next(iter(stream))
+    assert llm.stats()["num_held_pages"] > 0
+    stream.cancel()
+    assert llm.stats()["num_held_pages"] == 0, "the message after the cancel already sees them back"
+    output = stream.wait(10)
+    assert output.outputs[0].finish_reason == "cancelled" and output.error is None
+    assert output.outputs[0].token_ids, "what was generated is not lost"
+    stream.cancel()
+    llm.cancel("no such request")
+    settle(llm)
+
+
+def test_leaving_a_stream_early_cancels(llm: LLM) -> None:
+    events = llm.stream([5, 6, 7], LONG)
+    next(events)
+    events.close()
+    assert llm.stats()["num_running"] == 0
+
+
+def test_async_and_threads_at_once(llm: LLM) -> None:
+    expected = llm.generate([[5, 6, 7 + i] for i in range(8)], GREEDY)
+
+    async def one(i: int) -> list[int]:
+        return [t async for event in llm.submit([5, 6, 7 + i], GREEDY) for t in event.token_ids]
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(one(i) for i in range(8)))
+
+    results: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: llm.generate([[5, 6, 7 + i]], GREEDY)[0]})) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    from_loop = asyncio.run(all_of_them())
+    for thread in threads:
+        thread.join(60)
+    for i, output in enumerate(expected):
+        assert from_loop[i] == output.outputs[0].token_ids == results[i].outputs[0].token_ids
+
+
+def test_a_loop_that_is_gone_does_not_hurt(llm: LLM) -> None:
+    async def leave() -> None:
+        stream = llm.submit([5, 6, 7], LONG)
+        async for _ in stream:
+            return
+
+    asyncio.run(leave())
+    assert len(llm.generate([[9, 9]], GREEDY)[0].outputs[0].token_ids) == 10
+    for stream in list(gc.get_objects()):
+        if isinstance(stream, RequestStream):
+            stream.cancel()
+
+
+def test_a_slow_reader_blocks_nothing_and_loses_nothing(llm: LLM) -> None:
+    slow = llm.submit([5, 6, 7], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, logprobs=2))
+    assert len(llm.generate([[8, 8]], GREEDY)[0].outputs[0].token_ids) == 10
+    deadline = time.monotonic() + 60
+    while llm.stats()["num_running"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    events = list(slow)
+    assert len(events) == 1, "unread events were merged"
+    (event,) = events
+    assert event.output is not None and event.token_ids == event.output.outputs[0].token_ids
+    assert event.text == event.output.outputs[0].text
+    assert event.logprobs is not None and len(event.logprobs) == len(event.top_logprobs or ()) == 60
+
+
+def test_every_stream_ends_once_under_a_storm(llm: LLM) -> None:
+    rng = random.Random(1)
+    streams = []
+    for _ in range(120):
+        prompt = [rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 40))]
+        streams.append(llm.submit(prompt, SamplingParams(max_tokens=rng.randint(1, 60), temperature=1.0)))
+        if rng.random() < 0.6:
+            rng.choice(streams).cancel()
+        if rng.random() < 0.1:
+            llm.check_integrity()
+    for stream in streams:
+        outputs = [event.output for event in stream if event.output is not None]
+        assert len(outputs) == 1 and outputs[0].outputs[0].finish_reason in ("stop", "length", "cancelled")
+    llm.check_integrity()
+    stats = llm.stats()
+    assert stats["num_held_pages"] == stats["num_running"] == stats["num_waiting"] == 0
+    assert stats["num_free_pages"] + stats["num_cached_pages"] == stats["num_pages"]
+
+
+def test_a_full_queue_refuses(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), max_sequences=1, max_waiting=2) as llm:
+        streams = [llm.submit([5, 6], LONG) for _ in range(3)]
+        with pytest.raises(QueueFullError, match="3 requests"):
+            llm.submit([5, 6], LONG)
+        for stream in streams:
+            stream.cancel()
+            stream.wait(10)
+        assert llm.generate([[5, 6]], GREEDY)[0].error is None
+
+
+def test_a_dead_engine_fails_everything_at_once(checkpoint: Checkpoint) -> None:
+    llm = LLM(checkpoint("llama"))
+    streams = [llm.submit([5, 6, 7 + i], LONG) for i in range(3)]
+    next(iter(streams[0]))
+
+    def broken() -> None:
+        raise RuntimeError("injected")
+
+    llm._built.engine.step = broken
+    for stream in streams:
+        output = stream.wait(10)
+        assert isinstance(output.error, EngineDeadError) and "injected" in str(output.error)
+    for call in (lambda: llm.generate([[5]], GREEDY), llm.stats, llm.check_integrity, llm.reset_cache):
+        with pytest.raises(EngineDeadError, match="injected"):
+            call()
+    llm.close()
+
+
+def test_close_ends_open_streams_and_refuses_later_calls(checkpoint: Checkpoint) -> None:
+    llm = LLM(checkpoint("llama"))
+    stream = llm.submit([5, 6, 7], LONG)
+    llm.close()
+    llm.close()
+    assert stream.wait(10).outputs[0].finish_reason == "cancelled"
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate([[5]], GREEDY)
+    assert not [t for t in threading.enumerate() if t.name == "quire-engine" and not t.daemon]
+
+
+def test_merging_keeps_branches_apart() -> None:
+    stream = RequestStream("r", lambda _: None)
+    for event in (TokenEvent("r", 0, "a", [1]), TokenEvent("r", 1, "x", [9]), TokenEvent("r", 0, "b", [2], finish_reason="length")):
+        stream.put(event)
+    assert [(e.index, e.text, e.token_ids, e.finish_reason) for e in stream._events] == [(1, "x", [9], None), (0, "ab", [1, 2], "length")]
+
+
+def test_an_idle_engine_uses_no_processor(llm: LLM) -> None:
+    settle(llm)
+    thread = next(t for t in threading.enumerate() if t.name == "quire-engine")
+    with open(f"/proc/self/task/{thread.native_id}/stat") as file:
+        before = file.read().split()[13:15]
+    time.sleep(0.3)
+    with open(f"/proc/self/task/{thread.native_id}/stat") as file:
+        assert file.read().split()[13:15] == before

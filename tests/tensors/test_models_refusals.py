@@ -1,0 +1,190 @@
+"""What cannot be served is refused when it is loaded, and the reason is in the message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, BertConfig, BertLMHeadModel, LlamaForSequenceClassification, LlamaModel, T5Config, T5ForConditionalGeneration
+
+from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from quire.tensors.models.load import load_model
+from quire.tensors.models.probe import probe
+from quire.tensors.products import ReferenceProducts
+from tests.tensors.checkpoints import BASE, make, one_thread, tiny_model
+from tests.tensors.test_models import load
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LINEAR = {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "num_experts": 4, "moe_intermediate_size": 36}
+FAMILIES: list[tuple[str, dict[str, Any], str]] = [
+    ("falcon", {}, "falcon: no layer had called transformers' attention interface"),
+    ("bloom", {"n_layer": 3, "n_head": 4}, "bloom: .*takes no position_ids"),
+    ("gptj", {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8}, "gptj: .*never calls transformers' attention interface"),
+    ("mamba", {}, "mamba: "),
+    ("qwen3_next", LINEAR, "qwen3_next: has layers of kind linear_attention"),
+    ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "lfm2: has layers of kind conv"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "llama: dynamic rope"),
+    (
+        "phi3",
+        {
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+            "original_max_position_embeddings": 1024,
+        },
+        "phi3: longrope rope",
+    ),
+    ("gpt2", {"add_cross_attention": True}, "gpt2: has cross-attention"),
+    ("doge", {}, "attention mask of its own"),
+    ("diffllama", {}, "diffllama: layers 0, 1, 2 run attention more than once"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "reason"), FAMILIES, ids=[family for family, _, _ in FAMILIES])
+def test_families(family: str, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        probe(load(tiny_model(family, **changes)))
+
+
+def test_encoder_decoders_and_encoders() -> None:
+    small: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+    with pytest.raises(UnsupportedModelError, match="t5: is an encoder-decoder"):
+        load(T5ForConditionalGeneration(T5Config(**small)))
+    encoder = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        load(BertLMHeadModel(encoder))
+
+
+def test_an_encoder_decoder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    T5Config(vocab_size=100).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UnsupportedModelError, match="t5: is an encoder-decoder"):
+        load(str(tmp_path))
+
+
+def test_models_without_a_language_head() -> None:
+    config = tiny_model("llama").config
+    kinds: list[Any] = [LlamaModel, LlamaForSequenceClassification]
+    for kind in kinds:
+        with pytest.raises(UnsupportedModelError, match="has no language model head|its forward fails"):
+            load(kind(config))
+
+
+def test_a_layer_whose_kind_and_window_disagree() -> None:
+    """Too long a window for the probe to notice, so the two are compared."""
+    model = tiny_model("gemma3_text", sliding_window=1000)
+    model.model.layers[0].self_attn.sliding_window = None
+    with pytest.raises(UnsupportedModelError, match="layer 0 is of kind sliding_attention but passes a window of 0"):
+        load(model)
+
+
+def test_attention_inputs_that_no_backend_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    original: Any = modeling_llama.LlamaAttention.forward
+    for extra, reason in (
+        ({"position_bias": torch.zeros(1)}, "position bias"),
+        ({"indices": torch.zeros(1)}, "picked by an indexer"),
+        ({"mystery": torch.zeros(1)}, "not known here.*mystery"),
+        ({"is_causal": False}, "not causal"),
+    ):
+        monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", lambda self, *a, extra=extra, **kw: original(self, *a, **kw, **extra))
+        with pytest.raises(UnsupportedModelError, match=reason):
+            load(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("source", ["/nonexistent/model", "./not-here", "a/b/c", "", " "])
+def test_paths_that_are_not_there_ask_no_network(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ModelNotFoundError, match=repr(source)):
+        load(source)
+
+
+def test_any_trouble_with_the_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the hub\nand a long explanation")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    with pytest.raises(ModelNotFoundError, match=r"^'owner/name': no local folder of that name, and the hub gave none: no route to the hub$"):
+        load("owner/name")
+
+
+def test_folders_that_hold_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
+        load(str(tmp_path))
+    file = tmp_path / "config.json"
+    file.write_text("not json")
+    with pytest.raises(ModelNotFoundError, match="is a file"):
+        load(str(file))
+    with pytest.raises(UnsupportedModelError, match="is not JSON"):
+        load(str(tmp_path))
+    file.write_text('{"model_type": "from-the-future"}')
+    with pytest.raises(UnsupportedModelError, match=r"config\.json cannot be read"):
+        load(str(tmp_path))
+
+
+def test_only_safetensors(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match=r"no \.safetensors file but pytorch_model\.bin"):
+        load(folder)
+
+
+def test_a_checkpoint_that_lacks_weights(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"lacks 1 weights, such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(folder)
+
+
+def test_a_checkpoint_of_another_shape(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(UnsupportedModelError, match="cannot load it|in another shape"):
+        load(folder)
+
+
+def test_code_in_a_checkpoint_does_not_run_unasked(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    for model_type in ("not-in-transformers", "llama"):
+        (folder / "config.json").write_text(json.dumps({**BASE, "model_type": model_type, "auto_map": auto_map}))
+        with pytest.raises(UnsupportedModelError, match=r"trust_remote_code=True|no \.safetensors"):
+            load(str(folder))
+        assert not ran.exists()
+
+
+def test_code_in_a_checkpoint_runs_when_asked(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama")
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **own}))
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code=True"):
+        load(folder)
+    model = load_model(folder, dtype="auto", trust_remote_code=True, revision=None, products=ReferenceProducts())
+    assert type(model.transformers_model).__name__ == "OwnModel" and probe(model).max_error < 1e-4
+
+
+def test_options_that_do_not_apply(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama")
+    with pytest.raises(ConfigError, match="revision='main'"):
+        load_model(folder, dtype="auto", trust_remote_code=False, revision="main", products=ReferenceProducts())
+    with pytest.raises(ConfigError, match="must be a hub id, a local folder or a transformers PreTrainedModel"):
+        load(torch.nn.Linear(2, 2))

@@ -1,0 +1,84 @@
+"""The floors of the house, read from the imports: they go down only, also inside functions and under TYPE_CHECKING."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "quire"
+FLOORS = {
+    **dict.fromkeys(("errors", "config", "params", "request", "outputs"), 0),
+    "policy": 1,
+    "tensors": 2,
+    "text": 2,
+    "engine": 3,
+    "faces": 4,
+    "server": 4,
+    "cli": 4,
+    "scale": 4,
+}
+APART = [{"tensors", "text"}, {"server", "cli"}]  # same floor, and never import each other
+STANDARD_LIBRARY_ONLY = {0, 1}
+MAX_LINES = 330
+
+
+def rooms() -> list[tuple[Path, str]]:
+    """Every source file with the room it is in; the package's own doors (__init__, __main__) stand above all floors."""
+    files = sorted(SOURCE.rglob("*.py"))
+    return [(f, f.relative_to(SOURCE).parts[0].removesuffix(".py")) for f in files if not f.relative_to(SOURCE).parts[0].startswith("__")]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module imported anywhere in a file, dotted and absolute."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return found
+
+
+@pytest.mark.parametrize(("path", "room"), rooms(), ids=lambda x: x.name if isinstance(x, Path) else x)
+def test_imports_go_down(path: Path, room: str) -> None:
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "quire" and len(parts) > 1 and parts[1] in FLOORS:
+            assert FLOORS[parts[1]] <= FLOORS[room], f"{path} imports {name} from a floor above"
+            assert parts[1] == room or {parts[1], room} not in APART, f"{path} imports {name} from the room beside it"
+        elif parts[0] == "quire" and len(parts) > 1 and not parts[1].startswith("_"):
+            assert FLOORS[room] == 4, f"{path} imports {name} through the front door"
+        elif parts[0] != "quire" and FLOORS[room] in STANDARD_LIBRARY_ONLY:
+            assert parts[0] in sys.stdlib_module_names, f"{path} imports {name}, which is not in the standard library"
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room for _, room in rooms()} <= FLOORS.keys()
+
+
+def test_no_file_is_far_beyond_300_lines() -> None:
+    files = [p for pattern in ("src/**/*.py", "tests/**/*.py", "bench/**/*.py", "tools/**/*.py", "csrc/*") for p in ROOT.glob(pattern)]
+    long = {str(p.relative_to(ROOT)): n for p in files if p.is_file() and (n := len(p.read_text().splitlines())) > MAX_LINES}
+    assert not long
+
+
+def test_cuda_is_written_in_two_places_only() -> None:
+    allowed = re.compile(r"tensors/(device|attention/triton\w*)\.py$")
+    assert not [p for p, _ in rooms() if "cuda" in p.read_text().lower() and not allowed.search(p.as_posix())]
+
+
+def test_nothing_is_unpickled() -> None:
+    unsafe = re.compile(r"\bpickle\b|\btorch\.load\b|\bmarshal\b|weights_only\s*=\s*False")
+    assert not [p for p, _ in rooms() if unsafe.search(p.read_text())]
+
+
+def test_bench_and_examples_use_public_names() -> None:
+    for path in [*ROOT.glob("examples/*.py"), *ROOT.glob("bench/workloads.py")]:
+        private = [name for name in imports(path) if name.startswith("quire.") and name.split(".")[1] in FLOORS]
+        assert not private, f"{path} imports {private}"
