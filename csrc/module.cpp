@@ -1,0 +1,89 @@
+// The Python module: which instruction sets were compiled, which can run here, and which one is in use.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <omp.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bind.h"
+
+namespace nb = nanobind;
+
+namespace quire {
+
+#define QUIRE_DECLARE(isa) \
+  namespace isa {          \
+  extern const Kernels kernels; \
+  }
+QUIRE_DECLARE(plain)
+#ifdef QUIRE_HAVE_avx2
+QUIRE_DECLARE(avx2)
+QUIRE_DECLARE(avx512)
+#endif
+#ifdef QUIRE_HAVE_avx512bf16
+QUIRE_DECLARE(avx512bf16)
+#endif
+
+namespace {
+
+// Slowest first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found{&plain::kernels};
+#ifdef QUIRE_HAVE_avx2
+  __builtin_cpu_init();
+  const bool avx2_fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512_fits = avx2_fits && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2_fits) found.push_back(&avx2::kernels);
+  if (avx512_fits) found.push_back(&avx512::kernels);
+#ifdef QUIRE_HAVE_avx512bf16
+  if (avx512_fits && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+#endif
+#endif
+  return found;
+}
+
+const Kernels* active = nullptr;
+
+void set_isa(const std::string& name) {
+  std::string known;
+  for (const Kernels* kernels : runnable()) {
+    if (name == kernels->isa) {
+      active = kernels;
+      return;
+    }
+    known += std::string(known.empty() ? "" : ", ") + kernels->isa;
+  }
+  throw std::invalid_argument("instruction set '" + name + "' cannot run here; known: " + known);
+}
+
+}  // namespace
+
+const Kernels& active_kernels() { return *active; }
+
+}  // namespace quire
+
+NB_MODULE(_native, m) {
+  using namespace quire;
+  active = runnable().back();
+  m.doc() = "Quire's native CPU kernels. Use quire.tensors.native, which loads this module after torch.";
+#ifdef QUIRE_DEBUG
+  m.attr("debug") = true;
+#else
+  m.attr("debug") = false;
+#endif
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : runnable()) names.emplace_back(kernels->isa);
+    return names;
+  });
+  m.def("isa", [] { return std::string(active->isa); });
+  m.def("set_isa", &set_isa, nb::arg("name"));
+  m.def("set_threads_here", [](int n) { omp_set_num_threads(n); }, nb::arg("num_threads"));
+  bind_attention(m);
+  bind_linear(m);
+  bind_sampling(m);
+}

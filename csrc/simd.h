@@ -1,0 +1,94 @@
+// Sixteen fp32 lanes, whatever the CPU: one register of AVX-512, two of AVX2, four of SSE or NEON. Kernels are written
+// once against these types, so every instruction set runs the same algorithm in the same order.
+//
+//   F32x16   load load_n store store_n set1 zero  add sub mul div fma fnma max min  round_nearest scale_pow2
+//   U32x16   load_u32 store_u32 set1_u32 add mul xor_ and_ or_ shl<n> shr<n> to_f32  bits(F32x16) floats(U32x16)
+//   Mask16   lt gt eq lanes_between  select(mask, if_set, if_clear)  mask_bits
+//   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  load_bf16[_n] store_bf16[_n] load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)
+//   in order sum_lanes max_lanes   exp exp2 log tanh (simd_math.h)   transpose16   dot_pair prefetch prefetch_l2
+//
+// `_n` loads read only the first n elements (the other lanes are zero), `_n` stores write only those.
+// fma(a, b, c) = a * b + c with one rounding where the CPU has it; max and min return the second operand on NaN.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(QUIRE_ISA_avx512) || defined(QUIRE_ISA_avx512bf16)
+#define QUIRE_AVX512 1
+#include <immintrin.h>
+#elif defined(QUIRE_ISA_avx2)
+#define QUIRE_AVX2 1
+#include <immintrin.h>
+#else
+#define QUIRE_PLAIN 1
+#endif
+
+#define QUIRE_INLINE static inline __attribute__((always_inline))
+
+#if defined(QUIRE_AVX512)
+#include "simd_avx512.h"
+#elif defined(QUIRE_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_plain.h"
+#endif
+
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+
+QUIRE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+QUIRE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+QUIRE_INLINE float bf16_to_f32(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// The two bf16 halves of each 32-bit lane as fp32: the even element sits in the low half.
+QUIRE_INLINE F32x16 pair_low(U32x16 pairs) { return floats(shl<16>(pairs)); }
+QUIRE_INLINE F32x16 pair_high(U32x16 pairs) { return floats(and_(pairs, set1_u32(0xffff0000u))); }
+
+// fp32 rounded to bf16 in the upper half of each lane; the lower half is rubbish.
+QUIRE_INLINE U32x16 round_bf16(F32x16 x) {
+  const U32x16 u = bits(x), odd = and_(shr<16>(u), set1_u32(1));
+  return bits(select(eq(x, x), floats(add(add(u, set1_u32(0x7fff)), odd)), floats(or_(u, set1_u32(0x400000)))));
+}
+QUIRE_INLINE U32x16 make_pairs(F32x16 low, F32x16 high) {
+  return or_(shr<16>(round_bf16(low)), and_(round_bf16(high), set1_u32(0xffff0000u)));
+}
+
+#if !defined(QUIRE_ISA_avx512bf16)
+// acc + a.even * b.even + a.odd * b.odd, in that order.
+QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {
+  acc = fma(pair_low(a), pair_low(b), acc);
+  return fma(pair_high(a), pair_high(b), acc);
+}
+#endif
+
+// Stores the lanes of the mask next to each other at p, which has room for 16, and returns how many they are.
+QUIRE_INLINE int compress(float* p, F32x16 x, Mask16 m) {
+  const uint32_t lanes = mask_bits(m);
+#if defined(QUIRE_AVX512)
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.m, x.v));
+  return __builtin_popcount(lanes);
+#else
+  float all[16];
+  store(all, x);
+  int kept = 0;
+  for (int i = 0; i < 16; ++i) {
+    p[kept] = all[i];
+    kept += int(lanes >> i & 1u);
+  }
+  return kept;
+#endif
+}
+
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
+
+#include "simd_math.h"

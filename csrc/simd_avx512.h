@@ -1,0 +1,143 @@
+// simd.h for AVX-512 F, BW, VL, DQ.
+#pragma once
+
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+
+struct F32x16 {
+  __m512 v;
+};
+struct U32x16 {
+  __m512i v;
+};
+struct Mask16 {
+  __mmask16 m;
+};
+
+QUIRE_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1u); }
+
+QUIRE_INLINE F32x16 zero() { return {_mm512_setzero_ps()}; }
+QUIRE_INLINE F32x16 set1(float x) { return {_mm512_set1_ps(x)}; }
+QUIRE_INLINE F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+QUIRE_INLINE F32x16 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+QUIRE_INLINE void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x.v); }
+QUIRE_INLINE void store_n(float* p, F32x16 x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.v); }
+QUIRE_INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+QUIRE_INLINE F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+QUIRE_INLINE F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+QUIRE_INLINE F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+QUIRE_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+QUIRE_INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+QUIRE_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+QUIRE_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+QUIRE_INLINE F32x16 round_nearest(F32x16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// x * 2^n for an integral n in [-126, 128].
+QUIRE_INLINE F32x16 scale_pow2(F32x16 x, F32x16 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+
+QUIRE_INLINE U32x16 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+QUIRE_INLINE void store_u32(uint32_t* p, U32x16 x) { _mm512_storeu_si512(p, x.v); }
+QUIRE_INLINE U32x16 set1_u32(uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
+QUIRE_INLINE U32x16 add(U32x16 a, U32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+QUIRE_INLINE U32x16 mul(U32x16 a, U32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+QUIRE_INLINE U32x16 xor_(U32x16 a, U32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+QUIRE_INLINE U32x16 and_(U32x16 a, U32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+QUIRE_INLINE U32x16 or_(U32x16 a, U32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int N>
+QUIRE_INLINE U32x16 shl(U32x16 a) { return {_mm512_slli_epi32(a.v, N)}; }
+template <int N>
+QUIRE_INLINE U32x16 shr(U32x16 a) { return {_mm512_srli_epi32(a.v, N)}; }
+// The lanes as signed integers.
+QUIRE_INLINE F32x16 to_f32(U32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+QUIRE_INLINE U32x16 bits(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+QUIRE_INLINE F32x16 floats(U32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+QUIRE_INLINE Mask16 lt(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+QUIRE_INLINE Mask16 gt(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+QUIRE_INLINE Mask16 eq(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+// Lanes lo <= i < hi; 0 <= lo, hi <= 16.
+QUIRE_INLINE Mask16 lanes_between(int lo, int hi) { return {__mmask16(first_lanes(hi) & ~first_lanes(lo))}; }
+QUIRE_INLINE F32x16 select(Mask16 m, F32x16 yes, F32x16 no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
+QUIRE_INLINE uint32_t mask_bits(Mask16 m) { return m.m; }
+
+// Always in the order ((i, i+8), i+4, i+2, i+1).
+QUIRE_INLINE float sum_lanes(F32x16 a) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+QUIRE_INLINE float max_lanes(F32x16 a) {
+  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+
+QUIRE_INLINE F32x16 widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+QUIRE_INLINE __m256i narrow_bf16(F32x16 x) {
+  const __m512i u = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+}
+QUIRE_INLINE F32x16 load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+QUIRE_INLINE F32x16 load_bf16_n(const uint16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+QUIRE_INLINE void store_bf16(uint16_t* p, F32x16 x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
+QUIRE_INLINE void store_bf16_n(uint16_t* p, F32x16 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(x)); }
+QUIRE_INLINE F32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+QUIRE_INLINE F32x16 load_f16_n(const uint16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
+QUIRE_INLINE void store_f16(uint16_t* p, F32x16 x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+QUIRE_INLINE void store_f16_n(uint16_t* p, F32x16 x, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// n <= 32 elements of 16 bits as 16 pairs; elements past n are zero.
+QUIRE_INLINE U32x16 load_pairs_n(const uint16_t* p, int n) {
+  return {_mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1u, p)};
+}
+
+QUIRE_INLINE U32x16 load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+QUIRE_INLINE void store_pairs_n(uint16_t* p, U32x16 x, int n) {
+  _mm512_mask_storeu_epi16(p, n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1u, x.v);
+}
+
+#if defined(QUIRE_ISA_avx512bf16)
+QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+#endif
+
+// r[i] lane j <-> r[j] lane i.
+QUIRE_INLINE void transpose16(F32x16 r[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  __m512 u[16];
+  for (int i = 0; i < 16; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      const __m512d lo = _mm512_castps_pd(t[i + k]), hi = _mm512_castps_pd(t[i + 2 + k]);
+      u[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+      u[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+    r[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
