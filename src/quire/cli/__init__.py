@@ -1,0 +1,27 @@
+"""The `quire` command: generate, check, bench, demo. It is an extra (`pip install 'quire[cli]'`); the library does not need it.
+
+Nothing here imports torch or transformers before a command that runs a model does, so that `quire --help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+EXTRA = ("typer", "rich")
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line (`sys.argv` where `args` is None) and exit with its status."""
+    try:
+        from quire.cli.app import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        sys.exit(f"quire: the command line needs {error.name}, which is not installed: pip install 'quire[cli]'")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a generation
+    app(args=args, prog_name="quire")
+    sys.exit(0)

@@ -1,0 +1,59 @@
+"""`quire demo`: several prompts at once out of the checkpoint that ships with the package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from quire.cli.door import FAILED, complain, loaded
+from quire.cli.lanes import Run, Show
+from quire.cli.options import MODEL
+from quire.cli.panels import PanelShow
+from quire.cli.show import LineShow
+from quire.cli.tables import receipts, totals
+from quire.config import EngineConfig
+from quire.params import SamplingParams
+
+SCENE = (
+    "It was a cold morning of the early spring, and we sat after breakfast on either side of a cheery fire in the old room at Baker Street. "
+    "A thick fog rolled down between the lines of dun-coloured houses. Our visitor had thrown himself into a chair, and"
+)
+PROMPTS = {
+    "scene 1": SCENE + " Holmes",
+    "history": "The causes of the American Revolution were many. In the first place, the",
+    "stage": "KING RICHARD:\nWhat news, my lord? Speak, and be brief.\n\nMESSENGER:\n",
+    "letter": '"My dear Watson," said he, "I have here a letter which',
+    "scene 2": SCENE + " the lady",
+}
+AFTER = {4: 0}  # the other scene starts when the first has its first token, and finds what they share in the cache
+
+
+def demo(
+    config: EngineConfig,
+    model: Annotated[str | None, MODEL] = None,
+    max_tokens: Annotated[int, typer.Option(help="The most tokens to generate for each prompt.")] = 96,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 7,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of panels, as when stdout is not a terminal.")] = False,
+) -> None:
+    """Stream text from several prompts at once. Two of them begin with the same scene, which is computed once."""
+    # A seed each: with one for all, the noise at one position would be the same in every text.
+    params = [SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95, seed=seed + i) for i in range(len(PROMPTS))]
+    console = Console(highlight=False)
+    live = console.is_terminal and not console.is_dumb_terminal and not plain
+    with loaded(model, config) as llm:
+        info = llm.info
+        console.print(Text.assemble(("Quire", "bold"), f" on {info.model_type}, {info.dtype}, {info.backend}: {len(PROMPTS)} prompts at once"))
+        run = Run(llm, list(PROMPTS.values()), params, labels=list(PROMPTS), after=AFTER)
+        show: Show = PanelShow(run.lanes, console) if live else LineShow(run.lanes, min(console.width, 100))
+        run.go(show)
+    console.print(receipts(run.outputs, list(PROMPTS)))
+    console.print(Text(totals(run.outputs, run.elapsed_s)))
+    failed = [output.error for output in run.outputs if output.error is not None]
+    for error in failed:
+        complain(error)
+    if failed:
+        raise typer.Exit(FAILED)

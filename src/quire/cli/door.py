@@ -1,0 +1,117 @@
+"""What every command goes through: options become `SamplingParams` and `EngineConfig`, errors one line and an exit status.
+
+Exit status: 0 done; 1 a request failed, or a model was refused by `check`; 2 a bad option, request or model; 130 Ctrl-C; 141 a broken pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from quire.cli.options import expand
+from quire.config import EngineConfig
+from quire.errors import ModelNotFoundError, QuireError
+
+if TYPE_CHECKING:
+    from quire import LLM
+
+FAILED, BAD, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+
+
+def door(run: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function: see the module."""
+    expanded = expand(run)
+
+    @functools.wraps(expanded)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            expanded(*args, **kwargs)
+            sys.stdout.flush()
+        except QuireError as error:
+            complain(error)
+            raise typer.Exit(BAD if isinstance(error, ValueError) else FAILED) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:
+            _drop_stdout()
+            raise typer.Exit(BROKEN_PIPE) from error
+
+    return guarded
+
+
+def complain(error: Exception | str) -> None:
+    """One red line on stderr."""
+    _say("error: ", "bold red", str(error), "red")
+
+
+def stderr() -> Console:
+    """A console on stderr as it is now (a test may have put another there)."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def loaded(model: str | None, config: EngineConfig) -> Iterator[LLM]:
+    """An open `LLM` on `model`, or on the demo checkpoint, with a spinner on the terminal until it is ready."""
+    source = model if model is not None else str(demo_model())
+    with waiting(source):
+        from quire import LLM
+
+        llm = LLM(source, **asdict(config))
+    with llm:
+        yield llm
+
+
+@contextlib.contextmanager
+def waiting(source: str) -> Iterator[None]:
+    """Say on the terminal that a model is being loaded, and keep transformers from saying anything."""
+    console = stderr()
+    name = Path(source).name or source
+    with console.status(Text(f"loading {name}"), spinner="dots") if console.is_terminal else contextlib.nullcontext():
+        _quiet(hub=not Path(source).expanduser().is_dir())
+        yield
+
+
+def demo_model() -> Path:
+    """The folder of the checkpoint that ships with the package.
+
+    Raises:
+        ModelNotFoundError: this installation has none.
+    """
+    folder = Path(__file__).parent.parent / "demo_model"
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"the demo checkpoint is not in this installation ({folder}): name a model with --model")
+    return folder
+
+
+def _quiet(hub: bool) -> None:
+    """Turn off transformers' log and progress bars (a download's bar stays) and show a warning as one line."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if hub:
+        from huggingface_hub.utils.tqdm import enable_progress_bars
+
+        enable_progress_bars()
+    warnings.showwarning = lambda message, *_, **__: _say("warning: ", "bold yellow", str(message), "yellow")
+
+
+def _say(head: str, head_style: str, text: str, style: str) -> None:
+    stderr().print(Text.assemble((head, head_style), (" ".join(text.split()), style)), soft_wrap=True)
+
+
+def _drop_stdout() -> None:
+    """Whoever read our output has gone: what is still buffered goes nowhere, so that the interpreter ends without a word."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,50 @@
+"""What happens before any model: help, version, the extra that is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from quire import __version__
+from tests.cli.conftest import Quire
+
+HEAVY = "{'torch', 'transformers', 'numpy', 'tokenizers', 'huggingface_hub'}"
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_loads_no_torch(args: list[str]) -> None:
+    done = python(
+        f"import atexit, sys; atexit.register(lambda: print('heavy', {HEAVY} & set(sys.modules))); from quire.cli import main; main({args})"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "heavy set()" in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_a_missing_extra_is_named(missing: str) -> None:
+    done = python(f"import sys; sys.modules[{missing!r}] = None; from quire.cli import main; main(['--help'])")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert f"{missing}" in done.stderr and "pip install 'quire[cli]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_missing_module_is_not_blamed_on_the_extra() -> None:
+    done = python("import sys; sys.modules['quire.cli.lanes'] = None; from quire.cli import main; main(['--help'])")
+    assert "ModuleNotFoundError" in done.stderr and "quire[cli]" not in done.stderr
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "quire", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"quire {__version__}\n")
+
+
+def test_help_names_the_commands(quire: Quire) -> None:
+    text = quire("--help").stdout
+    assert all(f" {command} " in text for command in ("generate", "check", "bench", "demo"))
+    assert "Exit status" in text
