@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from quire.errors import IntegrityError
 from quire.policy.groups import Group
+from quire.policy.hits import HitFinder
 from quire.policy.pages import PagePool
 from quire.policy.prefix import Hash, PrefixIndex, PrefixKey, blake2b_128, pack
 from quire.policy.sequence import Sequence
@@ -32,17 +33,22 @@ class PageCache:
     def __init__(self, groups: Seq[Group], num_pages: int, *, sharing: bool = True, identity: bytes = b"", hash_bytes: Hash = blake2b_128) -> None:
         self.groups = tuple(groups)
         self.index = PrefixIndex()
-        self.pool = PagePool(num_pages, self.index.forget)
+        self.pool = PagePool(num_pages, self.index)
         self.sharing = sharing
         self.hash_bytes = hash_bytes
-        self.num_cached_tokens = 0
         self._root = PrefixKey(None, identity, hash_bytes)
         self._open: dict[int, Sequence] = {}
         self._copies: list[Copy] = []
-        self._one_page_size = len({g.page_size for g in self.groups}) == 1
-        self._full = [g for g in self.groups if not g.window and not g.chunk]
-        # A hit ends where a page of every group ends: with several page sizes, at a multiple of the largest.
-        self._unit = max(g.page_size for g in self.groups)
+        self._copies_in_step: list[Copy] = []
+        self._finder = HitFinder(self.groups, self.index, hash_bytes)
+        self.unit, self._ids_by_size = self._finder.unit, self._finder.ids_by_size
+        self._one_size = len(self._ids_by_size) == 1
+        # Groups with the same page size and mask have tables of one shape: what is decided for one holds for all.
+        self._alike: dict[Group, list[int]] = {}
+        for group in self.groups:
+            self._alike.setdefault(Group(-1, group.page_size, group.window, group.chunk, ()), []).append(group.group_id)
+        self._windowed = [(shape, group_ids) for shape, group_ids in self._alike.items() if shape.kind != "full"]
+        self._tidy_every = min(g.page_size for g in self.groups)
 
     @property
     def root(self) -> PrefixKey:
@@ -51,13 +57,7 @@ class PageCache:
 
     def pages_to_finish(self, num_tokens: int) -> int:
         """The most pages a sequence of `num_tokens` may need at once, alone in the pool and at any chunking."""
-        total = 0
-        for group in self.groups:
-            pages = -(-num_tokens // group.page_size)
-            reach = group.window or group.chunk
-            # What the window holds before a step, and what it holds after one that moved it wholly.
-            total += min(pages, 2 * (-(-reach // group.page_size) + 1)) if reach else pages
-        return total
+        return sum(group.pages_to_finish(num_tokens) for group in self.groups)
 
     # -- hits -----------------------------------------------------------------------------------------------------------------------------
 
@@ -71,92 +71,47 @@ class PageCache:
         if not self.sharing:
             return
         limit = seq.num_known - 1
-        found: list[list[int]] = [[]] * len(self.groups)
-        length = limit - limit % self._unit
-        for group in self._full + [g for g in self.groups if g not in self._full]:
-            found[group.group_id] = self._present(seq, group, length)
-            if group in self._full:
-                length = min(length, len(found[group.group_id]) * group.page_size)
-        length -= length % self._unit
-        length = self._longest_covered(found, length)
-        for group in self.groups:
+        found, length = self._finder.longest(seq, limit)
+        for group, pages, table in zip(self.groups, found, seq.tables, strict=True):
             first, end = group.first_visible(length) // group.page_size, length // group.page_size
-            table = seq.tables[group.group_id]
-            table.extend([-1] * first)
-            table.extend(found[group.group_id][first:end])
-            for page_id in table[first:]:
-                self.pool.retain(page_id)
+            hit = pages[first:end]
+            self.pool.retain(hit)
+            table.extend([-1] * first + hit)
             seq.first_page[group.group_id] = first
-            seq.num_pages += end - first
-        seq.num_committed = length
-        if partial and self._one_page_size:
+            seq.num_pages += len(hit)
+        seq.num_committed = seq.num_hit = seq.num_indexed = length
+        if partial and self._one_size:
             self._match_part(seq, limit)
-        self._set_marks(seq)
-
-    def _present(self, seq: Sequence, group: Group, length: int) -> list[int]:
-        """Pages of the first `length` tokens: of a full group up to the first miss, of another with -1 for each miss."""
-        size = group.page_size
-        chain = seq.chain(size, length // size, self.hash_bytes)
-        pages: list[int] = []
-        for i in range(length // size):
-            page_id = self.index.find(group.group_id, chain[i + 1])
-            if page_id is None:
-                if group in self._full:
-                    break
-                pages.append(-1)
-            else:
-                seq.intern(size, i, self.index.interned(page_id))
-                pages.append(page_id)
-        return pages
-
-    def _longest_covered(self, found: list[list[int]], length: int) -> int:
-        """The longest hit of at most `length` tokens for which every group has all pages that the next query can see.
-
-        Linear in the pages: a miss rules out every length that still sees it, and nothing right of it is looked at again.
-        """
-        settled = False
-        while length and not settled:
-            settled = True
-            for group in self.groups:
-                pages, size = found[group.group_id], group.page_size
-                for i in range(length // size - 1, group.first_visible(length) // size - 1, -1):
-                    if pages[i] < 0:
-                        length, settled = i * size - i * size % self._unit, False
-                        break
-        return length
+        self._set_capacity(seq)
 
     def _match_part(self, seq: Sequence, limit: int) -> None:
-        size, start = self.groups[0].page_size, seq.num_committed
+        size, start = self.unit, seq.num_committed
         rest = pack(seq.tokens[start : min(start + size, limit)])
-        if not rest:
-            return
         parent = seq.chain(size, start // size, self.hash_bytes)[start // size]
-        starts = [self.index.longest_start(g.group_id, parent, rest) for g in self.groups]
-        num_tokens = min(num for _, num in starts)
+        sources, num_tokens = self.index.longest_start(parent, rest)
         if num_tokens == 0:
             return
-        for source, _ in starts:
-            self.pool.retain(source)
-        if self.pool.num_available < len(self.groups):
-            for source, _ in starts:
-                self._let_go(source)
+        self.pool.retain(sources)
+        if self.pool.num_available < len(sources):
+            self.pool.release(sources)
             return
-        for group, (source, _) in zip(self.groups, starts, strict=True):
-            target = self.pool.take()
-            seq.tables[group.group_id].append(target)
+        for table, source, target in zip(seq.tables, sources, self.pool.take(len(sources)), strict=True):
+            table.append(target)
             self._copies.append(Copy(source, target))
-        seq.num_pages += len(self.groups)
+        seq.num_pages += len(sources)
         seq.num_committed += num_tokens
 
     def take_copies(self) -> tuple[Copy, ...]:
         """The copies asked for since the last call; their sources stay held until `copied` is called with them."""
-        copies, self._copies = tuple(self._copies), []
-        return copies
+        copies, self._copies = self._copies, []
+        self._copies_in_step += copies
+        return tuple(copies)
 
     def copied(self, copies: Seq[Copy]) -> None:
         """The copies were made, or will never be: let their sources go."""
         for copy in copies:
-            self._let_go(copy.source)
+            self._copies_in_step.remove(copy)
+        self.pool.release([copy.source for copy in copies])
 
     # -- growth and commit ----------------------------------------------------------------------------------------------------------------
 
@@ -165,73 +120,125 @@ class PageCache:
         end = seq.num_committed + num_tokens
         if end <= seq.capacity:
             return True
-        needs = [self._need(seq, group, end) for group in self.groups]
-        spare = self.pool.num_available - sum(end_page - first for _, first, end_page in needs)
+        needs, num_pages = self._needs(seq, end)
+        spare = self.pool.num_available - num_pages
         if spare < 0:
             return False
         # Pages the window will have left by the end of this very step are kept only for later hits, and only from plenty.
         optional = spare // 2 if self.sharing else 0
-        for table, (have, first, end_page) in zip(seq.tables, needs, strict=True):
-            keep = min(optional, first - have)
-            optional -= keep
-            table.extend([-1] * (first - have - keep))
-            table.extend([self.pool.take() for _ in range(keep + end_page - first)])
-            seq.num_pages += keep + end_page - first
-        self._set_marks(seq)
+        for have, first, want, group_ids in needs:
+            keep = min(optional // len(group_ids), first - have)
+            optional -= keep * len(group_ids)
+            for g in group_ids:
+                seq.tables[g].extend([-1] * (first - have - keep) + self.pool.take(keep + want - first))
+            seq.num_pages += len(group_ids) * (keep + want - first)
+        self._set_capacity(seq)
+        return True
+
+    def grow_by_one(self, seqs: Seq[Sequence]) -> bool:
+        """Room for one more token in each of these sequences, which have none left; False, with nothing taken, if it must be made one by one."""
+        num_groups = len(self.groups)
+        if not self._one_size or self.unit == 1 or self.pool.num_available < len(seqs) * num_groups:
+            return False
+        new = iter(self.pool.take(len(seqs) * num_groups))
+        for seq in seqs:
+            for table, page_id in zip(seq.tables, new, strict=False):
+                table.append(page_id)
+            seq.num_pages += num_groups
+            seq.capacity += self.unit
         return True
 
     def pages_wanted(self, seq: Sequence, end: int) -> int:
         """How many more pages `end` committed tokens must have."""
-        needs = [self._need(seq, group, end) for group in self.groups]
-        return sum(end_page - first for _, first, end_page in needs)
+        return self._needs(seq, end)[1]
 
-    @staticmethod
-    def _need(seq: Sequence, group: Group, end: int) -> tuple[int, int, int]:
-        """(entries there, first entry a later query can see, entries wanted) for `end` committed tokens."""
-        have, want = len(seq.tables[group.group_id]), -(-end // group.page_size)
-        want = max(have, want)
-        return have, min(max(have, group.first_visible(end) // group.page_size), want), want
+    def _needs(self, seq: Sequence, end: int) -> tuple[list[tuple[int, int, int, list[int]]], int]:
+        """For `end` committed tokens, of all alike groups: (entries there, first entry a later query can see, entries wanted, groups).
+
+        And the pages this takes in all.
+        """
+        needs, num_pages = [], 0
+        for shape, group_ids in self._alike.items():
+            have = len(seq.tables[group_ids[0]])
+            want = max(have, -(-end // shape.page_size))
+            first = min(max(have, shape.first_visible(end) // shape.page_size), want)
+            needs.append((have, first, want, group_ids))
+            num_pages += (want - first) * len(group_ids)
+        return needs, num_pages
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
-        """The next `num_tokens` tokens are in the cache: index complete pages, merge equal ones, give back what left a window."""
-        before = seq.num_committed
-        seq.num_committed = after = before + num_tokens
-        if after < seq.next_event:
+        """The next `num_tokens` tokens are in the cache. Indexes complete pages and gives back what left a window, now or within a page."""
+        seq.num_committed += num_tokens
+        if seq.num_committed >= seq.next_tidy:
+            self._tidy(seq)
+
+    def _tidy(self, seq: Sequence) -> None:
+        """Index its complete pages, let those go that left a window, and set when to come again.
+
+        A prompt's pages are wanted by others at once. Sequences that decode in step would all complete a page in one step, so each of them
+        comes at a place in the page of its own.
+        """
+        self._index_complete(seq)
+        committed, every = seq.num_committed, self._tidy_every
+        for shape, group_ids in self._windowed:
+            first = shape.first_visible(committed) // shape.page_size
+            if first > seq.first_page[group_ids[0]]:
+                self._leave(seq, shape, group_ids, first)
+        if committed == seq.num_prompt:
+            self._index_part(seq)
+        seq.next_tidy = committed + every - (committed - seq.arrival) % every if committed >= seq.num_prompt else 0
+
+    def _index_complete(self, seq: Sequence) -> None:
+        if not self.sharing:
             return
-        for group in self.groups:
-            size, table = group.page_size, seq.tables[group.group_id]
-            if self.sharing:
-                for i in range(before // size, after // size):
-                    if table[i] >= 0:
-                        table[i] = self._complete(seq, group, i, table[i])
-            first = group.first_visible(after) // size
-            for i in range(seq.first_page[group.group_id], min(first, len(table))):
-                if table[i] >= 0:
-                    # A page in the middle of a sequence is hit only by that very prefix cut there; the prompt's end is hit by the next turn.
-                    near_end = (i + 1) * size > seq.num_prompt - (group.window or group.chunk) - size and i * size < seq.num_prompt
-                    self._let_go(table[i], cold=not near_end)
-                    table[i] = -1
-                    seq.num_pages -= 1
-            seq.first_page[group.group_id] = first
-        self._set_marks(seq)
+        for size, group_ids in self._ids_by_size.items():
+            for i in range(seq.num_indexed // size, seq.num_committed // size):
+                self._complete(seq, size, group_ids, i)
+        seq.num_indexed = seq.num_committed
 
-    def _complete(self, seq: Sequence, group: Group, i: int, page_id: int) -> int:
-        """Index page i, or, where another page holds the same tokens already, let ours go and take that one."""
-        key = seq.chain(group.page_size, i + 1, self.hash_bytes)[i + 1]
-        other = self.index.find(group.group_id, key)
-        if other is None:
-            self.index.insert(group.group_id, key, page_id)
-            return page_id
-        if other != page_id:
-            self.pool.retain(other)
-            self._let_go(page_id)
-        seq.intern(group.page_size, i, self.index.interned(other))
-        return other
+    def _complete(self, seq: Sequence, size: int, group_ids: list[int], i: int) -> None:
+        """Index page i of these groups; where another page holds the same tokens already, let ours go and take that one."""
+        key = seq.chain(size, i + 1, self.hash_bytes)[i + 1]
+        found = self.index.find(key)
+        if found is None:
+            pages = [-1] * len(self.groups)
+            for g in group_ids:
+                pages[g] = seq.tables[g][i]
+            if max(pages) >= 0:
+                self.index.insert(key, pages)
+            return
+        for g in group_ids:
+            page_id, other = seq.tables[g][i], found.pages[g]
+            if page_id < 0 or page_id == other:
+                continue
+            if other < 0:
+                self.index.complete(found, g, page_id)
+            else:
+                self.index.forget([page_id])
+                self.pool.retain([other])
+                self.pool.release([page_id])
+                seq.tables[g][i] = other
+        seq.intern(size, i, found)
 
-    def _set_marks(self, seq: Sequence) -> None:
+    def _leave(self, seq: Sequence, shape: Group, group_ids: list[int], first: int) -> None:
+        """Give back the pages before `first`, which no later query can see."""
+        size, reach = shape.page_size, shape.window or shape.chunk
         seq.peak_pages = max(seq.peak_pages, seq.num_pages)
-        seq.capacity = min(len(table) * group.page_size for group, table in zip(self.groups, seq.tables, strict=True))
-        seq.next_event = min(_next_event(group, seq.num_committed) for group in self.groups)
+        for i in range(seq.first_page[group_ids[0]], first):
+            pages = []
+            for g in group_ids:
+                if seq.tables[g][i] >= 0:
+                    pages.append(seq.tables[g][i])
+                    seq.tables[g][i] = -1
+            # A page in the middle of a sequence is hit only by that very prefix cut there; the prompt's end is hit by the next turn, and where
+            # a hit ended once, others will.
+            warm = any(end - reach - size < (i + 1) * size and i * size < end for end in (seq.num_prompt, seq.num_hit))
+            self.pool.release(pages, cold=not warm)
+            seq.num_pages -= len(pages)
+        seq.first_page[group_ids[0]] = first
+
+    def _set_capacity(self, seq: Sequence) -> None:
+        seq.capacity = min([len(seq.tables[group_ids[0]]) * shape.page_size for shape, group_ids in self._alike.items()])
 
     # -- the end --------------------------------------------------------------------------------------------------------------------------
 
@@ -239,39 +246,35 @@ class PageCache:
         """Let all pages of a sequence go, tails first. With `keep`, complete pages and the last part of one stay cached."""
         if self._open.pop(seq.arrival, None) is None:
             return
+        seq.peak_pages = max(seq.peak_pages, seq.num_pages)
         self._cancel_copies(seq)
-        if keep and self.sharing and self._one_page_size:
+        if keep:
+            self._index_complete(seq)
             self._index_part(seq)
-        for page_index in range(max(map(len, seq.tables)) - 1, -1, -1):
-            for table in seq.tables:
-                if page_index < len(table) and table[page_index] >= 0:
-                    if not keep and self.pool.references(table[page_index]) == 1:
-                        self.index.forget(table[page_index])
-                    self._let_go(table[page_index])
+        places = [(i * g.page_size, page_id) for g, table in zip(self.groups, seq.tables, strict=True) for i, page_id in enumerate(table)]
+        pages = [page_id for _, page_id in sorted(places, reverse=True) if page_id >= 0]
+        if not keep:
+            self.index.forget(page_id for page_id in pages if self.pool.references(page_id) == 1)
+        self.pool.release(pages)
         seq.clear_tables(len(self.groups))
 
     def _cancel_copies(self, seq: Sequence) -> None:
-        """Copies asked for it and not taken yet are void; its last page then holds nothing and must not be indexed."""
-        targets = {table[-1] for table in seq.tables if table}
-        void = [copy for copy in self._copies if copy.target in targets]
+        """Copies asked for it and not taken yet are void; the page they were for then holds nothing and must not be indexed."""
+        void = [copy for copy in self._copies if any(copy.target in table for table in seq.tables)]
         if void:
-            self._copies = [copy for copy in self._copies if copy.target not in targets]
-            self.copied(void)
-            seq.num_committed -= seq.num_committed % self.groups[0].page_size
+            self._copies = [copy for copy in self._copies if copy not in void]
+            self.pool.release([copy.source for copy in void])
+            seq.num_committed -= seq.num_committed % self.unit
 
     def _index_part(self, seq: Sequence) -> None:
-        """Index the last, incomplete page under the tokens it has, so that a continuation can copy them."""
-        size = self.groups[0].page_size
-        full, part = divmod(seq.num_committed, size)
-        if not part:
+        """Index the last, incomplete page under the tokens it has, so that a continuation can copy them; its owner may go on filling it."""
+        full, part = divmod(seq.num_committed, self.unit)
+        if not part or not self.sharing or not self._one_size:
             return
-        key = PrefixKey(seq.chain(size, full, self.hash_bytes)[full], pack(seq.tokens[seq.num_committed - part : seq.num_committed]), self.hash_bytes)
-        for group, table in zip(self.groups, seq.tables, strict=True):
-            if table[full] >= 0 and self.pool.references(table[full]) == 1:
-                self.index.insert(group.group_id, key, table[full])
-
-    def _let_go(self, page_id: int, *, cold: bool = False) -> None:
-        self.pool.release(page_id, cached=page_id in self.index, cold=cold)
+        tokens = pack(seq.tokens[seq.num_committed - part : seq.num_committed])
+        key = PrefixKey(seq.chain(self.unit, full, self.hash_bytes)[full], tokens, self.hash_bytes)
+        if self.index.find(key) is None:
+            self.index.insert(key, [table[full] for table in seq.tables])
 
     def reset(self) -> None:
         """Forget every cached page: what the model would compute has changed. No sequence may be open."""
@@ -279,31 +282,24 @@ class PageCache:
         self.pool.drop_cached()
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError if any invariant of the pool, the index or a table does not hold."""
+        """Raise IntegrityError if any invariant of the pool, the index or a table does not hold. Callable at any time."""
         holders = [0] * self.pool.num_pages
         for seq in self._open.values():
+            name = f"sequence {seq.arrival}"
             if seq.num_committed > seq.capacity or seq.num_committed > seq.num_known:
-                raise IntegrityError(f"sequence {seq.arrival} has {seq.num_committed} tokens committed, room for {seq.capacity}, {seq.num_known} known")
+                raise IntegrityError(f"{name} has {seq.num_committed} tokens committed, room for {seq.capacity}, {seq.num_known} known")
             pages = [page_id for table in seq.tables for page_id in table if page_id >= 0]
             if len(pages) != seq.num_pages:
-                raise IntegrityError(f"sequence {seq.arrival} counts {seq.num_pages} pages and has {len(pages)}")
+                raise IntegrityError(f"{name} counts {seq.num_pages} pages and has {len(pages)}")
             for page_id in pages:
                 holders[page_id] += 1
             for group, table in zip(self.groups, seq.tables, strict=True):
                 first, end = group.first_visible(seq.num_committed) // group.page_size, -(-seq.num_committed // group.page_size)
                 if -1 in table[first:end]:
-                    raise IntegrityError(f"sequence {seq.arrival} has lost a page its window still sees, in group {group.group_id}")
-        for copy in self._copies:
+                    raise IntegrityError(f"{name} has lost a page its window still sees, in group {group.group_id}")
+        for copy in self._copies + self._copies_in_step:
             holders[copy.source] += 1
         self.index.check_integrity()
         self.pool.check_integrity(holders)
         if any(page_id not in self.index for page_id in self.pool.cached_pages()):
             raise IntegrityError("a cached page is not in the prefix index")
-
-
-def _next_event(group: Group, committed: int) -> int:
-    """The next number of committed tokens at which a page of the group is complete or leaves what may be seen."""
-    complete = (committed // group.page_size + 1) * group.page_size
-    if group.window:
-        return min(complete, (group.first_visible(committed) // group.page_size + 1) * group.page_size + group.window - 1)
-    return min(complete, (committed // group.chunk + 1) * group.chunk) if group.chunk else complete

@@ -59,6 +59,12 @@ class Group:
             return max(0, position - self.window + 1)
         return position - position % self.chunk if self.chunk else 0
 
+    def pages_to_finish(self, num_tokens: int) -> int:
+        """The most pages a sequence of `num_tokens` may hold at once, however it is cut into steps."""
+        pages, reach = -(-num_tokens // self.page_size), self.window or self.chunk
+        # What the window holds before a step, a page it has left and not given back, and what it holds after a step that moved it wholly.
+        return min(pages, 2 * (-(-reach // self.page_size) + 1) + 1) if reach else pages
+
     @property
     def kind(self) -> str:
         """`full`, `sliding` or `chunked`."""

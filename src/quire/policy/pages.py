@@ -13,17 +13,25 @@ Cached pages leave least recently used first. A sequence releases its tail befor
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
 
 from quire.errors import IntegrityError
 
 
-class PagePool:
-    """Owns every page id in [0, num_pages). `forget` is called with a cached page just before it is given to someone else."""
+class Contents(Protocol):
+    """What knows whether a page's contents may still be hit, and must be told before they go."""
 
-    def __init__(self, num_pages: int, forget: Callable[[int], None]) -> None:
+    def __contains__(self, page_id: int) -> bool: ...
+    def forget(self, page_ids: Iterable[int]) -> None: ...
+
+
+class PagePool:
+    """Owns every page id in [0, num_pages). `contents` forgets a cached page just before it is given to someone else."""
+
+    def __init__(self, num_pages: int, contents: Contents) -> None:
         self.num_pages = num_pages
-        self._forget = forget
+        self._contents = contents
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -52,36 +60,44 @@ class PagePool:
         """How many hold the page."""
         return self._references[page_id]
 
-    def take(self) -> int:
-        """A page with one reference and no contents; evicts the least recently used cached page when none is free.
+    def take(self, num_pages: int) -> list[int]:
+        """Pages with one reference each and no contents; evicts the least recently used cached pages when too few are free.
 
         The caller has checked `num_available`.
         """
-        if self._free:
-            page_id = self._free.pop()
-        else:
-            page_id, _ = self._cached.popitem(last=False)
-            self._forget(page_id)
-        self._references[page_id] = 1
-        return page_id
+        free = self._free
+        num_free = min(num_pages, len(free))
+        pages = free[: -num_free - 1 : -1]
+        del free[len(free) - num_free :]
+        if num_free < num_pages:
+            evicted = [self._cached.popitem(last=False)[0] for _ in range(num_pages - num_free)]
+            self._contents.forget(evicted)
+            pages += evicted
+        for page_id in pages:
+            self._references[page_id] = 1
+        return pages
 
-    def retain(self, page_id: int) -> None:
-        """One more holder of a page that is held or cached."""
-        if self._references[page_id] == 0:
-            del self._cached[page_id]
-        self._references[page_id] += 1
+    def retain(self, page_ids: Iterable[int]) -> None:
+        """One more holder of each page; all are held or cached."""
+        references = self._references
+        for page_id in page_ids:
+            if references[page_id] == 0:
+                del self._cached[page_id]
+            references[page_id] += 1
 
-    def release(self, page_id: int, *, cached: bool, cold: bool = False) -> None:
-        """One holder less. The last one leaves the page cached (`cold`: next to be evicted) or free."""
-        self._references[page_id] -= 1
-        if self._references[page_id] > 0:
-            return
-        if cached:
-            self._cached[page_id] = None
+    def release(self, page_ids: Iterable[int], *, cold: bool = False) -> None:
+        """One holder less of each page. The last one leaves it cached (`cold`: next to be evicted) if its contents are known, else free."""
+        references, cached = self._references, self._cached
+        for page_id in page_ids:
+            references[page_id] -= 1
+            if references[page_id] > 0:
+                continue
+            if page_id not in self._contents:
+                self._free.append(page_id)
+                continue
+            cached[page_id] = None
             if cold:
-                self._cached.move_to_end(page_id, last=False)
-        else:
-            self._free.append(page_id)
+                cached.move_to_end(page_id, last=False)
 
     def cached_pages(self) -> Iterable[int]:
         """The pages nobody holds whose contents may still be hit, next to leave first."""
@@ -89,10 +105,9 @@ class PagePool:
 
     def drop_cached(self) -> None:
         """Make every cached page free."""
-        while self._cached:
-            page_id, _ = self._cached.popitem(last=False)
-            self._forget(page_id)
-            self._free.append(page_id)
+        self._contents.forget(self._cached)
+        self._free.extend(self._cached)
+        self._cached.clear()
 
     def check_integrity(self, holders: list[int]) -> None:
         """Raise IntegrityError unless free + held + cached = total, disjoint, and references equal `holders` (counted by the caller)."""

@@ -1,15 +1,16 @@
-"""The prefix index: which page holds the keys and values of which tokens after which prefix.
+"""The prefix index: which pages hold the keys and values of which tokens after which prefix.
 
 A page's identity is a chained hash of (parent, token ids), as in vLLM and ExLlama; unlike theirs, tokens are compared on every hit, all the way
 up, so a collision is a miss and never a wrong answer. Comparing the whole chain costs one page a lookup, because a chain that has matched once
-is replaced by the interned one and the walk up stops at the first identical parent.
+is replaced by the indexed one and the walk up stops at the first identical parent. Groups with one page size share keys: one lookup finds the
+pages of all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 
 from quire.errors import IntegrityError
 
@@ -23,13 +24,17 @@ def blake2b_128(data: bytes) -> bytes:
 
 
 class PrefixKey:
-    """The contents of one page: its token ids (packed int32) after everything in `parent`."""
+    """The contents of one page: its token ids (packed int32) after everything in `parent`.
 
-    __slots__ = ("digest", "parent", "tokens")
+    `pages[g]` is the page of group g that holds them, -1 for none; empty while the key is not indexed.
+    """
+
+    __slots__ = ("digest", "pages", "parent", "tokens")
 
     def __init__(self, parent: PrefixKey | None, tokens: bytes, hash_bytes: Hash) -> None:
         self.parent, self.tokens = parent, tokens
-        self.digest = hash_bytes((parent.digest if parent is not None else b"") + tokens)
+        self.digest: bytes = hash_bytes(parent.digest + tokens if parent is not None else tokens)
+        self.pages: list[int] = []
 
     def same(self, other: PrefixKey) -> bool:
         """Whether both stand for the same tokens after the same tokens, whatever their digests say."""
@@ -46,80 +51,99 @@ class PrefixKey:
 
 def pack(tokens: Sequence[int]) -> bytes:
     """Token ids as the bytes a key is made of."""
-    return array("i", tokens).tobytes()
+    return struct.pack(f"{len(tokens)}i", *tokens)
 
 
 class PrefixIndex:
-    """Maps (group, key) to a page and back, and a key to the pages that continue it. One page a key, one key a page."""
+    """Maps a key to its pages and a page to its key, and a key to the keys that continue it. One key a page, one page a key and group."""
 
     def __init__(self) -> None:
-        self._pages: dict[tuple[int, bytes], int] = {}
-        self._keys: dict[int, tuple[int, PrefixKey]] = {}
-        self._children: dict[tuple[int, bytes], dict[int, None]] = {}
+        self._keys: dict[bytes, PrefixKey] = {}
+        self._pages: dict[int, PrefixKey] = {}
+        self._children: dict[bytes, dict[bytes, PrefixKey]] = {}
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._pages)
 
     def __contains__(self, page_id: int) -> bool:
-        return page_id in self._keys
+        return page_id in self._pages
 
-    def find(self, group_id: int, key: PrefixKey) -> int | None:
-        """The page that holds exactly `key` in this group, or None."""
-        page_id = self._pages.get((group_id, key.digest))
-        if page_id is None or not self._keys[page_id][1].same(key):
-            return None
-        return page_id
+    def find(self, key: PrefixKey) -> PrefixKey | None:
+        """The indexed key that stands for exactly what `key` does, or None."""
+        found = self._keys.get(key.digest)
+        return found if found is not None and found.same(key) else None
 
-    def interned(self, page_id: int) -> PrefixKey:
-        """The key under which the page was inserted."""
-        return self._keys[page_id][1]
+    def insert(self, key: PrefixKey, pages: list[int]) -> None:
+        """Index a key that is not, with a page for each group or -1. On a hash collision with other tokens it stays unindexed.
 
-    def insert(self, group_id: int, key: PrefixKey, page_id: int) -> None:
-        """Index a page. On a hash collision with other tokens the page stays unindexed: one key, one page."""
-        if (group_id, key.digest) in self._pages or page_id in self._keys:
-            return
-        self._pages[group_id, key.digest] = page_id
-        self._keys[page_id] = (group_id, key)
-        if key.parent is not None:
-            self._children.setdefault((group_id, key.parent.digest), {})[page_id] = None
-
-    def forget(self, page_id: int) -> None:
-        """The page's contents are gone."""
-        entry = self._keys.pop(page_id, None)
-        if entry is None:
-            return
-        group_id, key = entry
-        del self._pages[group_id, key.digest]
-        if key.parent is not None:
-            siblings = self._children[group_id, key.parent.digest]
-            del siblings[page_id]
-            if not siblings:
-                del self._children[group_id, key.parent.digest]
-
-    def longest_start(self, group_id: int, parent: PrefixKey, tokens: bytes) -> tuple[int, int]:
-        """(page, n): a page after `parent` whose first n tokens are the first n of `tokens`, n as large as found; (-1, 0) for none.
-
-        Looks at the MAX_CHILDREN_SCANNED most recently indexed continuations.
+        Pages that were indexed under a part of these tokens are so no more.
         """
-        best = (-1, 0)
-        siblings = self._children.get((group_id, parent.digest), {})
-        for _, page_id in zip(range(MAX_CHILDREN_SCANNED), reversed(siblings), strict=False):
-            key = self._keys[page_id][1]
+        digest, parent = key.digest, key.parent
+        assert parent is not None, "a root stands for no page"
+        if digest in self._keys:
+            return
+        self.forget(pages)
+        self._keys[digest] = key
+        key.pages = pages
+        for page_id in pages:
+            if page_id >= 0:
+                self._pages[page_id] = key
+        siblings = self._children.get(parent.digest)
+        if siblings is None:
+            self._children[parent.digest] = {digest: key}
+        else:
+            siblings[digest] = key
+
+    def complete(self, key: PrefixKey, group_id: int, page_id: int) -> None:
+        """Give an indexed key the page it lacks in a group."""
+        self.forget([page_id])
+        key.pages[group_id] = page_id
+        self._pages[page_id] = key
+
+    def forget(self, page_ids: Iterable[int]) -> None:
+        """The pages stand for nothing any more; a key with no page left is gone too."""
+        for page_id in page_ids:
+            key = self._pages.pop(page_id, None)
+            if key is None:
+                continue
+            pages = key.pages
+            pages[pages.index(page_id)] = -1
+            if max(pages) < 0:
+                assert key.parent is not None
+                key.pages = []
+                del self._keys[key.digest]
+                siblings = self._children[key.parent.digest]
+                del siblings[key.digest]
+                if not siblings:
+                    del self._children[key.parent.digest]
+
+    def longest_start(self, parent: PrefixKey, tokens: bytes) -> tuple[list[int], int]:
+        """(pages, n): a continuation of `parent` with a page in every group whose first n tokens are the first n of `tokens`.
+
+        n is as large as found, 0 with no pages for none. Looks at the MAX_CHILDREN_SCANNED most recently indexed continuations.
+        """
+        pages: list[int] = []
+        longest = 0
+        siblings = self._children.get(parent.digest, {})
+        for _, key in zip(range(MAX_CHILDREN_SCANNED), reversed(siblings.values()), strict=False):
             num = _common_tokens(key.tokens, tokens)
-            if num > best[1] and key.parent is not None and key.parent.same(parent):
-                best = (page_id, num)
-        return best
+            if num > longest and min(key.pages) >= 0 and key.parent is not None and key.parent.same(parent):
+                pages, longest = list(key.pages), num
+        return pages, longest
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless both maps and the children agree."""
-        if len(self._pages) != len(self._keys):
-            raise IntegrityError(f"{len(self._pages)} keys for {len(self._keys)} pages")
-        for page_id, (group_id, key) in self._keys.items():
-            if self._pages.get((group_id, key.digest)) != page_id:
-                raise IntegrityError(f"page {page_id} is not where its key leads")
-            if key.parent is not None and page_id not in self._children[group_id, key.parent.digest]:
-                raise IntegrityError(f"page {page_id} is not among its parent's continuations")
-        if sum(map(len, self._children.values())) > len(self._keys):
+        """Raise IntegrityError unless keys, pages and continuations agree."""
+        for digest, key in self._keys.items():
+            if key.digest != digest or not any(page_id >= 0 for page_id in key.pages):
+                raise IntegrityError("a key is indexed under another digest, or has no page")
+            if key.parent is None or self._children.get(key.parent.digest, {}).get(digest) is not key:
+                raise IntegrityError("an indexed key is not among its parent's continuations")
+            for page_id in key.pages:
+                if page_id >= 0 and self._pages.get(page_id) is not key:
+                    raise IntegrityError(f"page {page_id} is not where its key leads")
+        if sum(page_id >= 0 for key in self._keys.values() for page_id in key.pages) != len(self._pages):
+            raise IntegrityError("a page is indexed under a key that does not lead to it")
+        if sum(map(len, self._children.values())) != len(self._keys):
             raise IntegrityError("a continuation that is not indexed")
 
 

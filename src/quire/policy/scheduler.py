@@ -9,11 +9,15 @@ never preempted, so the engine always moves on.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import islice
 
 from quire.errors import IntegrityError
 from quire.policy.cache import PageCache
 from quire.policy.plan import StepPlan, Work
 from quire.policy.sequence import Sequence
+
+MAX_DEFERRED = 64  # bounds a plan: never linear in the queue
 
 
 class Scheduler:
@@ -27,6 +31,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: dict[int, Sequence] = {}
+        self._no_room_for: tuple[int, int, int] | None = None  # (arrival, num_running, pages available) when a start last failed
 
     @property
     def num_waiting(self) -> int:
@@ -49,7 +54,7 @@ class Scheduler:
         self.cache.release(seq, keep=keep)
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when nothing runs or waits. Takes pages; call `commit` or `abandon` before the next."""
+        """The next step, or None when nothing runs or waits. Takes pages; next comes `commit` or `abandon`, before any other change."""
         works: dict[int, Work] = {}
         budget = self._plan_running(works)
         if budget and self._waiting:
@@ -71,7 +76,7 @@ class Scheduler:
         self.cache.copied(plan.copies)
         unsure = {copy.target for copy in plan.copies}  # the failure may have come before the copy
         for seq, _ in plan.works:
-            self.finish(seq, keep=unsure.isdisjoint(table[-1] for table in seq.tables if table))
+            self.finish(seq, keep=all(unsure.isdisjoint(table) for table in seq.tables))
 
     def preempt_all(self) -> None:
         """Make everything running wait, newest first, so that nothing holds a page."""
@@ -79,93 +84,98 @@ class Scheduler:
             self._preempt(seq)
 
     def _plan_running(self, works: dict[int, Work]) -> int:
-        budget = self._budget
-        running = list(self._running.values())
-        for decoding in (True, False):
-            for seq in running:
-                remaining = len(seq.tokens) - seq.num_committed
-                if budget == 0 or (remaining == 1) != decoding or seq.arrival not in self._running:
-                    continue
-                num_tokens = min(remaining, budget)
-                if num_tokens + seq.num_committed > seq.capacity:
-                    budget += self._make_room(seq, num_tokens, works)
-                    if num_tokens + seq.num_committed > seq.capacity:
-                        continue
-                works[seq.arrival] = Work(seq, num_tokens)
-                budget -= num_tokens
+        ready, ending, longer = [], [], []
+        for seq in self._running.values():
+            if len(seq.tokens) - seq.num_committed > 1:
+                longer.append(seq)
+            elif seq.num_committed < seq.capacity:
+                ready.append(seq)
+            else:
+                ending.append(seq)
+        if ending and self.cache.grow_by_one(ending):
+            ready += ending
+            ending = []
+        # All of them fit: each was admitted while the others left a part of the budget.
+        for seq in ready:
+            works[seq.arrival] = Work(seq, 1)
+        budget = self._budget - len(ready)
+        for seq in ending + longer:
+            if budget and seq.arrival in self._running:
+                budget = self._plan_with_room(seq, min(seq.num_remaining, budget), budget, works)
         return budget
 
-    def _make_room(self, seq: Sequence, num_tokens: int, works: dict[int, Work]) -> int:
-        """Grow, preempting newer sequences while that fails; the budget their planned work gives back. The newest itself just waits a step."""
-        returned = 0
+    def _plan_with_room(self, seq: Sequence, num_tokens: int, budget: int, works: dict[int, Work]) -> int:
+        """Grow and plan it, preempting newer sequences while there is no room; the newest itself just waits a step. Returns the budget left."""
         while not self.cache.grow(seq, num_tokens):
-            victim = max(self._running.values(), key=lambda s: s.arrival)
+            victim = self._running[max(self._running)]
             if victim is seq:
-                break
-            work = works.pop(victim.arrival, None)
-            returned += work.num_tokens if work else 0
+                return budget
+            if victim.arrival in works:
+                budget += works.pop(victim.arrival).num_tokens
             self._preempt(victim)
-        return returned
+        works[seq.arrival] = Work(seq, num_tokens)
+        return budget - num_tokens
 
     def _preempt(self, seq: Sequence) -> None:
         del self._running[seq.arrival]
         self.cache.release(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting[seq.arrival] = seq
-        self._waiting.move_to_end(seq.arrival, last=False)
+        self._wait_in_front(seq)
 
     def _admit(self, works: dict[int, Work], budget: int) -> None:
         """Start waiting sequences in order, until one does not fit. One that would compute what another computes in this step waits for it."""
-        coming = self._pages_coming(works)
-        for seq in list(self._waiting.values()):
-            if budget == 0 or len(self._running) >= self._max_sequences:
-                return
-            self.cache.match(seq)
-            if self._next_page(seq) in coming:
-                self.cache.release(seq)
+        coming = self._pages_coming(works.values())
+        deferred: list[Sequence] = []
+        while budget and self._waiting and len(self._running) < self._max_sequences and len(deferred) < MAX_DEFERRED:
+            seq = next(iter(self._waiting.values()))
+            if coming and self._would_compute(seq, coming):
+                deferred.append(self._waiting.pop(seq.arrival))
                 continue
             if not self._start(seq, budget):
-                return
-            work = Work(seq, min(seq.num_remaining, budget))
-            works[seq.arrival] = work
-            coming.update(self._pages_coming({0: work}))
+                break
+            works[seq.arrival] = work = Work(seq, min(seq.num_remaining, budget))
+            coming |= self._pages_coming([work])
             budget -= work.num_tokens
+        for seq in reversed(deferred):
+            self._wait_in_front(seq)
 
     def _start(self, seq: Sequence, budget: int) -> bool:
-        """Let a matched sequence run if all it has in hand fits beside one more page for each that runs; else let it go again."""
-        headroom = len(self._running) * len(self.cache.groups)
-        for partial in (True, False):
-            if not partial:
-                # The copied page and its source may be just what is missing.
-                self.cache.match(seq, partial=False)
-            cached = seq.num_committed
-            fits = not headroom or self.cache.pages_wanted(seq, seq.num_known) + headroom <= self.cache.pool.num_available
+        """Let a waiting sequence run if all it has in hand fits beside one more page for each that runs."""
+        pool, num_running = self.cache.pool, len(self._running)
+        if self._no_room_for is not None:
+            arrival, running_then, available_then = self._no_room_for
+            if arrival == seq.arrival and 0 < num_running >= running_then and pool.num_available <= available_then:
+                return False  # nothing has changed for the better
+        headroom = num_running * len(self.cache.groups)
+        for partial in (True, False):  # a copied page and its source may be just what is missing
+            self.cache.match(seq, partial=partial)
+            hit = seq.num_committed
+            fits = not headroom or self.cache.pages_wanted(seq, seq.num_known) + headroom <= pool.num_available
             if fits and self.cache.grow(seq, min(seq.num_remaining, budget)):
                 del self._waiting[seq.arrival]
                 self._running[seq.arrival] = seq
-                self.num_cached_tokens += cached
+                self.num_cached_tokens += hit
                 return True
             self.cache.release(seq)
+        self._no_room_for = (seq.arrival, num_running, pool.num_available)
         return False
 
-    def _next_page(self, seq: Sequence) -> bytes | None:
-        """Digest of the first complete page it would compute."""
-        if not self.cache.sharing:
-            return None
-        size = self.cache.groups[0].page_size
-        chain = seq.chains.get(size, ())
-        page = seq.num_committed // size + 1
-        return chain[page].digest if page < len(chain) else None
+    def _wait_in_front(self, seq: Sequence) -> None:
+        self._waiting[seq.arrival] = seq
+        self._waiting.move_to_end(seq.arrival, last=False)
 
-    def _pages_coming(self, works: dict[int, Work]) -> set[bytes]:
+    def _would_compute(self, seq: Sequence, coming: set[bytes]) -> bool:
+        size = self.cache.unit
+        chain = seq.chain(size, (seq.num_known - 1) // size, self.cache.hash_bytes)
+        return any(key.digest in coming for key in islice(chain, 1, None))
+
+    def _pages_coming(self, works: Iterable[Work]) -> set[bytes]:
         """Digests of the pages that prompts in this step will complete."""
-        if not self.cache.sharing:
-            return set()
-        size = self.cache.groups[0].page_size
-        coming = set()
-        for seq, num_tokens in works.values():
-            if num_tokens > 1:
+        coming: set[bytes] = set()
+        size = self.cache.unit
+        for seq, num_tokens in works if self.cache.sharing else ():
+            if num_tokens > 1 or seq.num_committed < seq.num_prompt:
                 first, end = seq.num_committed // size, (seq.num_committed + num_tokens) // size
                 coming.update(key.digest for key in seq.chain(size, end, self.cache.hash_bytes)[first + 1 : end + 1])
         return coming

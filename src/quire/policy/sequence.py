@@ -13,7 +13,8 @@ class Sequence:
 
     `arrival` orders sequences; a lower one is older. `chain(B)[j + 1]` is the prefix key of its page j of B tokens, `chain(B)[0]` the root.
     `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
-    have room for and `next_event` the `num_committed` at which some page becomes complete or leaves a window: below it a commit only counts.
+    have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
+    found in whole cached pages when it last started.
     """
 
     __slots__ = (
@@ -21,8 +22,10 @@ class Sequence:
         "capacity",
         "chains",
         "first_page",
-        "next_event",
+        "next_tidy",
         "num_committed",
+        "num_hit",
+        "num_indexed",
         "num_pages",
         "num_preemptions",
         "num_prompt",
@@ -47,7 +50,7 @@ class Sequence:
         """Hold nothing; the caller has released every page."""
         self.tables = [array("i") for _ in range(num_groups)]
         self.first_page = [0] * num_groups
-        self.num_committed = self.num_pages = self.capacity = self.next_event = 0
+        self.num_committed = self.num_hit = self.num_indexed = self.num_pages = self.capacity = self.next_tidy = 0
 
     @property
     def num_known(self) -> int:
@@ -61,14 +64,18 @@ class Sequence:
 
     def chain(self, page_size: int, num_pages: int, hash_bytes: Hash) -> list[PrefixKey]:
         """The keys of its first `num_pages` complete pages, behind the root; made once."""
-        chain = self.chains.setdefault(page_size, [self.root])
-        for start in range((len(chain) - 1) * page_size, num_pages * page_size, page_size):
-            chain.append(PrefixKey(chain[-1], pack(self.tokens[start : start + page_size]), hash_bytes))
+        chain = self.chains.get(page_size)
+        if chain is None:
+            chain = self.chains[page_size] = [self.root]
+        if len(chain) <= num_pages:
+            for start in range((len(chain) - 1) * page_size, num_pages * page_size, page_size):
+                chain.append(PrefixKey(chain[-1], pack(self.tokens[start : start + page_size]), hash_bytes))
         return chain
 
     def intern(self, page_size: int, page_index: int, key: PrefixKey) -> None:
         """Use the index's own key for a page, so that later comparisons stop at it."""
         chain = self.chains[page_size]
-        chain[page_index + 1] = key
-        if page_index + 2 < len(chain):
-            chain[page_index + 2].parent = key
+        if chain[page_index + 1] is not key:
+            chain[page_index + 1] = key
+            if page_index + 2 < len(chain):
+                chain[page_index + 2].parent = key

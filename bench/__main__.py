@@ -1,0 +1,32 @@
+"""`python -m bench`: the machine, attention alone, whole workloads beside transformers, in one run. Ends with one JSON line.
+
+The full run takes most of an hour on two cores, nearly all of it in the peers; `--layers 6 --scale 0.5` shows the same ratios in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+from bench import attention, machine, workloads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28, help="layers of the Qwen3-0.6B shape")
+    parser.add_argument("--scale", type=float, default=1.0, help="scales the lengths of ragged and shared-prefix requests")
+    parser.add_argument("--requests", type=int, default=48, help="ragged requests")
+    parser.add_argument("--long", type=int, default=8192, help="tokens of the long prompt")
+    parser.add_argument("--no-peers", action="store_true", help="Quire alone")
+    parser.add_argument("--only", choices=["machine", "attention", "workloads"], help="one part (the machine is always measured)")
+    args = parser.parse_args()
+    results: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "args": vars(args), "machine": machine.run()}
+    if args.only in (None, "attention"):
+        results["attention"] = attention.run(results["machine"])  # type: ignore[arg-type]
+    if args.only in (None, "workloads"):
+        results["workloads"] = workloads.run(args.layers, args.scale, args.requests, args.long, not args.no_peers)
+    print(json.dumps(results))
+
+
+main()

@@ -1,0 +1,61 @@
+"""(a) What this machine can do now: memory read bandwidth and matrix rates. Taken in the same run as everything it is compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from quire.tensors.native_products import NativeProducts
+
+Bench = dict[str, object]
+
+
+def best(function: Callable[[], object], seconds: float = 1.0, least: int = 3) -> float:
+    """Seconds of the fastest of repeated calls; hosts are shared, and the fastest is the one nobody disturbed."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def processor() -> str:
+    """The CPU's name as the system tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def read_bandwidth() -> float:
+    """GB/s of a plain sum over 1 GiB, all threads."""
+    data = torch.ones(2**28)
+    return data.numel() * 4 / best(lambda: data.sum()) / 1e9
+
+
+def matrix_rates() -> dict[str, float]:
+    """GFLOP/s of [512, 1024] x [1024, 3072], by who computes it. The best one is the machine's matrix rate for that type."""
+    products, rates = NativeProducts(torch.get_num_threads()), {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, w = torch.randn(512, 1024).to(dtype), torch.randn(3072, 1024).to(dtype)
+        flops = 2 * 512 * 1024 * 3072
+        rates[f"{name}_torch"] = flops / best(lambda x=x, w=w: F.linear(x, w)) / 1e9
+        rates[f"{name}_quire"] = flops / best(lambda x=x, w=w: products.linear(x, w)) / 1e9
+    return rates
+
+
+def run() -> Bench:
+    """Measure and print."""
+    bandwidth, rates = read_bandwidth(), matrix_rates()
+    # bf16 numbers widened to fp32 lose nothing, so where the CPU has no bf16 arithmetic its fp32 rate is the limit for bf16 as well.
+    limit = max(rates.values())
+    print(f"machine: {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})")
+    print(f"  memory read {bandwidth:.1f} GB/s; GFLOP/s at 512 rows: " + ", ".join(f"{k} {v:.0f}" for k, v in rates.items()))
+    return {"cpu": processor(), "threads": torch.get_num_threads(), "read_gb_s": bandwidth, "gflop_s": rates, "matrix_limit_gflop_s": limit}

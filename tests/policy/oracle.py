@@ -1,0 +1,278 @@
+"""The policy's oracle: a store that remembers which token prefix lies in every slot, and a driver that plays the engine over it.
+
+Before a step's "forward" the driver looks up, for every sequence and group, each committed position that the step's queries may see, and
+demands that the page and slot hold exactly that sequence's prefix. It writes what the step computes through the same tables, so a page that is
+shared too early, evicted too late, merged wrongly or copied at the wrong time shows as a wrong prefix, whoever is to blame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+
+from quire.policy.cache import PageCache
+from quire.policy.groups import Group
+from quire.policy.plan import StepPlan
+from quire.policy.prefix import PrefixKey, blake2b_128, pack
+from quire.policy.scheduler import Scheduler
+from quire.policy.sequence import Sequence as TokenSequence
+
+SOAK = settings.get_current_profile_name() == "soak"
+
+
+def full(page_size: int, group_id: int = 0) -> Group:
+    return Group(group_id, page_size, 0, 0, ())
+
+
+def sliding(page_size: int, window: int, group_id: int = 0) -> Group:
+    return Group(group_id, page_size, window, 0, ())
+
+
+def chunked(page_size: int, chunk: int, group_id: int = 0) -> Group:
+    return Group(group_id, page_size, 0, chunk, ())
+
+
+def numbered(*groups: Group) -> tuple[Group, ...]:
+    """The groups, with their place as their id."""
+    return tuple(Group(i, g.page_size, g.window, g.chunk, ()) for i, g in enumerate(groups))
+
+
+def one_bit(data: bytes) -> bytes:
+    """A hash with two values: nearly everything collides."""
+    return bytes([blake2b_128(data)[0] & 1])
+
+
+class Prefixes:
+    """Numbers token prefixes exactly: two positions have one number if and only if everything up to and including them is the same."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, int], int] = {}
+
+    def extend(self, numbers: list[int], tokens: Sequence[int], start: int = 0) -> list[int]:
+        """`numbers` continued to all of `tokens`; `start` is the number of what comes before the first token."""
+        for i in range(len(numbers), len(tokens)):
+            key = (numbers[-1] if i else start, tokens[i])
+            numbers.append(self._numbers.setdefault(key, len(self._numbers) + 1))
+        return numbers
+
+
+@dataclass(eq=False)
+class Client:
+    """A request as the driver sees it."""
+
+    seq: TokenSequence
+    max_tokens: int
+    seed: int
+    start: int = 0
+    numbers: list[int] = field(default_factory=list)
+    num_drawn: int = 0
+    num_computed: int = 0
+    num_hit: int = 0
+    num_starts: int = 0
+    peak_pages: int = 0
+    done: bool = False
+
+
+class Driver:
+    """Engine, model and store in one: every token it "computes" is the number of the prefix it stands for."""
+
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        num_pages: int,
+        *,
+        budget: int = 64,
+        max_sequences: int = 64,
+        sharing: bool = True,
+        hash_bytes: Callable[[bytes], bytes] = blake2b_128,
+        vocab: int = 3,
+    ) -> None:
+        self.cache = PageCache(tuple(groups), num_pages, sharing=sharing, identity=b"model", hash_bytes=hash_bytes)
+        self.scheduler = Scheduler(self.cache, max_tokens_per_step=budget, max_sequences=max_sequences)
+        self.groups, self.budget, self.max_sequences, self.vocab = self.cache.groups, budget, max_sequences, vocab
+        self.prefixes = Prefixes()
+        self.pages: list[dict[int, tuple[int, int]]] = [{} for _ in range(num_pages)]  # page -> slot -> (group, prefix number)
+        self.clients: dict[int, Client] = {}
+        self._numbered: dict[int, tuple[PrefixKey, list[int]]] = {}
+        self.num_steps = self.num_arrivals = self.num_computed = 0
+        take = self.cache.pool.take
+
+        def take_and_poison(num_pages: int) -> list[int]:
+            page_ids = take(num_pages)
+            for page_id in page_ids:
+                self.pages[page_id] = {}
+            return page_ids
+
+        self.cache.pool.take = take_and_poison  # type: ignore[method-assign]
+
+    # -- what a caller does ---------------------------------------------------------------------------------------------------------------
+
+    def fits(self, num_tokens: int) -> bool:
+        return self.cache.pages_to_finish(num_tokens) <= self.cache.pool.num_pages
+
+    def add(self, prompt: Sequence[int], max_tokens: int = 1, *, seed: int = 0, root: PrefixKey | None = None) -> Client:
+        """The last token drawn is never computed, so a request commits one token less than it has."""
+        assert self.fits(len(prompt) + max_tokens - 1), "the driver refuses what can never fit, as the engine does"
+        seq = TokenSequence(self.num_arrivals, prompt, root or self.cache.root)
+        client = Client(seq, max_tokens, seed, start=self._start(seq.root))
+        self.clients[self.num_arrivals] = client
+        self.num_arrivals += 1
+        self.scheduler.add(seq)
+        return client
+
+    def _start(self, root: PrefixKey) -> int:
+        return 0 if root is self.cache.root else -1 - int.from_bytes(root.tokens, "big")
+
+    def cancel(self, client: Client, *, keep: bool = True) -> None:
+        self.scheduler.finish(client.seq, keep=keep)
+        self._close(client)
+
+    def reset(self) -> None:
+        """New weights: everything computed so far is worthless, so the store is emptied."""
+        self.scheduler.preempt_all()
+        assert self.cache.pool.num_held == 0
+        self.cache.reset()
+        assert self.cache.pool.num_free == self.cache.pool.num_pages and len(self.cache.index) == 0
+        self.pages = [{} for _ in self.pages]
+
+    def step(self, *, fail_at: float | None = None) -> StepPlan | None:
+        """One engine step; with `fail_at` in [0, 1] it fails after that part of its copies and writes."""
+        plan = self.scheduler.plan()
+        self.num_steps += 1
+        if plan is None:
+            assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+            return None
+        self._check_plan(plan)
+        actions: list[Callable[[], None]] = [lambda c=copy: self._copy(c.source, c.target) for copy in plan.copies]  # type: ignore[misc]
+        actions.append(lambda: self._check_reads(plan))
+        actions += self._writes(plan)
+        end = len(actions) if fail_at is None else int(fail_at * (len(actions) - 1))
+        for action in actions[:end]:
+            action()
+        if fail_at is not None:
+            self.scheduler.abandon(plan)
+            for work in plan.works:
+                self._close(self.clients[work.sequence.arrival])
+            return plan
+        drawing = [work.sequence for work in plan.works if work.draws]
+        started = {work.sequence.arrival: work.sequence.num_committed for work in plan.works}
+        self.scheduler.commit(plan)
+        for seq, num_tokens in plan.works:
+            client = self.clients[seq.arrival]
+            assert seq.num_committed == started[seq.arrival] + num_tokens
+            client.num_computed += num_tokens
+            self.num_computed += num_tokens
+        for seq in drawing:
+            self._draw(self.clients[seq.arrival])
+        return plan
+
+    def run(self, max_steps: int, *, check: bool = True) -> None:
+        """Step until all is done, within a bound."""
+        for _ in range(max_steps):
+            if self.step() is None:
+                assert not self.clients
+                return
+            if check:
+                self.check()
+        raise AssertionError(f"{len(self.clients)} requests unfinished after {max_steps} steps")
+
+    # -- the model, the store and what must hold of them ----------------------------------------------------------------------------------
+
+    def _draw(self, client: Client) -> None:
+        numbers = self.numbers(client)
+        client.seq.tokens.append(hash((numbers[-1], client.seed)) % self.vocab)
+        client.num_drawn += 1
+        if client.num_drawn == client.max_tokens:
+            self.cancel(client)
+
+    def _close(self, client: Client) -> None:
+        client.peak_pages = client.seq.peak_pages
+        client.done = True
+        self.clients.pop(client.seq.arrival, None)
+
+    def numbers(self, client: Client) -> list[int]:
+        return self.prefixes.extend(client.numbers, client.seq.tokens, client.start)
+
+    def _copy(self, source: int, target: int) -> None:
+        self.pages[target] = dict(self.pages[source])
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        pool, index = self.cache.pool, self.cache.index
+        self.cache.check_integrity()
+        assert plan.works and plan.num_tokens <= self.budget
+        assert self.scheduler.num_running <= self.max_sequences
+        assert len({work.sequence.arrival for work in plan.works}) == len(plan.works)
+        for seq, num_tokens in plan.works:
+            client = self.clients[seq.arrival]
+            end = seq.num_committed + num_tokens
+            assert num_tokens >= 1 and end <= seq.num_known
+            if client.num_computed == 0 or client.num_starts <= seq.num_preemptions:
+                client.num_starts = seq.num_preemptions + 1
+                client.num_hit += seq.num_committed
+            for group, table in zip(self.groups, seq.tables, strict=True):
+                assert len(table) * group.page_size >= end
+                if group.kind == "full":
+                    assert len(table) <= -(-end // group.page_size), "more pages than tokens need"
+                    assert -1 not in table
+        targets = {copy.target for copy in plan.copies}
+        assert len(targets) == len(plan.copies) and targets.isdisjoint(copy.source for copy in plan.copies)
+        assert all(pool.references(target) == 1 and target not in index for target in targets)
+
+    def _check_reads(self, plan: StepPlan) -> None:
+        for seq, _ in plan.works:
+            numbers = self.numbers(self.clients[seq.arrival])
+            for group, table in zip(self.groups, seq.tables, strict=True):
+                for position in range(group.first_visible(seq.num_committed), seq.num_committed):
+                    page_id, slot = table[position // group.page_size], position % group.page_size
+                    assert page_id >= 0, f"position {position} of {seq.num_committed} is visible and not stored, group {group}"
+                    held = self.pages[page_id].get(slot)
+                    assert held == (group.group_id, numbers[position]), f"position {position} of {seq.arrival} reads {held}, group {group}"
+
+    def _writes(self, plan: StepPlan) -> list[Callable[[], None]]:
+        return [lambda s=seq, n=num: self._write(s, n) for seq, num in plan.works]  # type: ignore[misc]
+
+    def _write(self, seq: TokenSequence, num_tokens: int) -> None:
+        numbers = self.numbers(self.clients[seq.arrival])
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            for position in range(seq.num_committed, seq.num_committed + num_tokens):
+                page_id = table[position // group.page_size]
+                if page_id >= 0:
+                    holders = self.cache.pool.references(page_id) - sum(copy.source == page_id for copy in self.cache._copies_in_step)
+                    assert holders == 1, "a shared page is written"
+                    key = self.cache.index._pages.get(page_id)  # it may be indexed under the part it had when its prompt ended
+                    assert key is None or len(key.tokens) // 4 <= position % group.page_size, "an indexed slot is written"
+                    self.pages[page_id][position % group.page_size] = (group.group_id, numbers[position])
+
+    def check(self) -> None:
+        """Between steps: the policy's own integrity, and every indexed page holds what its key says."""
+        self.scheduler.check_integrity()
+        assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.clients)
+        for client in self.clients.values():
+            assert client.seq.num_known - client.seq.num_committed >= 1
+        for key in self.cache.index._keys.values():
+            numbers = self._key_numbers(key)
+            for group_id, page_id in enumerate(key.pages):
+                for slot, number in enumerate(numbers if page_id >= 0 else ()):
+                    assert self.pages[page_id].get(slot) == (group_id, number), f"page {page_id} does not hold what it is indexed under"
+
+    def _key_numbers(self, key: PrefixKey) -> list[int]:
+        """The prefix numbers of a key's own tokens."""
+        path: list[PrefixKey] = []
+        while id(key) not in self._numbered and key.parent is not None:
+            path.append(key)
+            key = key.parent
+        known = self._numbered.get(id(key), (key, []))[1] or [self._start(key)]
+        for child in reversed(path):
+            known = self.prefixes.extend([], memoryview(child.tokens).cast("i").tolist(), known[-1])
+            self._numbered[id(child)] = (child, known)  # the key is kept, so that its id stays its own
+        return known
+
+
+def key_of(driver: Driver, tokens: Sequence[int], page_size: int) -> list[PrefixKey]:
+    """The keys of the complete pages of `tokens`, root first."""
+    keys = [driver.cache.root]
+    for i in range(0, len(tokens) - page_size + 1, page_size):
+        keys.append(PrefixKey(keys[-1], pack(tokens[i : i + page_size]), driver.cache.hash_bytes))
+    return keys

@@ -1,0 +1,93 @@
+"""Groups of layers: every layer placed once, pages of one size in every group, and no two layers on the same elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.policy.groups import MAX_PADDING, Arrangement, arrange
+from tests.policy.oracle import SOAK
+
+
+@dataclass(frozen=True)
+class Layer:
+    layer_idx: int
+    num_kv_heads: int = 2
+    k_dim: int = 8
+    v_dim: int = 8
+    window: int = 0
+    chunk: int = 0
+
+
+def check(layers: list[Layer], page_size: int) -> Arrangement:
+    arrangement = arrange(layers, page_size)
+    by_idx = {layer.layer_idx: layer for layer in layers}
+    placed = [place.layer_idx for group in arrangement.groups for place in group.places]
+    assert sorted(placed) == sorted(by_idx) and len(placed) == len(layers)
+    assert [group.group_id for group in arrangement.groups] == list(range(len(arrangement.groups)))
+    for group in arrangement.groups:
+        assert group.page_size >= 1 and group.places
+        ranges = []
+        for place in group.places:
+            layer = by_idx[place.layer_idx]
+            assert (layer.window, layer.chunk) == (group.window, group.chunk)
+            tokens = group.page_size * layer.num_kv_heads
+            ranges += [(place.k_offset, place.k_offset + tokens * layer.k_dim), (place.v_offset, place.v_offset + tokens * layer.v_dim)]
+        ranges.sort()
+        assert ranges[0][0] >= 0 and ranges[-1][1] <= arrangement.page_elements
+        assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+        # One more token would not fit: no page is larger than its group needs.
+        per_token = sum(by_idx[p.layer_idx].num_kv_heads * (by_idx[p.layer_idx].k_dim + by_idx[p.layer_idx].v_dim) for p in group.places)
+        most = max(len(g.places) for g in arrangement.groups if (g.window, g.chunk) == (group.window, group.chunk) and g.page_size == group.page_size)
+        if len(group.places) == most:
+            assert (group.page_size + 1) * per_token > arrangement.page_elements
+    full = [group for group in arrangement.groups if group.kind == "full"]
+    if full:
+        assert full[0].page_size >= page_size
+    return arrangement
+
+
+kinds = st.tuples(
+    st.sampled_from([1, 2, 3, 8]),
+    st.sampled_from([1, 8, 12, 64]),
+    st.sampled_from([1, 8, 16]),
+    st.sampled_from([(0, 0), (0, 0), (5, 0), (512, 0), (0, 16)]),
+)
+layer_sets = st.lists(kinds, min_size=1, max_size=4).flatmap(
+    lambda kinds: st.lists(st.sampled_from(kinds), min_size=1, max_size=40).map(
+        lambda chosen: [Layer(i, heads, k, v, *mask) for i, (heads, k, v, mask) in enumerate(chosen)]
+    )
+)
+
+
+@settings(max_examples=3000 if SOAK else 150, deadline=None)
+@given(layers=layer_sets, page_size=st.sampled_from([1, 4, 16, 20, 128]))
+def test_any_layers(layers: list[Layer], page_size: int) -> None:
+    arrangement = check(layers, page_size)
+    kinds = {(x.window, x.chunk, x.num_kv_heads, x.k_dim, x.v_dim) for x in layers}
+    places = len(kinds) and sum(max(len(h.places) for h in arrangement.groups) for _ in arrangement.groups)
+    assert places - len(layers) <= MAX_PADDING * len(layers) or len(kinds) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_sliding", "num_full", "groups", "places"), [(15, 3, 6, 3), (25, 1, 26, 1), (20, 4, 6, 4), (5, 1, 6, 1), (12, 12, 2, 12)]
+)
+def test_sliding_and_full_layers(num_sliding: int, num_full: int, groups: int, places: int) -> None:
+    every = (num_sliding + num_full) // num_full
+    layers = [Layer(i, window=0 if i % every == every - 1 else 512) for i in range(num_sliding + num_full)]
+    arrangement = check(layers, 16)
+    assert len(arrangement.groups) == groups and {len(group.places) for group in arrangement.groups} == {places}
+    assert {group.page_size for group in arrangement.groups} == {16}
+    assert arrangement.groups[0].kind == "full"
+
+
+def test_one_kind_is_one_group() -> None:
+    assert len(check([Layer(i) for i in range(28)], 16).groups) == 1
+
+
+def test_layers_of_another_geometry_hold_another_number_of_tokens() -> None:
+    layers = [Layer(i) for i in range(4)] + [Layer(4 + i, num_kv_heads=1, window=64) for i in range(4)]
+    assert [group.page_size for group in check(layers, 16).groups] == [16, 32]

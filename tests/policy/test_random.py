@@ -1,0 +1,128 @@
+"""Random lives of the cache: any order of add, step, cancel, fail and reset, over random groups, page sizes, budgets and pools."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from quire.policy.groups import Group
+from quire.policy.prefix import Hash, PrefixKey, blake2b_128
+from tests.policy.oracle import SOAK, Client, Driver, chunked, full, numbered, one_bit, sliding
+
+MOST_TOKENS = 44
+GROUPS = [
+    lambda b: numbered(full(b)),
+    lambda b: numbered(sliding(b, 5)),
+    lambda b: numbered(sliding(b, 1)),
+    lambda b: numbered(full(b), sliding(b, 7)),
+    lambda b: numbered(full(b), sliding(b, 2 * b), sliding(b, 2 * b), sliding(b, 2 * b + 1)),
+    lambda b: numbered(full(b), chunked(b, 6)),
+    lambda b: numbered(full(b), chunked(b, 2 * b)),
+    lambda b: numbered(full(b), full(2 * b), sliding(4 * b, 9)),
+    lambda b: numbered(full(2 * b), full(3 * b), sliding(b, 3 * b)),
+]
+any_group = st.builds(
+    lambda page_size, kind, reach: [full(page_size), sliding(page_size, reach), chunked(page_size, reach)][kind],
+    st.sampled_from([1, 2, 3, 4, 5, 8]),
+    st.integers(0, 2),
+    st.integers(1, 20),
+)
+group_sets = st.one_of(
+    st.builds(lambda make, b: make(b), st.sampled_from(GROUPS), st.sampled_from([1, 4, 16])),
+    st.lists(any_group, min_size=1, max_size=3).map(lambda groups: numbered(*groups)),
+)
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=MOST_TOKENS - 8)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """`check` follows every action; every read of every step is compared inside `Driver.step`."""
+
+    hash_bytes: Hash = staticmethod(blake2b_128)
+
+    @initialize(
+        groups=group_sets,
+        budget=st.sampled_from([1, 7, 64]),
+        roominess=st.sampled_from([1.0, 1.2, 2.0, 6.0]),
+        max_sequences=st.sampled_from([1, 3, 64]),
+        sharing=st.sampled_from([True, True, True, False]),
+        vocab=st.sampled_from([1, 2, 50]),
+    )
+    def start(self, groups: tuple[Group, ...], budget: int, roominess: float, max_sequences: int, sharing: bool, vocab: int) -> None:
+        driver = Driver(groups, 1, budget=budget)  # only to ask how many pages the longest request needs
+        num_pages = int(driver.cache.pages_to_finish(MOST_TOKENS) * roominess)
+        self.driver = Driver(groups, num_pages, budget=budget, max_sequences=max_sequences, sharing=sharing, hash_bytes=self.hash_bytes, vocab=vocab)
+        self.namespace = PrefixKey(None, b"model, namespace a", self.hash_bytes)
+        self.history: list[list[int]] = []
+
+    def _add(self, prompt: list[int], max_tokens: int, *, namespace: bool = False) -> None:
+        prompt = prompt[: MOST_TOKENS - max_tokens]
+        client = self.driver.add(prompt, max_tokens, seed=len(prompt) % 2, root=self.namespace if namespace else None)
+        self.history.append(client.seq.tokens)  # the very list: it grows with what is drawn
+        self.driver.check()
+
+    @rule(prompt=prompts, max_tokens=st.integers(1, 8), namespace=st.sampled_from([False, False, True]))
+    def add_fresh(self, prompt: list[int], max_tokens: int, namespace: bool) -> None:
+        self._add(prompt, max_tokens, namespace=namespace)
+
+    @precondition(lambda self: self.history)
+    @rule(data=st.data(), rest=prompts, max_tokens=st.integers(1, 8))
+    def add_sharing_a_prefix(self, data: st.DataObject, rest: list[int], max_tokens: int) -> None:
+        earlier = data.draw(st.sampled_from(self.history[-6:]))
+        cut = data.draw(st.integers(0, len(earlier)))
+        self._add(earlier[:cut] + rest, max_tokens)
+
+    @precondition(lambda self: self.history)
+    @rule(data=st.data(), max_tokens=st.integers(1, 8), copies=st.integers(1, 3))
+    def add_again(self, data: st.DataObject, max_tokens: int, copies: int) -> None:
+        """An exact repeat, or an earlier prompt with its output: the next turn."""
+        earlier = list(data.draw(st.sampled_from(self.history[-6:])))
+        for _ in range(copies):
+            self._add(earlier, max_tokens)
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.driver.step()
+            self.driver.check()
+
+    @rule(fail_at=st.floats(0, 1))
+    def fail_a_step(self, fail_at: float) -> None:
+        self.driver.step(fail_at=fail_at)
+        self.driver.check()
+
+    @precondition(lambda self: self.driver.clients)
+    @rule(data=st.data(), keep=st.booleans())
+    def cancel(self, data: st.DataObject, keep: bool) -> None:
+        self.driver.cancel(data.draw(st.sampled_from(list(self.driver.clients.values()))), keep=keep)
+        self.driver.check()
+
+    @rule()
+    def reset(self) -> None:
+        self.driver.reset()
+        self.driver.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "driver"):
+            self.driver.run(enough_steps(list(self.driver.clients.values()), self.driver.budget))
+            assert self.driver.cache.pool.num_held == 0
+
+
+def enough_steps(clients: list[Client], budget: int) -> int:
+    """A bound on the steps that any load may take: as if each ran alone, and were computed again from nothing three times."""
+    return 10 + sum(4 * (-(-client.seq.num_known // budget) + client.max_tokens) for client in clients)
+
+
+class CollidingCacheMachine(CacheMachine):
+    """With a hash of one bit, nearly every lookup collides: hits may be missed, contents never wrong."""
+
+    hash_bytes = staticmethod(one_bit)
+
+
+_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(
+    max_examples=4000 if SOAK else 60, phases=(Phase.explicit, Phase.generate), stateful_step_count=100 if SOAK else 30, **_settings
+)
+TestCollidingCache = CollidingCacheMachine.TestCase
+TestCollidingCache.settings = settings(max_examples=2000 if SOAK else 30, stateful_step_count=100 if SOAK else 30, **_settings)
