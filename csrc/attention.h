@@ -15,7 +15,7 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int kBlockRows = 96, kSplitRows = 16;
+constexpr int kSplitRows = 16;
 
 // Grows to the largest need of its thread and is kept: allocating per call would fault its pages in every time.
 struct ThreadMemory {
@@ -38,8 +38,8 @@ QUIRE_INLINE int64_t round_up(int64_t x, int64_t to = 16) { return (x + to - 1) 
 inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   static thread_local ThreadMemory memory;
   const int64_t k_row = round_up(args.layout.k_dim + 1), v_row = round_up(args.layout.v_dim, 32), rows = kBlockRows;
-  const int64_t sizes[] = {rows * k_row, kTile * k_row, kTile * v_row, kMaxRows * kTile, rows * v_row, rows * v_row, rows * 16, rows, rows, rows, rows, k_row};
-  float** const parts[] = {&s.q, &s.kt, &s.v, &s.scores, &s.out, &s.total_out, &s.sums, &s.max, &s.total_max, &s.total_sum, &s.seen, &s.zeros};
+  float** const parts[] = {&s.q, &s.keys, &s.values, &s.scores, &s.out, &s.total_out, &s.sums, &s.max, &s.total_max, &s.total_sum, &s.alpha, &s.seen, &s.zeros};
+  const int64_t sizes[] = {(rows + kMaxRows) * k_row, kTile * k_row, kTile * v_row, rows * kTile, rows * v_row, rows * v_row, rows * 16, rows, rows, rows, rows, rows, k_row};
   int64_t total = 0;
   for (const int64_t size : sizes) total += round_up(size);
   float* at = memory.get(total);
@@ -47,7 +47,7 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
 #ifdef QUIRE_DEBUG
   for (int64_t i = 0; i < total; ++i) at[i] = __builtin_nanf("");
 #endif
-  for (int i = 0; i < 12; ++i) {
+  for (int i = 0; i < 13; ++i) {
     *parts[i] = at;
     at += round_up(sizes[i]);
   }
@@ -55,19 +55,31 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   return true;
 }
 
+// Queries as panels [Dk][kMaxRows] of fp32, or of bf16 pairs for the CPU's own dot product; an odd Dk gets one more zero.
 template <class D>
 void load_queries(Block<D>& b, int64_t packed_token) {
+  constexpr bool kPairs = few_rows_format<D>() == Keys::kDotPairs;
+  constexpr int kSpan = kPairs ? 32 : 16;
   const int k_dim = b.args.layout.k_dim;
-  for (int r = 0; r < b.rows(); ++r) {
-    const typename D::Element* from = (const typename D::Element*)b.args.q + (packed_token + r / b.heads) * b.args.q_token_stride +
-                                      (b.first_head + r % b.heads) * b.args.q_head_stride;
-    float* to = b.s.q + r * b.q_stride;
-    if constexpr (many_rows_format<D>() == Keys::kDotPairs) {
-      for (int d = 0; d < k_dim; d += 32) store(to + d / 2, floats(load_pairs_n((const uint16_t*)from + d, k_dim - d < 32 ? k_dim - d : 32)));
-    } else {
-      int d = 0;
-      for (; d + 16 <= k_dim; d += 16) store(to + d, D::widen(from + d));
-      store(to + d, d < k_dim ? D::widen_n(from + d, k_dim - d) : zero());
+  for (int r0 = 0; r0 < b.rows(); r0 += kMaxRows) {
+    const typename D::Element* from[16] = {};
+    for (int r = r0; r < r0 + kMaxRows && r < b.rows(); ++r)
+      from[r - r0] = (const typename D::Element*)b.args.q + (packed_token + r / b.heads) * b.args.q_token_stride +
+                     (b.first_head + r % b.heads) * b.args.q_head_stride;
+    float* to = b.s.q + r0 / kMaxRows * (b.k_rows * kMaxRows);
+    for (int d = 0; d <= k_dim; d += kSpan) {
+      const int n = k_dim - d < kSpan ? k_dim - d : kSpan;
+      F32x16 x[16];
+      for (int r = 0; r < 16; ++r) {
+        if (!from[r])
+          x[r] = zero();
+        else if constexpr (kPairs)
+          x[r] = floats(load_pairs_n((const uint16_t*)from[r] + d, n));
+        else
+          x[r] = D::widen_n(from[r] + d, n);
+      }
+      transpose16(x);
+      for (int i = 0; i < 16; ++i, to += kMaxRows) store_n(to, x[i], kMaxRows);
     }
   }
 }
@@ -100,7 +112,7 @@ void write_out(const Block<D>& b, int64_t packed_token) {
     constexpr int kUnit = 16 * D::kVecs;
     for (int d = 0; d < v_dim; d += kUnit) {
       F32x16 x[D::kVecs];
-      for (int i = 0; i < D::kVecs; ++i) x[i] = div(load(from + d + 16 * i), sum);
+      for (int i = 0; i < D::kVecs; ++i) x[i] = add(div(load(from + d + 16 * i), sum), zero());  // -0 to +0, see many_rows
       D::write_n(to + d, x, v_dim - d < kUnit ? v_dim - d : kUnit);
     }
   }

@@ -9,11 +9,17 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
+#ifndef KBR
+#define KBR 192
+#endif
+constexpr int kBlockRows = KBR;  // query rows of one work item
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 // One thread's working memory, in floats, carved from one allocation.
 struct Scratch {
-  float *q, *kt, *v, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *seen, *zeros;
+  float *q, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *zeros;
+  int lo[kBlockRows], hi[kBlockRows];  // the keys of the tile at hand that a row sees
 };
 
 template <class D>
@@ -23,11 +29,12 @@ struct Block {
   History<D> from;
   int32_t first_position, num_tokens;  // absolute position of the first query token
   int32_t heads, first_head;           // query heads of this item
-  int64_t q_stride, v_stride;          // of rows in scratch
+  int64_t k_rows, v_stride;            // head dimensions in a panel of queries or keys; length of an output row in scratch
   Fetcher fetcher;                     // of nothing, with its rates
   Rows<typename D::Element> tiles[2];  // this one and the next
 
   int rows() const { return num_tokens * heads; }
+  const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
   int32_t position(int token) const { return first_position + token; }
   // The first key a token sees; never falls from one token to the next.
   int32_t first_key(int token) const {
@@ -49,16 +56,16 @@ QUIRE_INLINE F32x16 shape_score(F32x16 dot, float scale, float softcap) {
 // What a running maximum is subtracted as: a row whose scores are all -inf so far must give zeros, not NaN.
 QUIRE_INLINE float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
 
-// Scores of `rows` rows to probabilities, in place; updates each row's maximum and sums, and gives the factor by which its
+// Scores of up to 16 rows to probabilities, in place; updates each row's maximum and sums, and gives the factor by which its
 // former output shrinks. Lanes outside a row's keys lo..hi-1 become exactly zero.
-inline void softmax_rows(int rows, int num_vecs, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* sums,
+inline void softmax_rows(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* sums,
                          float* alpha) {
   float before[16], after[16];
   const F32x16 none = set1(-__builtin_inff());
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kTile;
     F32x16 top = none;
-    for (int j = 0; j < num_vecs; ++j) {
+    for (int j = 0; j < groups; ++j) {
       F32x16 x = shape_score(load(row + 16 * j), scale, softcap);
       if (lo[r] > 16 * j || hi[r] < 16 * j + 16) x = select(lanes_between(clip(lo[r] - 16 * j, 16), clip(hi[r] - 16 * j, 16)), x, none);
       store(row + 16 * j, x);
@@ -74,7 +81,7 @@ inline void softmax_rows(int rows, int num_vecs, const int* lo, const int* hi, f
     float* row = scores + r * kTile;
     const F32x16 base = set1(after[r]);
     F32x16 sum = zero();
-    for (int j = 0; j < num_vecs; ++j) {
+    for (int j = 0; j < groups; ++j) {
       const F32x16 p = exp2_nonpositive(sub(load(row + 16 * j), base));
       store(row + 16 * j, p);
       sum = add(sum, p);
@@ -83,51 +90,85 @@ inline void softmax_rows(int rows, int num_vecs, const int* lo, const int* hi, f
   }
 }
 
-// out = out * alpha + p . V for rows that see keys lo[r]..hi[r]-1: together over the keys all of them see, alone over the
-// rest. Each row still meets its keys in ascending order, and never one that it does not see.
-template <class V>
-void accumulate_rows(int rows, const V& v, const int* lo, const int* hi, int v_dim, const float* p, float* alpha, float* out, int64_t out_stride,
-                     Fetcher& fetcher) {
+// Calls part(first, count, lo, hi, alpha) so that rows 0..rows-1, of which row r sees keys lo[r]..hi[r]-1, each meet their
+// keys in ascending order and never one that they do not see: together over the keys that all see, alone over the others.
+template <class Part>
+QUIRE_INLINE void for_visible_keys(int rows, const int* lo, const int* hi, const float* alpha, const Part& part) {
   int common_lo = lo[0], common_hi = hi[0];
-  for (int r = 1; r < rows; ++r) {
+  float shrink[kMaxRows > kDirectRows ? kMaxRows : kDirectRows];
+  const float one = 1.0f;
+  for (int r = 0; r < rows; ++r) {
     common_lo = lo[r] > common_lo ? lo[r] : common_lo;
     common_hi = hi[r] < common_hi ? hi[r] : common_hi;
+    shrink[r] = alpha[r];
   }
   if (common_hi < common_lo) common_hi = common_lo;
   for (int r = 0; r < rows; ++r) {
     const int end = hi[r] < common_lo ? hi[r] : common_lo;
     if (lo[r] >= end) continue;
-    output<V>(1, p + r * kTile, v, lo[r], end, v_dim, alpha + r, out + r * out_stride, out_stride, fetcher);
-    alpha[r] = 1.0f;
+    part(r, 1, lo[r], end, shrink + r);
+    shrink[r] = one;
   }
-  output<V>(rows, p, v, common_lo, common_hi, v_dim, alpha, out, out_stride, fetcher);
+  part(0, rows, common_lo, common_hi, shrink);
   for (int r = 0; r < rows; ++r) {
     const int begin = lo[r] > common_hi ? lo[r] : common_hi;
-    if (begin >= hi[r]) continue;
-    const float one = 1.0f;
-    output<V>(1, p + r * kTile, v, begin, hi[r], v_dim, &one, out + r * out_stride, out_stride, fetcher);
+    if (begin < hi[r]) part(r, 1, begin, hi[r], &one);
   }
 }
 
-// Rows first_row..end_row-1 against the tile at `base`, whose keys lie transposed in s.kt.
-template <class D, Keys F, class V>
-void tile_rows(Block<D>& b, const V& v, int64_t base, int first_row, int end_row, Fetcher& fetcher) {
-  const PageLayout& at = b.args.layout;
-  const int count = (end_row - first_row + kMaxRows - 1) / kMaxRows, step = (end_row - first_row + count - 1) / count;
-  for (int r0 = first_row; r0 < end_row; r0 += step) {
-    const int rows = end_row - r0 < step ? end_row - r0 : step;
-    int lo[kMaxRows], hi[kMaxRows];
-    float alpha[kMaxRows];
-    for (int r = 0; r < rows; ++r) {
-      const int token = (r0 + r) / b.heads;
-      lo[r] = clip(b.first_key(token) - base, kTile);
-      hi[r] = clip(b.position(token) + 1 - base, kTile);
-      b.s.seen[r0 + r] = 1.0f;
+// How many of the rows from `row` on, before `end`, share its panel of queries.
+QUIRE_INLINE int rows_in_panel(int row, int end) { return end - row < kMaxRows - row % kMaxRows ? end - row : kMaxRows - row % kMaxRows; }
+
+// Up to kDirectRows rows against a tile whose keys are transposed.
+template <class D, Keys F>
+void few_rows(Block<D>& b, const Rows<typename D::Element>& tile, const KeyPanels& keys, int first_row, int end_row, Fetcher& fetcher) {
+  Scratch& s = b.s;
+  for (int r0 = first_row, rows; r0 < end_row; r0 += rows) {
+    rows = rows_in_panel(r0, end_row);
+    const int *lo = s.lo + r0, *hi = s.hi + r0, groups = (hi[rows - 1] + 15) / 16;
+    score_few<F>(rows, b.queries(r0), keys, groups, b.args.layout.k_dim, s.scores, fetcher);
+    softmax_rows(rows, groups, lo, hi, b.args.scale, b.args.softcap, s.scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    for_visible_keys(rows, lo, hi, s.alpha + r0, [&](int r, int count, int from, int to, const float* shrink) {
+      output_few<D>(count, s.scores + r * kTile, {tile.v}, from, to, b.args.layout.v_dim, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride, fetcher);
+    });
+  }
+}
+
+// Any number of rows against a tile that is transposed and copied: each panel passes all rows before the next one.
+template <class D, Keys F>
+void many_rows(Block<D>& b, const KeyPanels& keys, bool values_finite, int first_row, int end_row, Fetcher& fetcher) {
+  Scratch& s = b.s;
+  const int passes = kTile / kPanelLanes + (int(b.v_stride) + kPanelLanes - 1) / kPanelLanes;
+  const int rate = 2 * kTile * 256 / ((end_row - 1) / kMaxRows + 1 - first_row / kMaxRows) / passes + 1;
+  int rows;
+  for (int group = 0; group < kTile / 16; group += kPanel) {
+    for (int r0 = first_row; r0 < end_row; r0 += rows) {
+      rows = rows_in_panel(r0, end_row);
+      fetch(fetcher, rate);
+      const int groups = (s.hi[r0 + rows - 1] + 15) / 16 - group;
+      if (groups > 0) score_panel<F>(rows, b.queries(r0), keys, group, groups, b.args.layout.k_dim, s.scores + r0 * kTile);
     }
-    const int num_vecs = (hi[rows - 1] + 15) / 16;
-    score<F>(rows, b.s.q + r0 * b.q_stride, b.q_stride, b.s.kt, at.k_dim, num_vecs, b.s.scores, fetcher);
-    softmax_rows(rows, num_vecs, lo, hi, b.args.scale, b.args.softcap, b.s.scores, b.s.max + r0, b.s.sums + 16 * r0, alpha);
-    accumulate_rows(rows, v, lo, hi, V::kDirect ? at.v_dim : int(b.v_stride), b.s.scores, alpha, b.s.out + r0 * b.v_stride, b.v_stride, fetcher);
+  }
+  for (int r0 = first_row; r0 < end_row; r0 += rows) {
+    rows = rows_in_panel(r0, end_row);
+    const int groups = (s.hi[r0 + rows - 1] + 15) / 16;
+    softmax_rows(rows, groups, s.lo + r0, s.hi + r0, b.args.scale, b.args.softcap, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+  }
+  for (int d = 0; d < b.v_stride; d += kPanelLanes) {
+    const int vecs = int(b.v_stride - d) / 16;
+    for (int r0 = first_row; r0 < end_row; r0 += rows) {
+      rows = rows_in_panel(r0, end_row);
+      fetch(fetcher, rate);
+      const int *lo = s.lo + r0, *hi = s.hi + r0;
+      const auto part = [&](int r, int n, int from, int to, const float* shrink) {
+        output_panel<D>(n, s.scores + (r0 + r) * kTile, {s.values}, from, to, d, vecs, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride);
+      };
+      // A key that a row does not see has probability zero: adding zero times a finite value changes nothing.
+      if (values_finite)
+        part(0, rows, lo[0], hi[rows - 1], s.alpha + r0);
+      else
+        for_visible_keys(rows, lo, hi, s.alpha + r0, part);
+    }
   }
 }
 
@@ -141,7 +182,7 @@ constexpr Keys few_rows_format() {
 }
 template <class D>
 constexpr Keys many_rows_format() {
-  return few_rows_format<D>() == Keys::kDotPairs ? Keys::kDotPairs : Keys::kFloat;
+  return kPanel >= 2 ? few_rows_format<D>() : Keys::kFloat;
 }
 
 // Finds the rows of the tile at `base` that some token of the block sees; false if there are none.
@@ -167,19 +208,31 @@ void run_tile(Block<D>& b, int64_t base) {
   auto& next = b.tiles[base / kTile % 2 ^ 1];
   if (!locate_tile(b, base, rows)) return;
   const int first_row = rows.first_token * b.heads, end_row = rows.end_token * b.heads;
-  Fetcher fetcher = b.fetcher;
-  if (end_row - first_row <= kDirectRows) {
-    if (locate_tile(b, base + kTile, next)) {
-      fetcher.rows = (const void* const*)next.k;
-      fetcher.lo = next.lo;
-      fetcher.hi = next.hi;
+  for (int token = rows.first_token; token < rows.end_token; ++token) {
+    const int lo = clip(b.first_key(token) - base, kTile), hi = clip(b.position(token) + 1 - base, kTile);
+    for (int r = token * b.heads; r < (token + 1) * b.heads; ++r) {
+      b.s.lo[r] = lo;
+      b.s.hi[r] = hi;
+      b.s.seen[r] = 1.0f;
     }
-    transpose_keys<D, few_rows_format<D>()>(rows, at.k_dim, b.s.kt, fetcher);
-    tile_rows<D, few_rows_format<D>()>(b, DirectValues<D>{rows.v}, base, first_row, end_row, fetcher);
+  }
+  const KeyPanels keys{b.s.keys, b.k_rows * kPanelLanes};
+  Fetcher fetcher = b.fetcher;
+  if (locate_tile(b, base + kTile, next)) {
+    fetcher.rows = (const void* const*)next.k;
+    fetcher.lo = next.lo;
+    fetcher.hi = next.hi;
+  }
+  if (end_row - first_row <= kDirectRows) {
+    constexpr Keys kFormat = few_rows_format<D>();
+    transpose_keys<D, kFormat>(rows, at.k_dim, b.s.keys, keys.stride, fetcher);
+    few_rows<D, kFormat>(b, rows, keys, first_row, end_row, fetcher);
   } else {
-    transpose_keys<D, many_rows_format<D>()>(rows, at.k_dim, b.s.kt, fetcher);
-    widen_values<D>(rows, at.v_dim, b.s.v, b.v_stride);
-    tile_rows<D, many_rows_format<D>()>(b, WidenedValues{b.s.v, b.v_stride}, base, first_row, end_row, fetcher);
+    constexpr Keys kFormat = many_rows_format<D>();
+    fetcher.per_patch = 0;
+    transpose_keys<D, kFormat>(rows, at.k_dim, b.s.keys, keys.stride, fetcher);
+    const bool values_finite = copy_values<D>(rows, at.v_dim, b.s.values);
+    many_rows<D, kFormat>(b, keys, values_finite, first_row, end_row, fetcher);
   }
 }
 

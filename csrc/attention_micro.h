@@ -10,15 +10,18 @@ namespace {
 
 constexpr int kTile = 64;  // keys; tiles start at absolute positions that are multiples of this
 
-// Rows x vectors held in registers: accumulators, one row of the other operand and a broadcast must fit. Up to kDirectRows
-// query rows, keys and values are widened as they are used; beyond, once for all rows.
+// With many query rows, keys and values are copied to scratch once, and kMaxRows rows x kPanel vectors of them meet in
+// registers; a panel stays in the first cache while all rows pass it. With up to kDirectRows rows (decode), values are
+// used where they lie, and more vectors share the loop instead, to have enough independent sums.
 #if defined(QUIRE_AVX512)
-constexpr int kMaxRows = 6, kMaxVecs = 4, kLoneVecs = 8, kDirectRows = 6;
+constexpr int kMaxRows = 12, kPanel = 2, kDirectRows = 6, kWideVecs = 8, kWideRows = 2;
 #elif defined(QUIRE_AVX2)
-constexpr int kMaxRows = 6, kMaxVecs = 1, kLoneVecs = 4, kDirectRows = 3;
+constexpr int kMaxRows = 6, kPanel = 1, kDirectRows = 3, kWideVecs = 4, kWideRows = 1;
 #else
-constexpr int kMaxRows = 2, kMaxVecs = 1, kLoneVecs = 2, kDirectRows = 1;
+constexpr int kMaxRows = 2, kPanel = 1, kDirectRows = 1, kWideVecs = 2, kWideRows = 1;
 #endif
+constexpr int kPanelLanes = 16 * kPanel;
+constexpr int wide_vecs(int rows) { return rows <= kWideRows ? kWideVecs : kWideVecs / 2; }
 
 // Asks for the next tile's rows, little by little, while this tile is computed: pages lie anywhere, so the CPU cannot guess
 // them, and asking for all of them in one phase would leave the memory idle in the others.
@@ -38,93 +41,88 @@ QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   }
 }
 
-// How a tile of keys lies in scratch, transposed: fp32 [Dk][kTile], or bf16 pairs [ceil(Dk/2)][kTile] of 32 bits, which
-// are widened in the loop (few rows: less to store) or fed to the CPU's own bf16 dot product.
+// How a tile of keys lies in scratch, transposed, in panels [kTile / kPanelLanes][Dk][kPanelLanes] of fp32, or of 32-bit pairs
+// of bf16 [..][ceil(Dk / 2)][..], which are widened in the loop or fed to the CPU's own bf16 dot product.
 enum class Keys { kFloat, kWidenPairs, kDotPairs };
 
-// scores[r][j] = sum over d of q[r][d] * kt[d][j], for R rows and 16 * N keys.
+struct KeyPanels {
+  const float* at;
+  int64_t stride;  // from panel to panel
+};
+
+// scores[r][16 * first + j] = sum over d of q[d][r] * key[first * 16 + j][d], for R rows and N groups of 16 keys from group
+// `first` on; N is at most kPanel or a multiple of it. Queries lie in panels too, [Dk][kMaxRows], so that one pointer serves
+// all rows.
 template <Keys F, int R, int N>
-void score_block(const float* q, int64_t q_stride, const float* kt, int k_dim, float* scores, Fetcher& fetcher) {
+void score_block(const float* q, const KeyPanels& keys, int first, int k_dim, float* scores, Fetcher* fetcher) {
   F32x16 acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) acc[r][j] = zero();
-  if constexpr (F == Keys::kFloat) {
-    for (int d = 0; d < k_dim; ++d, kt += kTile) {
-      F32x16 k[N];
-      for (int j = 0; j < N; ++j) k[j] = load(kt + 16 * j);
+  const float* k = keys.at + first / kPanel * keys.stride + first % kPanel * 16;
+  constexpr int kStep = F == Keys::kFloat ? 1 : 2;
+  for (int d = 0; d < k_dim; d += kStep, k += kPanelLanes, q += F == Keys::kWidenPairs ? 2 * kMaxRows : kMaxRows) {
+    if (fetcher && d % 16 == 0) fetch(*fetcher, fetcher->per_step);
+    F32x16 x[N];
+    for (int j = 0; j < N; ++j) x[j] = load(k + j / kPanel * keys.stride + j % kPanel * 16);
+    if constexpr (F == Keys::kDotPairs) {
       for (int r = 0; r < R; ++r) {
-        const F32x16 a = set1(q[r * q_stride + d]);
-        for (int j = 0; j < N; ++j) acc[r][j] = fma(a, k[j], acc[r][j]);
+        const U32x16 a = bits(set1(q[r]));
+        for (int j = 0; j < N; ++j) acc[r][j] = dot_pair(acc[r][j], a, bits(x[j]));
       }
-    }
-  } else if constexpr (F == Keys::kWidenPairs) {
-    for (int d = 0; d < k_dim; d += 2, kt += kTile) {
-      if (d % 16 == 0) fetch(fetcher, fetcher.per_step);
-      U32x16 k[N];
-      for (int j = 0; j < N; ++j) k[j] = bits(load(kt + 16 * j));
+    } else {
       for (int r = 0; r < R; ++r) {
-        const F32x16 a = set1(q[r * q_stride + d]);
-        for (int j = 0; j < N; ++j) acc[r][j] = fma(a, pair_low(k[j]), acc[r][j]);
+        const F32x16 a = set1(q[r]);
+        for (int j = 0; j < N; ++j) acc[r][j] = fma(a, F == Keys::kFloat ? x[j] : pair_low(bits(x[j])), acc[r][j]);
       }
-      for (int r = 0; r < R; ++r) {
-        const F32x16 a = set1(q[r * q_stride + d + 1]);
-        for (int j = 0; j < N; ++j) acc[r][j] = fma(a, pair_high(k[j]), acc[r][j]);
-      }
-    }
-  } else {
-    for (int d = 0; d < k_dim; d += 2, kt += kTile) {
-      U32x16 k[N];
-      for (int j = 0; j < N; ++j) k[j] = bits(load(kt + 16 * j));
-      for (int r = 0; r < R; ++r) {
-        const U32x16 a = bits(set1(q[r * q_stride + d / 2]));
-        for (int j = 0; j < N; ++j) acc[r][j] = dot_pair(acc[r][j], a, k[j]);
+      for (int r = 0; r < R && F == Keys::kWidenPairs; ++r) {
+        const F32x16 a = set1(q[kMaxRows + r]);
+        for (int j = 0; j < N; ++j) acc[r][j] = fma(a, pair_high(bits(x[j])), acc[r][j]);
       }
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) store(scores + r * kTile + 16 * j, acc[r][j]);
+    for (int j = 0; j < N; ++j) store(scores + r * kTile + 16 * (first + j), acc[r][j]);
 }
 
-// `num_vecs` groups of 16 keys, at most kMaxVecs at a time.
-template <Keys F, int R>
-void score_rows(const float* q, int64_t q_stride, const float* kt, int k_dim, int num_vecs, float* scores, Fetcher& fetcher) {
+// One panel for up to kMaxRows rows; `groups` of its groups of 16 keys are wanted.
+template <Keys F, int R = kMaxRows>
+void score_panel(int rows, const float* q, const KeyPanels& keys, int first, int groups, int k_dim, float* scores) {
+  if constexpr (R > 1)
+    if (rows < R) return score_panel<F, R - 1>(rows, q, keys, first, groups, k_dim, scores);
+  if (groups < kPanel) return score_block<F, R, 1>(q, keys, first, k_dim, scores, nullptr);
+  score_block<F, R, kPanel>(q, keys, first, k_dim, scores, nullptr);
+}
+
+// `groups` groups of 16 keys of a tile for up to kDirectRows rows.
+template <Keys F, int R = kDirectRows>
+void score_few(int rows, const float* q, const KeyPanels& keys, int groups, int k_dim, float* scores, Fetcher& fetcher) {
+  if constexpr (R > 1)
+    if (rows < R) return score_few<F, R - 1>(rows, q, keys, groups, k_dim, scores, fetcher);
+  constexpr int kVecs = kWideVecs / 2;
   int j = 0;
-  for (; j + kMaxVecs <= num_vecs; j += kMaxVecs) score_block<F, R, kMaxVecs>(q, q_stride, kt + 16 * j, k_dim, scores + 16 * j, fetcher);
-  if constexpr (kMaxVecs > 1) {
-    switch (num_vecs - j) {
-      case 1: score_block<F, R, 1>(q, q_stride, kt + 16 * j, k_dim, scores + 16 * j, fetcher); break;
-      case 2: score_block<F, R, 2>(q, q_stride, kt + 16 * j, k_dim, scores + 16 * j, fetcher); break;
-      case 3: score_block<F, R, 3>(q, q_stride, kt + 16 * j, k_dim, scores + 16 * j, fetcher); break;
-      default: break;
-    }
-  }
+  for (; j + kVecs <= groups; j += kVecs) score_block<F, R, kVecs>(q, keys, j, k_dim, scores, &fetcher);
+  if constexpr (kVecs > kPanel)
+    for (; j + kPanel <= groups; j += kPanel) score_block<F, R, kPanel>(q, keys, j, k_dim, scores, &fetcher);
+  for (; j < groups; ++j) score_block<F, R, 1>(q, keys, j, k_dim, scores, &fetcher);
 }
 
-template <Keys F>
-void score(int rows, const float* q, int64_t q_stride, const float* kt, int k_dim, int num_vecs, float* scores, Fetcher& fetcher) {
-  switch (rows) {
-    case 1: return score_rows<F, 1>(q, q_stride, kt, k_dim, num_vecs, scores, fetcher);
-    case 2: return score_rows<F, 2>(q, q_stride, kt, k_dim, num_vecs, scores, fetcher);
-#if !defined(QUIRE_PLAIN)
-    case 3: return score_rows<F, 3>(q, q_stride, kt, k_dim, num_vecs, scores, fetcher);
-    case 4: return score_rows<F, 4>(q, q_stride, kt, k_dim, num_vecs, scores, fetcher);
-    case 5: return score_rows<F, 5>(q, q_stride, kt, k_dim, num_vecs, scores, fetcher);
-    case 6: return score_rows<F, 6>(q, q_stride, kt, k_dim, num_vecs, scores, fetcher);
-#endif
-    default: __builtin_unreachable();
-  }
-}
-
-// Where a tile's values come from: widened in scratch [kTile][v_stride], or straight from pages and staged rows.
-struct WidenedValues {
-  using Element = float;
+// Where a tile's values come from: copied to scratch in panels [ceil(Dv / kPanelLanes)][kTile][kPanelLanes], or straight from
+// pages and staged rows. Panels are fp32, or bf16 pairs where a panel is wide enough for both vectors of a pair.
+template <class D>
+struct PanelValues {
+  static constexpr bool kPacked = D::kPairs && kPanel >= 2;
   static constexpr bool kDirect = false;
-  static constexpr int kVecs = 1;
+  static constexpr int kVecs = kPacked ? 2 : 1, kWidth = kPacked ? kPanelLanes / 2 : kPanelLanes;
+  using Element = float;
   const float* v;
-  int64_t v_stride;
-  QUIRE_INLINE const float* row(const WidenedValues& s, int key) { return s.v + key * s.v_stride; }
-  QUIRE_INLINE void read(const float* p, F32x16* x) { x[0] = load(p); }
-  QUIRE_INLINE void read_n(const float* p, F32x16* x, int) { x[0] = load(p); }
+  QUIRE_INLINE const float* row(const PanelValues& s, int key, int d) { return s.v + (d / kPanelLanes * kTile + key) * kWidth; }
+  QUIRE_INLINE void read(const float* p, int j, F32x16* x) {
+    if constexpr (kPacked)
+      D::split(bits(load(p + 8 * j)), x);
+    else
+      x[0] = load(p + 16 * j);
+  }
+  QUIRE_INLINE void read_n(const float*, F32x16*, int) {}
 };
 template <class D>
 struct DirectValues {
@@ -132,27 +130,27 @@ struct DirectValues {
   static constexpr bool kDirect = true;
   static constexpr int kVecs = D::kVecs;
   const Element* const* rows;
-  QUIRE_INLINE const Element* row(const DirectValues& s, int key) { return s.rows[key]; }
-  QUIRE_INLINE void read(const Element* p, F32x16* x) { D::read(p, x); }
+  QUIRE_INLINE const Element* row(const DirectValues& s, int key, int d) { return s.rows[key] + d; }
+  QUIRE_INLINE void read(const Element* p, int j, F32x16* x) { D::read(p + 16 * j, x); }
   QUIRE_INLINE void read_n(const Element* p, F32x16* x, int n) { D::read_n(p, x, n); }
 };
 
 // out[r][d..] = out[r][d..] * alpha[r] + sum over keys lo <= key < hi of p[r][key] * v[key][d..], for 16 * N values, N a
 // multiple of V::kVecs. With kEnd there is just one unit of values, of which only `tail` exist.
 template <class V, bool kEnd, int R, int N>
-void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, const float* alpha, float* out, int64_t out_stride, Fetcher& fetcher) {
+void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, const float* alpha, float* out, int64_t out_stride, Fetcher* fetcher) {
   static_assert(N % V::kVecs == 0 && (!kEnd || N == V::kVecs), "values come in whole units");
   F32x16 acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
   for (int key = lo; key < hi; ++key) {
-    const typename V::Element* from = V::row(v, key) + d;
-    if constexpr (V::kDirect) fetch(fetcher, fetcher.per_value);
+    const typename V::Element* from = V::row(v, key, d);
+    if constexpr (V::kDirect) fetch(*fetcher, fetcher->per_value);
     F32x16 x[N];
     if constexpr (kEnd) {
       V::read_n(from, x, tail);
     } else {
-      for (int j = 0; j < N; j += V::kVecs) V::read(from + 16 * j, x + j);
+      for (int j = 0; j < N; j += V::kVecs) V::read(from, j, x + j);
     }
     for (int r = 0; r < R; ++r) {
       const F32x16 a = set1(p[r * kTile + key]);
@@ -163,31 +161,31 @@ void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, c
     for (int j = 0; j < N; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
 }
 
-template <class V, int R>
-void output_rows(const float* p, const V& v, int lo, int hi, int v_dim, const float* alpha, float* out, int64_t out_stride, Fetcher& fetcher) {
-  constexpr int kUnit = V::kVecs, kMost = kMaxVecs > kUnit ? kMaxVecs : kUnit;
-  constexpr int kVecs = R * kLoneVecs <= kMaxRows * kMaxVecs ? kLoneVecs : kMost;
-  int d = 0;
-  for (; d + 16 * kVecs <= v_dim; d += 16 * kVecs) output_block<V, false, R, kVecs>(p, v, lo, hi, d, 0, alpha, out, out_stride, fetcher);
-  if constexpr (kVecs > 4)
-    for (; d + 64 <= v_dim; d += 64) output_block<V, false, R, 4>(p, v, lo, hi, d, 0, alpha, out, out_stride, fetcher);
-  for (; d + 16 * kUnit <= v_dim; d += 16 * kUnit) output_block<V, false, R, kUnit>(p, v, lo, hi, d, 0, alpha, out, out_stride, fetcher);
-  if (d < v_dim) output_block<V, true, R, kUnit>(p, v, lo, hi, d, v_dim - d, alpha, out, out_stride, fetcher);
+// One panel of values for up to kMaxRows rows.
+template <class D, int R = kMaxRows>
+void output_panel(int rows, const float* p, const PanelValues<D>& v, int lo, int hi, int d, int vecs, const float* alpha, float* out,
+                  int64_t out_stride) {
+  if constexpr (R > 1)
+    if (rows < R) return output_panel<D, R - 1>(rows, p, v, lo, hi, d, vecs, alpha, out, out_stride);
+  using V = PanelValues<D>;
+  if constexpr (V::kVecs < kPanel)
+    if (vecs < kPanel) return output_block<V, false, R, V::kVecs>(p, v, lo, hi, d, 0, alpha, out, out_stride, nullptr);
+  output_block<V, false, R, kPanel>(p, v, lo, hi, d, 0, alpha, out, out_stride, nullptr);
 }
 
-template <class V>
-void output(int rows, const float* p, const V& v, int lo, int hi, int v_dim, const float* alpha, float* out, int64_t out_stride, Fetcher& fetcher) {
-  switch (rows) {
-    case 1: return output_rows<V, 1>(p, v, lo, hi, v_dim, alpha, out, out_stride, fetcher);
-    case 2: return output_rows<V, 2>(p, v, lo, hi, v_dim, alpha, out, out_stride, fetcher);
-#if !defined(QUIRE_PLAIN)
-    case 3: return output_rows<V, 3>(p, v, lo, hi, v_dim, alpha, out, out_stride, fetcher);
-    case 4: return output_rows<V, 4>(p, v, lo, hi, v_dim, alpha, out, out_stride, fetcher);
-    case 5: return output_rows<V, 5>(p, v, lo, hi, v_dim, alpha, out, out_stride, fetcher);
-    case 6: return output_rows<V, 6>(p, v, lo, hi, v_dim, alpha, out, out_stride, fetcher);
-#endif
-    default: __builtin_unreachable();
-  }
+// All Dv values for up to kDirectRows rows.
+template <class D, int R = kDirectRows>
+void output_few(int rows, const float* p, const DirectValues<D>& v, int lo, int hi, int v_dim, const float* alpha, float* out, int64_t out_stride,
+                Fetcher& fetcher) {
+  if constexpr (R > 1)
+    if (rows < R) return output_few<D, R - 1>(rows, p, v, lo, hi, v_dim, alpha, out, out_stride, fetcher);
+  using V = DirectValues<D>;
+  constexpr int kUnit = V::kVecs, kMost = wide_vecs(R) > kUnit ? wide_vecs(R) : kUnit, kHalf = kMost / 2 > kUnit ? kMost / 2 : kUnit;
+  int d = 0;
+  for (; d + 16 * kMost <= v_dim; d += 16 * kMost) output_block<V, false, R, kMost>(p, v, lo, hi, d, 0, alpha, out, out_stride, &fetcher);
+  for (; d + 16 * kHalf <= v_dim; d += 16 * kHalf) output_block<V, false, R, kHalf>(p, v, lo, hi, d, 0, alpha, out, out_stride, &fetcher);
+  for (; d + 16 * kUnit <= v_dim; d += 16 * kUnit) output_block<V, false, R, kUnit>(p, v, lo, hi, d, 0, alpha, out, out_stride, &fetcher);
+  if (d < v_dim) output_block<V, true, R, kUnit>(p, v, lo, hi, d, v_dim - d, alpha, out, out_stride, &fetcher);
 }
 
 }  // namespace

@@ -115,48 +115,58 @@ QUIRE_INLINE void transpose_patch(const typename D::Element* const* rows, int d,
   const int columns = F != Keys::kFloat || kWiden ? (n + 1) / 2 : n;
   for (int i = 0; i < columns; ++i) {
     if constexpr (kWiden) {
-      store(to + 2 * i * kTile, pair_low(bits(r[i])));
-      store(to + (2 * i + 1) * kTile, pair_high(bits(r[i])));
+      store(to + 2 * i * kPanelLanes, pair_low(bits(r[i])));
+      store(to + (2 * i + 1) * kPanelLanes, pair_high(bits(r[i])));
     } else {
-      store(to + i * kTile, r[i]);
+      store(to + i * kPanelLanes, r[i]);
     }
   }
 }
 
-// A tile's keys as columns of kt [Dk][kTile] (an odd Dk gets one more row of zeros); columns outside the groups of 16 that
-// hold keys stay as they are.
+// A tile's keys as columns of panels (an odd Dk gets one more row of zeros); columns outside the groups of 16 that hold
+// keys stay as they are.
 template <class D, Keys F>
-void transpose_keys(const Rows<typename D::Element>& rows, int k_dim, float* kt, Fetcher& fetcher) {
+void transpose_keys(const Rows<typename D::Element>& rows, int k_dim, float* panels, int64_t panel_stride, Fetcher& fetcher) {
   constexpr bool kWiden = F == Keys::kFloat && D::kPairs;
   constexpr int kSpan = D::kPairs ? 32 : 16;  // head dimensions in one vector of a row
-  for (int group = rows.lo & ~15; group < rows.hi; group += 16) {
-    float* to = kt + group;
+  for (int key = rows.lo & ~15; key < rows.hi; key += 16) {
+    float* to = panels + key / kPanelLanes * panel_stride + key % kPanelLanes;
     int d = 0;
-    for (; d + kSpan <= k_dim; d += kSpan, to += (F == Keys::kFloat ? kSpan : kSpan / 2) * kTile) {
+    for (; d + kSpan <= k_dim; d += kSpan, to += (F == Keys::kFloat ? kSpan : kSpan / 2) * kPanelLanes) {
       fetch(fetcher, fetcher.per_patch);
-      transpose_patch<D, F, kWiden>(rows.k + group, d, kSpan, to);
+      transpose_patch<D, F, kWiden>(rows.k + key, d, kSpan, to);
     }
-    if (d < k_dim) transpose_patch<D, F, kWiden>(rows.k + group, d, k_dim - d, to);
+    if (d < k_dim) transpose_patch<D, F, kWiden>(rows.k + key, d, k_dim - d, to);
   }
 }
 
-// A tile's values as fp32 rows of v [kTile][v_stride], by units (see Brain), filled up with zeros to whole ones.
+// A tile's values as panels, by units (see Brain), filled up with zeros to whole ones. False if one is not finite.
 template <class D>
-void widen_values(const Rows<typename D::Element>& rows, int v_dim, float* v, int64_t v_stride) {
+bool copy_values(const Rows<typename D::Element>& rows, int v_dim, float* panels) {
   constexpr int kUnit = 16 * D::kVecs;
-  for (int key = rows.lo; key < rows.hi; ++key) {
-    float* to = v + key * v_stride;
-    F32x16 x[D::kVecs];
-    int d = 0;
-    for (; d + kUnit <= v_dim; d += kUnit) {
-      D::read(rows.v[key] + d, x);
-      for (int i = 0; i < D::kVecs; ++i) store(to + d + 16 * i, x[i]);
-    }
-    if (d < v_dim) {
-      D::read_n(rows.v[key] + d, x, v_dim - d);
-      for (int i = 0; i < D::kVecs; ++i) store(to + d + 16 * i, x[i]);
+  F32x16 nothing = zero();  // stays zero as long as all values are finite
+  for (int d = 0; d < v_dim; d += kUnit) {
+    for (int key = rows.lo; key < rows.hi; ++key) {
+      const typename D::Element* from = rows.v[key] + d;
+      F32x16 x[D::kVecs];
+      if constexpr (PanelValues<D>::kPacked) {
+        const U32x16 pairs = d + kUnit <= v_dim ? load_pairs(from) : load_pairs_n(from, v_dim - d);
+        store(panels + (d / kPanelLanes * kTile + key) * kPanelLanes / 2, floats(pairs));
+        D::split(pairs, x);
+      } else {
+        if (d + kUnit <= v_dim)
+          D::read(from, x);
+        else
+          D::read_n(from, x, v_dim - d);
+        for (int i = 0; i < D::kVecs; ++i) {
+          const int at = d + 16 * i;
+          store(panels + (at / kPanelLanes * kTile + key) * kPanelLanes + at % kPanelLanes, x[i]);
+        }
+      }
+      for (int i = 0; i < D::kVecs; ++i) nothing = fma(x[i], zero(), nothing);
     }
   }
+  return mask_bits(eq(nothing, zero())) == 0xffff;
 }
 
 }  // namespace

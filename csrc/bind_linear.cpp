@@ -33,6 +33,7 @@ float* scratch_of_this_thread(int64_t num_floats) {
 void product(bool is_matmul, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t x_stride,
              int64_t w_stride, int32_t dtype, int32_t num_threads) {
   if (m < 0 || n < 0 || k < 0 || dtype < kF32 || dtype > kF16 || num_threads < 1) throw std::invalid_argument("sizes, dtype or num_threads out of range");
+  if (m == 0 || n == 0) return;  // the kernels want something to do
   const LinearKernels& kernels = active_kernels().linear;
   LinearArgs args{pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(y), m, n, k, x_stride, w_stride, dtype, num_threads, nullptr};
   args.scratch = scratch_of_this_thread((is_matmul ? kernels.matmul_scratch_floats : kernels.linear_scratch_floats)(&args));

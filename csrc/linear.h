@@ -292,7 +292,6 @@ int64_t scratch_floats_of(const LinearArgs* g) {
 }
 template <bool kKN>
 void multiply(const LinearArgs* g) {
-  if (g->m == 0 || g->n == 0) return;
   g->dtype == kF32 ? run<Fp32, kKN>(*g) : g->dtype == kBF16 ? run<Bf16, kKN>(*g) : run<Fp16, kKN>(*g);
 }
 

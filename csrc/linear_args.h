@@ -5,7 +5,7 @@
 
 namespace quire {
 
-// y[M, N] = x[M, K] W + bias[N], all of one dtype, W as it lies in memory: [N, K] for linear, [K, N] for matmul.
+// y[M, N] = x[M, K] W + bias[N], all of one dtype, W as it lies in memory: [N, K] for linear, [K, N] for matmul. M and N at least 1.
 struct LinearArgs {
   const void *x, *w, *bias;  // the last dimension contiguous; bias may be null
   void* y;                   // contiguous

@@ -3,6 +3,11 @@
 #include "simd.h"
 
 #define QUIRE_UNROLL _Pragma("GCC unroll 32")
+#if defined(QUIRE_AVX512)
+#define QUIRE_UNROLL_LANES QUIRE_UNROLL  // 16 vectors stay in registers
+#else
+#define QUIRE_UNROLL_LANES _Pragma("GCC unroll 1")  // they lie on the stack anyway
+#endif
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -102,7 +107,7 @@ void cells_of_row(const typename F::Elem* x, int64_t k, float* out, int cells) {
 template <class F>
 QUIRE_INLINE void load_transposed(F32x16 (&r)[16], const typename F::Elem* w, int64_t stride, int rows, int k) {
   if (rows == 16 && k >= F::kPerLoad) {
-    QUIRE_UNROLL for (int i = 0; i < 16; ++i) r[i] = F::raw(w + i * stride);
+    QUIRE_UNROLL_LANES for (int i = 0; i < 16; ++i) r[i] = F::raw(w + i * stride);
   } else {
     for (int i = 0; i < 16; ++i) r[i] = i < rows ? raw_upto<F>(w + i * stride, k) : zero();
   }
@@ -130,10 +135,10 @@ void few_nk(const FewArgs<typename F::Elem>& g) {
   const float* x = g.x;
   for (int at = 0; at < g.k; at += F::kPerLoad) {
     F32x16 r[16], acc[MR];
-    QUIRE_UNROLL for (int i = 0; i < 16; ++i) __builtin_prefetch(g.ahead + i * g.stride + at, 0, 2);
+    QUIRE_UNROLL_LANES for (int i = 0; i < 16; ++i) __builtin_prefetch(g.ahead + i * g.stride + at, 0, 2);
     load_transposed<F>(r, g.w + at, g.stride, g.columns, g.k - at);
     QUIRE_UNROLL for (int i = 0; i < MR; ++i) acc[i] = load(block + 16 * i);
-    QUIRE_UNROLL for (int j = 0; j < 16; ++j) {
+    QUIRE_UNROLL_LANES for (int j = 0; j < 16; ++j) {
       F32x16 cells[F::kSplit];
       F::split(r[j], cells);
       QUIRE_UNROLL for (int s = 0; s < F::kSplit; ++s)
@@ -181,7 +186,7 @@ void pack_nk(const typename F::Elem* w, int64_t stride, int columns, int k, floa
   for (int at = 0; at < k; at += F::kPerLoad) {
     F32x16 r[16];
     load_transposed<F>(r, w + at, stride, columns, k - at);
-    QUIRE_UNROLL for (int j = 0; j < 16; ++j) {
+    QUIRE_UNROLL_LANES for (int j = 0; j < 16; ++j) {
       F32x16 cells[F::kSplit];
       F::split(r[j], cells);
       QUIRE_UNROLL for (int s = 0; s < F::kSplit; ++s) store(out + (j * F::kSplit + s) * width, cells[s]);

@@ -47,12 +47,14 @@ def test_check_of_nothing_is_a_bad_request(quire: Quire) -> None:
     assert (result.exit_code, result.stdout) == (2, "") and "./nowhere" in result.stderr
 
 
-def test_bench(quire: Quire, model: str) -> None:
+def test_bench(quire: Quire, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     result = quire("bench", "--model", model, "--max-model-len", "128")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1])
     assert told["one_stream"]["requests"] == 1 and told["16_ragged"]["requests"] == 16
     assert all(told[name]["new_tokens_per_s"] > 0 and told[name]["first_token_s"] > 0 for name in ("one_stream", "16_ragged"))
+    assert "…" not in result.stdout  # the table fits
     assert "bench/" in result.stdout and "16 ragged" in result.stdout
     # and alone with --json; with the smallest of contexts
     json.loads(quire("bench", "--model", model, "--json", "--max-model-len", "16").stdout)
@@ -80,7 +82,9 @@ def test_demo_streams_and_shows_receipts(quire: Quire, model: str) -> None:
 
 def test_demo_gives_the_same_texts_twice(quire: Quire, model: str) -> None:
     def texts() -> dict[str, str]:
-        lines = quire("demo", *demo_model(model), "--max-tokens", "4", "--num-threads", "1").stdout.splitlines()
+        result = quire("demo", *demo_model(model), "--max-tokens", "4", "--num-threads", "1")
+        assert result.exit_code == 0, result.stderr
+        lines = result.stdout.splitlines()
         return {label: "".join(line for line in lines if line.strip().startswith(f"{label} │")) for label in PROMPTS}
 
     assert texts() == texts()

@@ -208,7 +208,8 @@ class Driver:
             client = self.clients[seq.arrival]
             end = seq.num_committed + num_tokens
             assert num_tokens >= 1 and end <= seq.num_known
-            if client.num_computed == 0 or client.num_starts <= seq.num_preemptions:
+            if client.num_starts <= seq.num_preemptions:
+                assert len(plan.works) == self.scheduler.num_running, "one starts while another that runs waits for room"
                 client.num_starts = seq.num_preemptions + 1
                 client.num_hit += seq.num_committed
             for group, table in zip(self.groups, seq.tables, strict=True):

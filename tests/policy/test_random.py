@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -121,8 +121,6 @@ class CollidingCacheMachine(CacheMachine):
 
 _settings = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(
-    max_examples=4000 if SOAK else 60, phases=(Phase.explicit, Phase.generate), stateful_step_count=100 if SOAK else 30, **_settings
-)
+TestCache.settings = settings(max_examples=4000 if SOAK else 60, stateful_step_count=100 if SOAK else 30, **_settings)
 TestCollidingCache = CollidingCacheMachine.TestCase
 TestCollidingCache.settings = settings(max_examples=2000 if SOAK else 30, stateful_step_count=100 if SOAK else 30, **_settings)

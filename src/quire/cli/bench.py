@@ -57,10 +57,10 @@ def bench(
         }
     if not as_json:
         console = Console(highlight=False)
-        made = table("workload", "requests", "prompt\ntokens", "new\ntokens", "seconds", "new\ntokens/s", "first\ntoken", "worst first\ntoken")
+        made = table("workload", "prompt\ntokens", "new\ntokens", "seconds", "new tokens\nper s", "first\ntoken", "slowest\nfirst")
         for name, m in found.items():
             ms = (f"{m.first_token_s * 1000:.0f} ms", f"{m.worst_first_token_s * 1000:.0f} ms")
-            made.add_row(name, str(m.requests), str(m.prompt_tokens), str(m.new_tokens), f"{m.seconds:.2f}", f"{m.new_tokens_per_s:.1f}", *ms)
+            made.add_row(name, str(m.prompt_tokens), str(m.new_tokens), f"{m.seconds:.2f}", f"{m.new_tokens_per_s:.1f}", *ms)
         console.print(f"[bold]{info.model_type}[/], {info.dtype}, {info.backend}, {info.num_threads} threads", made, sep="\n")
         console.print("A quick look: the full comparison lives in bench/ of the repository.", style="dim")
     about = {"model": info.model, "dtype": info.dtype, "backend": info.backend, "num_threads": info.num_threads}

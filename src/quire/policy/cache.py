@@ -57,7 +57,7 @@ class PageCache:
 
     def pages_to_finish(self, num_tokens: int) -> int:
         """The most pages a sequence of `num_tokens` may need at once, alone in the pool and at any chunking."""
-        return sum(group.pages_to_finish(num_tokens) for group in self.groups)
+        return sum(group.pages_to_finish(num_tokens, self.unit) for group in self.groups)
 
     # -- hits -----------------------------------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class PageCache:
         limit = seq.num_known - 1
         found, length = self._finder.longest(seq, limit)
         for group, pages, table in zip(self.groups, found, seq.tables, strict=True):
-            first, end = group.first_visible(length) // group.page_size, length // group.page_size
+            first, end = group.first_kept(length, self.unit), length // group.page_size
             hit = pages[first:end]
             self.pool.retain(hit)
             table.extend([-1] * first + hit)
@@ -153,7 +153,7 @@ class PageCache:
         return self._needs(seq, end)[1]
 
     def _needs(self, seq: Sequence, end: int) -> tuple[list[tuple[int, int, int, list[int]]], int]:
-        """For `end` committed tokens, of all alike groups: (entries there, first entry a later query can see, entries wanted, groups).
+        """For `end` committed tokens, of all alike groups: (entries there, first entry kept then, entries wanted, groups).
 
         And the pages this takes in all.
         """
@@ -161,7 +161,7 @@ class PageCache:
         for shape, group_ids in self._alike.items():
             have = len(seq.tables[group_ids[0]])
             want = max(have, -(-end // shape.page_size))
-            first = min(max(have, shape.first_visible(end) // shape.page_size), want)
+            first = min(max(have, shape.first_kept(end, self.unit)), want)
             needs.append((have, first, want, group_ids))
             num_pages += (want - first) * len(group_ids)
         return needs, num_pages
@@ -181,7 +181,7 @@ class PageCache:
         self._index_complete(seq)
         committed, every = seq.num_committed, self._tidy_every
         for shape, group_ids in self._windowed:
-            first = shape.first_visible(committed) // shape.page_size
+            first = shape.first_kept(committed, self.unit)
             if first > seq.first_page[group_ids[0]]:
                 self._leave(seq, shape, group_ids, first)
         if committed == seq.num_prompt:
@@ -221,7 +221,7 @@ class PageCache:
         seq.intern(size, i, found)
 
     def _leave(self, seq: Sequence, shape: Group, group_ids: list[int], first: int) -> None:
-        """Give back the pages before `first`, which no later query can see."""
+        """Give back the pages before `first`."""
         size, reach = shape.page_size, shape.window or shape.chunk
         seq.peak_pages = max(seq.peak_pages, seq.num_pages)
         for i in range(seq.first_page[group_ids[0]], first):
@@ -232,7 +232,7 @@ class PageCache:
                     seq.tables[g][i] = -1
             # A page in the middle of a sequence is hit only by that very prefix cut there; the prompt's end is hit by the next turn, and where
             # a hit ended once, others will.
-            warm = any(end - reach - size < (i + 1) * size and i * size < end for end in (seq.num_prompt, seq.num_hit))
+            warm = any(end - reach - self.unit < (i + 1) * size and i * size < end for end in (seq.num_prompt, seq.num_hit))
             self.pool.release(pages, cold=not warm)
             seq.num_pages -= len(pages)
         seq.first_page[group_ids[0]] = first
@@ -294,9 +294,9 @@ class PageCache:
             for page_id in pages:
                 holders[page_id] += 1
             for group, table in zip(self.groups, seq.tables, strict=True):
-                first, end = group.first_visible(seq.num_committed) // group.page_size, -(-seq.num_committed // group.page_size)
+                first, end = group.first_kept(seq.num_committed, self.unit), -(-seq.num_committed // group.page_size)
                 if -1 in table[first:end]:
-                    raise IntegrityError(f"{name} has lost a page its window still sees, in group {group.group_id}")
+                    raise IntegrityError(f"{name} has lost a page it may still need, in group {group.group_id}")
         for copy in self._copies + self._copies_in_step:
             holders[copy.source] += 1
         self.index.check_integrity()

@@ -59,11 +59,17 @@ class Group:
             return max(0, position - self.window + 1)
         return position - position % self.chunk if self.chunk else 0
 
-    def pages_to_finish(self, num_tokens: int) -> int:
+    def first_kept(self, position: int, unit: int) -> int:
+        """The first page that is kept when a query at `position` comes next: all that one at the last multiple of `unit`, a hit, may see."""
+        return self.first_visible(position - position % unit) // self.page_size
+
+    def pages_to_finish(self, num_tokens: int, unit: int) -> int:
         """The most pages a sequence of `num_tokens` may hold at once, however it is cut into steps."""
         pages, reach = -(-num_tokens // self.page_size), self.window or self.chunk
-        # What the window holds before a step, a page it has left and not given back, and what it holds after a step that moved it wholly.
-        return min(pages, 2 * (-(-reach // self.page_size) + 1) + 1) if reach else pages
+        if not reach:
+            return pages
+        kept = -(-(unit - 1) // self.page_size) + -(-(reach - 1) // self.page_size)
+        return min(pages, 2 * kept + 1)  # kept before a step, one not yet given back, and kept after a step that moved the window wholly
 
     @property
     def kind(self) -> str:

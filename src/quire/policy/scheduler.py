@@ -57,7 +57,8 @@ class Scheduler:
         """The next step, or None when nothing runs or waits. Takes pages; next comes `commit` or `abandon`, before any other change."""
         works: dict[int, Work] = {}
         budget = self._plan_running(works)
-        if budget and self._waiting:
+        # Nothing new starts while one that runs waits for room, nor while the first in the queue is known to find none.
+        if budget and self._waiting and len(works) == len(self._running) < self._max_sequences and not self._no_room_yet():
             self._admit(works, budget)
         if works:
             return StepPlan(tuple(works.values()), self.cache.take_copies())
@@ -95,10 +96,9 @@ class Scheduler:
         if ending and self.cache.grow_by_one(ending):
             ready += ending
             ending = []
-        # All of them fit: each was admitted while the others left a part of the budget.
-        for seq in ready:
+        for seq in ready[: self._budget]:
             works[seq.arrival] = Work(seq, 1)
-        budget = self._budget - len(ready)
+        budget = self._budget - len(works)
         for seq in ending + longer:
             if budget and seq.arrival in self._running:
                 budget = self._plan_with_room(seq, min(seq.num_remaining, budget), budget, works)
@@ -142,12 +142,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence, budget: int) -> bool:
         """Let a waiting sequence run if all it has in hand fits beside one more page for each that runs."""
-        pool, num_running = self.cache.pool, len(self._running)
-        if self._no_room_for is not None:
-            arrival, running_then, available_then = self._no_room_for
-            if arrival == seq.arrival and 0 < num_running >= running_then and pool.num_available <= available_then:
-                return False  # nothing has changed for the better
-        headroom = num_running * len(self.cache.groups)
+        pool, headroom = self.cache.pool, len(self._running) * len(self.cache.groups)
         for partial in (True, False):  # a copied page and its source may be just what is missing
             self.cache.match(seq, partial=partial)
             hit = seq.num_committed
@@ -158,8 +153,15 @@ class Scheduler:
                 self.num_cached_tokens += hit
                 return True
             self.cache.release(seq)
-        self._no_room_for = (seq.arrival, num_running, pool.num_available)
+        self._no_room_for = (seq.arrival, len(self._running), pool.num_available)
         return False
+
+    def _no_room_yet(self) -> bool:
+        """Whether the first in the queue found no room before and nothing has changed for the better since."""
+        if self._no_room_for is None:
+            return False
+        arrival, num_running, num_available = self._no_room_for
+        return arrival == next(iter(self._waiting)) and 0 < num_running <= len(self._running) and self.cache.pool.num_available <= num_available
 
     def _wait_in_front(self, seq: Sequence) -> None:
         self._waiting[seq.arrival] = seq
