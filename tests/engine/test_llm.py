@@ -153,7 +153,12 @@ def test_context_and_cache_limits_name_the_numbers(checkpoint: Checkpoint) -> No
 @pytest.mark.parametrize(
     "options",
     [
-        {"page_size": 0}, {"max_tokens_per_step": -1}, {"dtype": "int3"}, {"no_such_option": 1}, {"cache_bytes": 1}, {"max_model_len": 10**6},
+        {"page_size": 0},
+        {"max_tokens_per_step": -1},
+        {"dtype": "int3"},
+        {"no_such_option": 1},
+        {"cache_bytes": 1},
+        {"max_model_len": 10**6},
         {"backend": "x"},
     ],
     ids=str,

@@ -253,3 +253,23 @@ def test_a_copy_that_failed_is_never_hit(groups: tuple[Group, ...], rest: int) -
     driver.check()
     assert driver.cache.pool.num_held == 0
     run(driver, prompt[: 2 * B + 2] + tokens(rest, 1))
+
+
+@pytest.mark.parametrize("num", [B, 3 * B, 3 * B + 3])
+def test_a_prompt_is_there_for_others_as_soon_as_it_is_computed(num: int) -> None:
+    """While it decodes a sequence tidies up once a page, each at another place; its prompt does not wait for that."""
+    driver = Driver(FULL, 200, budget=1000)
+    clients = [driver.add(tokens(num, seed), 3 * B) for seed in range(2 * B)]
+    driver.step()
+    assert all(client.seq.num_indexed == num for client in clients)
+    turns = [client.seq.next_tidy for client in clients]
+    assert sorted(turns) == sorted(2 * list(range(num + 1, num + B + 1))), "an equal part of them in each step"
+    for client in clients:
+        assert run_in_between(driver, client.seq.tokens[:num]) == num - 1
+
+
+def run_in_between(driver: Driver, prompt: list[int]) -> int:
+    client = driver.add(prompt)
+    while not client.done:
+        driver.step()
+    return client.num_hit

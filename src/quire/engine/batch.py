@@ -1,9 +1,9 @@
 """Turns a plan into tensors: the packed tokens of all works, one after the other, and the page tables they need.
 
-    plan: a 3 tokens (a prompt's chunk), b 1 token (decoding), c 2 tokens
+plan: a 3 tokens (a prompt's chunk), b 1 token (decoding), c 2 tokens
 
-    input_ids     a a a b c c      positions   6 7 8 40 0 1      logits_at   2 3 5   (a, b and c each draw after their last token)
-    query_start   0 3 4 6          num_committed   6 40 0
+input_ids     a a a b c c      positions   6 7 8 40 0 1      logits_at   2 3 5   (a, b and c each draw after their last token)
+query_start   0 3 4 6          num_committed   6 40 0
 """
 
 from __future__ import annotations

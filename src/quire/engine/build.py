@@ -107,9 +107,7 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     """
     num_threads = config.num_threads or torch.get_num_threads()
     kernels = choose_kernels(config.backend, num_threads)
-    model = load_model(
-        source, dtype=config.dtype, trust_remote_code=config.trust_remote_code, revision=config.revision, products=kernels.products
-    )
+    model = load_model(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code, revision=config.revision, products=kernels.products)
     try:
         return _lay_out(source, model, config, kernels, num_threads)
     except BaseException:
