@@ -25,7 +25,7 @@ Jobs = list[tuple[list[int], int]]
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds in all and to the first token (of a single request), and the most memory the process held beyond what it held before, in MB."""
+    """Seconds in all and to the first token (of a single request), and the most memory held beyond what was held before, in MB."""
 
     seconds: float
     first_token_s: float | None = None
@@ -137,9 +137,8 @@ def run(layers: int, scale: float, count: int, long_prompt: int, peers: bool) ->
         f"shared prefix of {len(stem)}": [(stem + prompt(rng, rng.randint(16, 48)), 32) for _ in range(count // 2)],
         f"a prompt of {long_prompt}": [(prompt(rng, long_prompt), 16)],
     }
-    print(
-        f"workloads: Qwen3-0.6B's shape with {layers} layers, bf16, random weights, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
-    )
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"workloads: Qwen3-0.6B's shape with {layers} layers, bf16, random weights, {millions:.0f} M parameters")
     for name, jobs in workloads.items():
         tokens_in, tokens_out = sum(len(p) for p, _ in jobs), sum(n for _, n in jobs)
         print(f" {name}: {tokens_in} tokens in, {tokens_out} out")

@@ -80,7 +80,7 @@ def choose_kernels(backend: str, num_threads: int) -> Kernels:
             from quire.tensors.native_products import NativeProducts
 
             return Kernels(NativeAttention(num_threads), NativeProducts(num_threads), "native", f"native ({isa()})")
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:  # absent, or built from other sources than these
             if backend == "native":
                 raise ConfigError(f"backend='native': the native kernels do not load: {error}") from error
             warnings.warn(f"Quire's native kernels do not load ({error}); the reference backend in plain torch is exact but slow", stacklevel=2)
