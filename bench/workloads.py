@@ -36,8 +36,8 @@ def random_model(layers: int, dtype: torch.dtype) -> PreTrainedModel:
     """Qwen3-0.6B's shape with random weights; fewer layers for a quicker run."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-        tie_word_embeddings=True, max_position_embeddings=40_960, rope_theta=1e6, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+        vocab_size=VOCAB, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, tie_word_embeddings=True, max_position_embeddings=40_960, rope_theta=1e6, eos_token_id=None, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
