@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -147,15 +147,20 @@ def test_poison(checkpoint: Checkpoint, family: str) -> None:
         engine = llm._built.engine
         store, pool = engine.runner.store, engine.scheduler.cache.pool
         store.pages.fill_(float("nan"))
-        release = pool.release
+        take, release = pool.take, pool.release
 
-        def poison(page_id: int, *, cached: bool, cold: bool = False) -> None:
-            release(page_id, cached=cached, cold=cold)
-            if pool.references(page_id) == 0 and not cached:
-                store.pages[page_id].fill_(float("nan"))
+        def poisoned_take(num_pages: int) -> list[int]:
+            pages = take(num_pages)
+            store.pages[pages] = float("nan")
+            return pages
 
-        pool.release = poison
-        pool._forget = lambda page_id, forget=pool._forget: (store.pages[page_id].fill_(float("nan")), forget(page_id))
+        def poisoned_release(page_ids: Iterable[int], *, cold: bool = False) -> None:
+            page_ids = list(page_ids)
+            release(page_ids, cold=cold)
+            free = [page_id for page_id in page_ids if pool.references(page_id) == 0 and page_id not in engine.scheduler.cache.index]
+            store.pages[free] = float("nan")
+
+        pool.take, pool.release = poisoned_take, poisoned_release
         assert together(llm, work) == expected
         llm.reset_cache()
         assert together(llm, work) == expected
