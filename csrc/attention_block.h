@@ -9,10 +9,7 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
-#ifndef KBR
-#define KBR 192
-#endif
-constexpr int kBlockRows = KBR;  // query rows of one work item
+constexpr int kBlockRows = 192;  // query rows of one work item
 
 constexpr float kLog2E = 1.44269504088896341f;
 
