@@ -33,7 +33,7 @@ constexpr int kMaxRows = 252, kGroupColumns = 256;  // what one thread's scratch
 constexpr int kFewChunk = 2048;                    // columns of W [K, N] that few rows take at once
 constexpr int64_t kMaxCells = 2 << 20;             // of x at once
 template <class F, bool kKN>
-constexpr int kFewRows = kKN || sizeof(typename F::Elem) == 4 ? 8 : 4;  // measured: beyond, packing pays
+constexpr int kFewRows = (kKN || sizeof(typename F::Elem) == 4) && kTileRows > 2 ? 8 : 4;  // measured: beyond, packing pays
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -278,7 +278,7 @@ void run(const LinearArgs& g) {
       for (int i = id; i < p.threads; i += team) {
         LinearArgs some = rows_of<F>(g, g.m * i / p.threads, g.m * (i + 1) / p.threads);
         some.scratch += i * scratch_floats<F, kKN>(rows_of<F>(g, 0, ceil_div(g.m, p.threads)));
-        part<F, kKN>(some, plan_for<F, kKN>(some), 0, 1);
+        run<F, kKN>(some);
       }
     } else {
       part<F, kKN>(g, p, id, team);

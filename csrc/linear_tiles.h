@@ -2,11 +2,15 @@
 #pragma once
 #include "simd.h"
 
-#define QUIRE_UNROLL _Pragma("GCC unroll 32")
-#if defined(QUIRE_AVX512)
-#define QUIRE_UNROLL_LANES QUIRE_UNROLL  // 16 vectors stay in registers
+#if defined(__clang__)
+#define QUIRE_UNROLL _Pragma("unroll")
 #else
-#define QUIRE_UNROLL_LANES _Pragma("GCC unroll 1")  // they lie on the stack anyway
+#define QUIRE_UNROLL _Pragma("GCC unroll 32")
+#endif
+#if defined(QUIRE_PLAIN)
+#define QUIRE_UNROLL_LANES  // 16 vectors of 16 lanes are too many for any register file there
+#else
+#define QUIRE_UNROLL_LANES QUIRE_UNROLL
 #endif
 
 namespace quire {
