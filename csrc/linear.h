@@ -52,7 +52,9 @@ Plan plan_for(const LinearArgs& g) {
   const double read = 0.1 * sizeof(typename F::Elem), compute = 0.02 * double(g.m);
   p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
   p.few = g.m <= kFewRows<F, kKN>;
-  p.by_rows = p.threads > 1 && g.n < int64_t(p.threads) * 2 * kPanel && g.m >= int64_t(p.threads) * 2 * kTileRows;
+  // A part must not be one of few rows: those take more scratch than the larger part that its share is measured by.
+  constexpr int kLeast = 2 * kTileRows > kFewRows<F, kKN> ? 2 * kTileRows : kFewRows<F, kKN> + 1;
+  p.by_rows = p.threads > 1 && g.n < int64_t(p.threads) * 2 * kPanel && g.m >= int64_t(p.threads) * kLeast;
   const int64_t fitting = smaller(kMaxRows, kMaxCells / (x_row + 1) / kTileRows * kTileRows);
   const int64_t most = fitting > kTileRows ? fitting : kTileRows;
   p.rows = int(smaller(g.m, ceil_div(ceil_div(g.m, ceil_div(g.m, most)), kTileRows) * kTileRows));
