@@ -105,7 +105,7 @@ class Cache:
     def step(self, work: list[tuple[Sequence, int]], num_padding: int = 0) -> None:
         """Computes the next `count` tokens of each sequence and commits them."""
         size, geometry = self.place.page_size, self.geometry
-        for sequence, count in work:
+        for sequence, _ in work:
             # A page that no coming query can see has gone back to the pool.
             for entry in range(min(geometry.first_key(sequence.num_committed) // size, len(sequence.page_ids))):
                 if (page := sequence.page_ids[entry]) >= 0:
