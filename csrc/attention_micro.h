@@ -89,8 +89,8 @@ template <Keys F, int R = kMaxRows>
 void score_panel(int rows, const float* q, const KeyPanels& keys, int first, int groups, int k_dim, float* scores) {
   if constexpr (R > 1)
     if (rows < R) return score_panel<F, R - 1>(rows, q, keys, first, groups, k_dim, scores);
-  if (groups < kPanel) return score_block<F, R, 1>(q, keys, first, k_dim, scores, nullptr);
-  score_block<F, R, kPanel>(q, keys, first, k_dim, scores, nullptr);
+  if (groups >= kPanel) return score_block<F, R, kPanel>(q, keys, first, k_dim, scores, nullptr);
+  for (int j = 0; j < groups; ++j) score_block<F, R, 1>(q, keys, first + j, k_dim, scores, nullptr);
 }
 
 // `groups` groups of 16 keys of a tile for up to kDirectRows rows.
@@ -115,7 +115,7 @@ struct PanelValues {
   static constexpr int kVecs = kPacked ? 2 : 1, kWidth = kPacked ? kPanelLanes / 2 : kPanelLanes;
   using Element = float;
   const float* v;
-  QUIRE_INLINE const float* row(const PanelValues& s, int key, int d) { return s.v + (d / kPanelLanes * kTile + key) * kWidth; }
+  QUIRE_INLINE const float* row(const PanelValues& s, int key, int d) { return s.v + (d / kPanelLanes * kTile + key) * kWidth + d % kPanelLanes * kWidth / kPanelLanes; }
   QUIRE_INLINE void read(const float* p, int j, F32x16* x) {
     if constexpr (kPacked)
       D::split(bits(load(p + 8 * j)), x);
@@ -168,9 +168,8 @@ void output_panel(int rows, const float* p, const PanelValues<D>& v, int lo, int
   if constexpr (R > 1)
     if (rows < R) return output_panel<D, R - 1>(rows, p, v, lo, hi, d, vecs, alpha, out, out_stride);
   using V = PanelValues<D>;
-  if constexpr (V::kVecs < kPanel)
-    if (vecs < kPanel) return output_block<V, false, R, V::kVecs>(p, v, lo, hi, d, 0, alpha, out, out_stride, nullptr);
-  output_block<V, false, R, kPanel>(p, v, lo, hi, d, 0, alpha, out, out_stride, nullptr);
+  if (vecs >= kPanel) return output_block<V, false, R, kPanel>(p, v, lo, hi, d, 0, alpha, out, out_stride, nullptr);
+  for (int j = 0; j < vecs; j += V::kVecs) output_block<V, false, R, V::kVecs>(p, v, lo, hi, d + 16 * j, 0, alpha, out, out_stride, nullptr);
 }
 
 // All Dv values for up to kDirectRows rows.

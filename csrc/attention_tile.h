@@ -144,14 +144,14 @@ void transpose_keys(const Rows<typename D::Element>& rows, int k_dim, float* pan
 template <class D>
 bool copy_values(const Rows<typename D::Element>& rows, int v_dim, float* panels) {
   constexpr int kUnit = 16 * D::kVecs;
-  F32x16 nothing = zero();  // stays zero as long as all values are finite
+  U32x16 zeros = set1_u32(0);  // +0 and -0 only, as long as all values are finite
   for (int d = 0; d < v_dim; d += kUnit) {
     for (int key = rows.lo; key < rows.hi; ++key) {
       const typename D::Element* from = rows.v[key] + d;
       F32x16 x[D::kVecs];
       if constexpr (PanelValues<D>::kPacked) {
         const U32x16 pairs = d + kUnit <= v_dim ? load_pairs(from) : load_pairs_n(from, v_dim - d);
-        store(panels + (d / kPanelLanes * kTile + key) * kPanelLanes / 2, floats(pairs));
+        store(panels + ((d / kPanelLanes * kTile + key) * kPanelLanes + d % kPanelLanes) / 2, floats(pairs));
         D::split(pairs, x);
       } else {
         if (d + kUnit <= v_dim)
@@ -163,10 +163,10 @@ bool copy_values(const Rows<typename D::Element>& rows, int v_dim, float* panels
           store(panels + (at / kPanelLanes * kTile + key) * kPanelLanes + at % kPanelLanes, x[i]);
         }
       }
-      for (int i = 0; i < D::kVecs; ++i) nothing = fma(x[i], zero(), nothing);
+      for (int i = 0; i < D::kVecs; ++i) zeros = or_(zeros, bits(mul(x[i], zero())));
     }
   }
-  return mask_bits(eq(nothing, zero())) == 0xffff;
+  return mask_bits(eq(floats(zeros), zero())) == 0xffff;
 }
 
 }  // namespace

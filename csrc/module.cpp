@@ -19,29 +19,32 @@ namespace quire {
   extern const Kernels kernels; \
   }
 QUIRE_DECLARE(plain)
-#ifdef QUIRE_HAVE_avx2
 QUIRE_DECLARE(avx2)
 QUIRE_DECLARE(avx512)
-#endif
-#ifdef QUIRE_HAVE_avx512bf16
 QUIRE_DECLARE(avx512bf16)
-#endif
 
 namespace {
 
 // Slowest first.
 std::vector<const Kernels*> runnable() {
-  std::vector<const Kernels*> found{&plain::kernels};
-#ifdef QUIRE_HAVE_avx2
+  std::vector<const Kernels*> found;
+#ifdef QUIRE_HAVE_plain
+  found.push_back(&plain::kernels);
+#endif
+#ifdef __x86_64__
   __builtin_cpu_init();
-  const bool avx2_fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512_fits = avx2_fits && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool avx2_fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512_fits = avx2_fits && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+#ifdef QUIRE_HAVE_avx2
   if (avx2_fits) found.push_back(&avx2::kernels);
+#endif
+#ifdef QUIRE_HAVE_avx512
   if (avx512_fits) found.push_back(&avx512::kernels);
+#endif
 #ifdef QUIRE_HAVE_avx512bf16
   if (avx512_fits && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
-#endif
 #endif
   return found;
 }
@@ -68,7 +71,9 @@ const Kernels& active_kernels() { return *active; }
 
 NB_MODULE(_native, m) {
   using namespace quire;
-  active = runnable().back();
+  const auto known = runnable();
+  if (known.empty()) throw nb::import_error("quire._native was compiled for none of this CPU's instruction sets (see QUIRE_ISAS)");
+  active = known.back();
   m.doc() = "Quire's native CPU kernels. Use quire.tensors.native, which loads this module after torch.";
 #ifdef QUIRE_DEBUG
   m.attr("debug") = true;

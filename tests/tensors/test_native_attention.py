@@ -241,7 +241,7 @@ BIT_GEOMETRIES = {
 
 @pytest.mark.parametrize("geometry", BIT_GEOMETRIES.values(), ids=BIT_GEOMETRIES.keys())
 def test_bits_do_not_depend_on_the_path(isa: str, geometry: Geometry) -> None:
-    length, choose = 333, random.Random(9)
+    length, choose = 210, random.Random(9)
     sequence = make_sequence(geometry, length, seed=7)
     whole = compute_alone(geometry, sequence, [length], page_size=16, num_threads=1)
     assert torch.equal(whole, compute_alone(geometry, sequence, [1] * length, page_size=16, num_threads=1)), "one token at a time"
@@ -254,19 +254,20 @@ def test_bits_do_not_depend_on_the_path(isa: str, geometry: Geometry) -> None:
 
 @pytest.mark.parametrize("geometry", BIT_GEOMETRIES.values(), ids=BIT_GEOMETRIES.keys())
 def test_bits_do_not_depend_on_company(isa: str, geometry: Geometry) -> None:
-    for sequence in run_ragged(geometry, [1, 31, 64, 130, 200, 257], page_size=7, seed=8, max_count=150):
+    for sequence in run_ragged(geometry, [1, 31, 64, 130, 201], page_size=7, seed=8, max_count=150):
         assert torch.equal(sequence.out, compute_alone(geometry, sequence, [len(sequence.q)], page_size=64, num_threads=2))
 
 
 @pytest.mark.parametrize("num_heads", [2, 16])
 def test_bits_do_not_depend_on_splitting_long_sequences(isa: str, num_heads: int) -> None:
     """One long sequence with few heads is cut over its keys when there are threads to fill."""
-    geometry = Geometry(num_heads, 1, 64, 64)
-    sequence = make_sequence(geometry, 2600, seed=10)
-    whole = compute_alone(geometry, sequence, [2600], page_size=16, num_threads=1)
-    assert_close(geometry, dataclasses.replace(sequence, rows=[whole]))
-    for num_threads in (1, 2, 3, 16):
-        split = compute_alone(geometry, sequence, [2597, 1, 1, 1], page_size=16, num_threads=num_threads)
+    geometry = Geometry(num_heads, 1, 32, 32)
+    sequence = make_sequence(geometry, 1300, seed=10)
+    whole = compute_alone(geometry, sequence, [1300], page_size=16, num_threads=1)
+    if num_heads == 2:
+        assert_close(geometry, dataclasses.replace(sequence, rows=[whole]))
+    for num_threads in (1, 2, 16):
+        split = compute_alone(geometry, sequence, [1297, 1, 1, 1], page_size=16, num_threads=num_threads)
         assert torch.equal(whole, split), num_threads
 
 
@@ -283,9 +284,9 @@ def test_wrong_arguments_are_named() -> None:
     k = sequence.k[:1]
     with pytest.raises(RuntimeError, match=r"slots\[0\] = 16 is outside the 16 slots of 4 pages"):
         cache.backend.commit(k, sequence.v[:1], cache.pages, cache.place, torch.tensor([16]))
-    with pytest.raises(ValueError, match="k is"):
+    with pytest.raises(ValueError, match="commit cannot take k .* torch.float32"):
         cache.backend.commit(k.float(), sequence.v[:1], cache.pages, cache.place, torch.tensor([0]))
-    with pytest.raises(ValueError, match="slots is"):
+    with pytest.raises(ValueError, match="slots .* torch.int32"):
         cache.backend.commit(k, sequence.v[:1], cache.pages, cache.place, torch.tensor([0], dtype=torch.int32))
     with pytest.raises(ValueError, match="num_threads"):
         NativeAttention(0)
