@@ -96,7 +96,7 @@ class Driver:
         self.pages: list[dict[int, tuple[int, int]]] = [{} for _ in range(num_pages)]  # page -> slot -> (group, prefix number)
         self.clients: dict[int, Client] = {}
         self._numbered: dict[int, tuple[PrefixKey, list[int]]] = {}
-        self.num_steps = self.num_arrivals = self.num_computed = 0
+        self.num_steps = self.num_arrivals = self.num_computed = self.num_copies = 0
         take = self.cache.pool.take
 
         def take_and_poison(num_pages: int) -> list[int]:
@@ -196,6 +196,7 @@ class Driver:
         return self.prefixes.extend(client.numbers, client.seq.tokens, client.start)
 
     def _copy(self, source: int, target: int) -> None:
+        self.num_copies += 1
         self.pages[target] = dict(self.pages[source])
 
     def _check_plan(self, plan: StepPlan) -> None:

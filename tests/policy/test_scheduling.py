@@ -12,7 +12,7 @@ from quire.errors import IntegrityError
 from quire.policy.cache import PageCache
 from quire.policy.groups import Group
 from quire.policy.hits import HitFinder
-from quire.policy.prefix import PrefixIndex
+from quire.policy.prefix import PrefixIndex, pack
 from quire.policy.scheduler import MAX_DEFERRED, Scheduler
 from quire.policy.sequence import Sequence
 from tests.policy.oracle import SOAK, Driver, blake2b_128, chunked, full, numbered, one_bit, sliding
@@ -145,6 +145,16 @@ def test_what_can_never_fit_is_a_bug_by_the_time_it_is_planned() -> None:
         scheduler.plan()
 
 
+def test_nothing_starts_that_would_have_to_give_way_at_once() -> None:
+    """A start leaves one page of each group for every sequence that runs."""
+    driver = Driver(FULL, 10, budget=64)
+    driver.add(tokens(4 * B), 2 * B)
+    driver.step()
+    late = driver.add(tokens(5 * B, 1), 2)  # just fits beside the five pages that the other has by then
+    driver.run(30)
+    assert driver.scheduler.num_preemptions == 0 and late.num_starts == 1
+
+
 @pytest.mark.parametrize("groups", [FULL, numbered(full(B), chunked(B, 8)), numbered(full(B), full(2 * B))])
 def test_a_preempted_sequence_resumes_from_hits(groups: tuple[Group, ...]) -> None:
     """Two long generations in a pool for one and a half: the newer gives way, and what it computes again is what the older needed room for."""
@@ -246,6 +256,26 @@ def test_a_lookup_is_linear_in_the_prompt_and_blind_to_the_cache(groups: tuple[G
             driver.run(10, check=False)
     first_miss = 1 if any(group.kind == "full" for group in groups) else pages
     assert lookups == [first_miss, pages] * 2
+
+
+def test_comparing_tokens_is_linear_in_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each lookup compares one page: what matched before is the index's own key, where the walk up stops."""
+
+    class Counted(bytes):
+        compared = 0
+
+        def __ne__(self, other: object) -> bool:
+            Counted.compared += 1
+            return bytes.__ne__(self, other)
+
+    driver = Driver(HYBRID, 2000, budget=1000)
+    for seed in range(3):  # each computes the last pages of the prefix anew, behind pages of the one before
+        driver.add(tokens(200) + tokens(200, seed), 1)
+        driver.run(10, check=False)
+    monkeypatch.setattr("quire.policy.sequence.pack", lambda tokens: Counted(pack(tokens)))
+    client = driver.add(tokens(200) + tokens(200, 2), 1)
+    driver.run(10, check=False)
+    assert client.num_hit == 399 and Counted.compared <= 3 * 400 // B
 
 
 def test_cutting_a_hit_is_linear_in_the_pages() -> None:

@@ -153,6 +153,19 @@ def test_where_a_hit_ended_window_pages_stay_warm() -> None:
         assert run(driver, shared + tokens(12 * B, seed)) == 10 * B
 
 
+def test_pages_a_window_left_are_evicted_first() -> None:
+    """Hardly anybody will cut a prompt just there; an older request's pages are worth more."""
+    driver = Driver(HYBRID, 200, budget=8 * B)
+    old = tokens(10 * B)
+    run(driver, old)
+    run(driver, tokens(40 * B, 1))  # its 80 pages behind the windows are cached, the last to come
+    fresh = 0
+    while driver.cache.pool.num_free or fresh < 12:
+        fresh += 1
+        run(driver, tokens(B, 100 + fresh))
+    assert run(driver, old) == 10 * B - 1
+
+
 @pytest.mark.parametrize("groups", [FULL, numbered(full(B), full(2 * B)), numbered(full(3 * B), full(B))])
 def test_tails_are_evicted_before_heads(groups: tuple[Group, ...]) -> None:
     driver = Driver(groups, sum(-(-40 * B // group.page_size) for group in groups) + 20, budget=1000)
