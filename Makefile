@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test soak lint bench setup clean
 
 setup: $(VENV)/.native
 
@@ -14,6 +14,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+soak: setup
+	$(BIN)/python -m pytest -q tests/policy/test_random.py --hypothesis-profile=soak
 
 lint: setup
 	$(BIN)/ruff check .

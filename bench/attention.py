@@ -7,16 +7,23 @@ import torch
 from bench.machine import Bench, best
 from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, TableInputs
 from quire.tensors.attention.native import NativeAttention
+from quire.tensors.codec import row_format
 
 HQ, HKV, D, B = 16, 8, 128, 16
 MASK = Mask(scale=D**-0.5)
-PLACE = LayerPlace(layer_idx=0, group=0, page_size=B, num_kv_heads=HKV, k_dim=D, v_dim=D, k_offset=0, v_offset=HKV * B * D)
 
 
-def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int) -> float:
-    """Best time of one layer's attention for (committed, new) tokens of each sequence, on shuffled pages."""
+def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int, codec: tuple[str | None, str | None] = (None, None)) -> float:
+    """Best time of one layer's attention for (committed, new) tokens of each sequence, on shuffled pages, with the codecs of keys and of values."""
     counts = [-(-(committed + new) // B) for committed, new in sequences]
-    pages = torch.randn(sum(counts), 2 * HKV * B * D).to(dtype)
+    attention, formats = NativeAttention(threads), [row_format(name, dtype, D) for name in codec]
+    k_bytes, v_bytes = (HKV * B * row.num_bytes for row in formats)
+    place = LayerPlace(layer_idx=0, group=0, page_size=B, num_kv_heads=HKV, k=formats[0], v=formats[1], k_offset=0, v_offset=k_bytes)
+    pages = torch.empty(sum(counts), k_bytes + v_bytes, dtype=torch.uint8)
+    for half, row in zip(pages.split([k_bytes, v_bytes], dim=1), formats, strict=True):
+        for part in half.split(256):
+            rows = attention.encode(torch.randn(len(part), HKV * B, D).to(dtype), row)
+            part.copy_(rows.view(torch.uint8).flatten(1))
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
     query_start = torch.tensor([0, *(new for _, new in sequences)]).cumsum(0).to(torch.int32)
@@ -24,8 +31,8 @@ def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int) 
     step = StepInputs(query_start, committed, (TableInputs(order, starts),))
     total = int(query_start[-1])
     q, k, v = (torch.randn(total, heads, D).to(dtype) for heads in (HQ, HKV, HKV))
-    attention = NativeAttention(threads)
-    return best(lambda: attention.attend(q, k, v, pages, PLACE, step, MASK))
+    k, v = attention.encode(k, formats[0]), attention.encode(v, formats[1])
+    return best(lambda: attention.attend(q, k, v, pages, place, step, MASK))
 
 
 def run(machine: Bench) -> Bench:

@@ -127,8 +127,8 @@ def with_generate_batch(model: PreTrainedModel, jobs: Jobs) -> Result:
         model.set_attn_implementation(implementation)
 
 
-def run(layers: int, scale: float, count: int, long_prompt: int, peers: bool) -> Bench:
-    """All workloads; prints a line for each engine and returns seconds and ratios."""
+def run(layers: int, scale: float, count: int, long_prompt: int, peers: bool, only: str = "") -> Bench:
+    """The workloads whose names hold `only`; prints a line for each engine and returns seconds and ratios."""
     model, rng, results = random_model(layers, torch.bfloat16), random.Random(0), {}
     stem = prompt(rng, round(768 * scale))
     workloads: dict[str, Jobs] = {
@@ -139,7 +139,7 @@ def run(layers: int, scale: float, count: int, long_prompt: int, peers: bool) ->
     }
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"workloads: Qwen3-0.6B's shape with {layers} layers, bf16, random weights, {millions:.0f} M parameters")
-    for name, jobs in workloads.items():
+    for name, jobs in [item for item in workloads.items() if only in item[0]]:
         tokens_in, tokens_out = sum(len(p) for p, _ in jobs), sum(n for _, n in jobs)
         print(f" {name}: {tokens_in} tokens in, {tokens_out} out")
         quire, counters = with_quire(model, jobs, cache_bytes=2 * 2**30, max_sequences=32)

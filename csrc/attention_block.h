@@ -1,7 +1,8 @@
 // One work item: a block of query rows (tokens x query heads of one KV head) of one sequence, against all its keys or some
 // parts of them. Online softmax after Milakov & Gimelshein (2018), tiled as in FlashAttention (Dao et al., 2022).
 #pragma once
-#include "attention_tile.h"
+#include "attention_keys.h"
+#include "attention_values.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -15,20 +16,21 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 // One thread's working memory, in floats, carved from one allocation.
 struct Scratch {
-  float *q, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *zeros;
+  float *q, *columns, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *zeros;
   int lo[kBlockRows], hi[kBlockRows];  // the keys of the tile at hand that a row sees
 };
 
-template <class D>
 struct Block {
   const AttendArgs& args;
   Scratch& s;
-  History<D> from;
+  const KeyFormat& key;
+  const ValueFormat& value;
+  History from;
   int32_t first_position, num_tokens;  // absolute position of the first query token
   int32_t heads, first_head;           // query heads of this item
   int64_t k_rows, v_stride;            // head dimensions in a panel of queries or keys; length of an output row in scratch
   Fetcher fetcher;                     // of nothing, with its rates
-  Rows<typename D::Element> tiles[2];  // this one and the next
+  Rows tiles[2];                       // this one and the next
 
   int rows() const { return num_tokens * heads; }
   const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
@@ -116,34 +118,42 @@ QUIRE_INLINE void for_visible_keys(int rows, const int* lo, const int* hi, const
 // How many of the rows from `row` on, before `end`, share its panel of queries.
 QUIRE_INLINE int rows_in_panel(int row, int end) { return end - row < kMaxRows - row % kMaxRows ? end - row : kMaxRows - row % kMaxRows; }
 
-// Up to kDirectRows rows against a tile whose keys are transposed.
-template <class D, Keys F>
-void few_rows(Block<D>& b, const Rows<typename D::Element>& tile, const KeyPanels& keys, int first_row, int end_row, Fetcher& fetcher) {
+// Up to kDirectRows rows against a tile, read where it lies.
+inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fetcher& fetcher) {
   Scratch& s = b.s;
+  QueryRows queries[kDirectRows];
+  int num_queries = 0;
   for (int r0 = first_row, rows; r0 < end_row; r0 += rows) {
     rows = rows_in_panel(r0, end_row);
-    const int *lo = s.lo + r0, *hi = s.hi + r0, groups = (hi[rows - 1] + 15) / 16;
-    score_few<F>(rows, b.queries(r0), keys, groups, b.args.layout.k_dim, s.scores, fetcher);
-    softmax_rows(rows, groups, lo, hi, b.args.scale, b.args.softcap, s.scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    queries[num_queries++] = {b.queries(r0), s.scores + (r0 - first_row) * kTile, rows, (s.hi[r0 + rows - 1] + 15) / 16};
+  }
+  b.key.score_few(tile, b.args.layout.k.dim, queries, num_queries, {s.columns, s.columns + kColumnFloats}, fetcher);
+  int r0 = first_row;
+  for (int i = 0; i < num_queries; r0 += queries[i++].rows) {
+    const int rows = queries[i].rows, *lo = s.lo + r0, *hi = s.hi + r0;
+    float* scores = queries[i].scores;
+    softmax_rows(rows, queries[i].groups, lo, hi, b.args.scale, b.args.softcap, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
     for_visible_keys(rows, lo, hi, s.alpha + r0, [&](int r, int count, int from, int to, const float* shrink) {
-      output_few<D>(count, s.scores + r * kTile, {tile.v}, from, to, b.args.layout.v_dim, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride, fetcher);
+      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args.layout.v.dim, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride, fetcher);
     });
   }
 }
 
+// Cache lines that a tile's rows take, about.
+QUIRE_INLINE int tile_lines(const PageLayout& at) { return kTile * (at.k.bytes + at.v.bytes) / kLine + 16; }
+
 // Any number of rows against a tile that is transposed and copied: each panel passes all rows before the next one.
-template <class D, Keys F>
-void many_rows(Block<D>& b, const KeyPanels& keys, bool values_finite, int first_row, int end_row, Fetcher& fetcher) {
+inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int first_row, int end_row, Fetcher& fetcher) {
   Scratch& s = b.s;
   const int passes = kTile / kPanelLanes + (int(b.v_stride) + kPanelLanes - 1) / kPanelLanes;
-  const int rate = 2 * kTile * 256 / ((end_row - 1) / kMaxRows + 1 - first_row / kMaxRows) / passes + 1;
+  const int rate = tile_lines(b.args.layout) * 256 / ((end_row - 1) / kMaxRows + 1 - first_row / kMaxRows) / passes + 1;
   int rows;
   for (int group = 0; group < kTile / 16; group += kPanel) {
     for (int r0 = first_row; r0 < end_row; r0 += rows) {
       rows = rows_in_panel(r0, end_row);
       fetch(fetcher, rate);
       const int groups = (s.hi[r0 + rows - 1] + 15) / 16 - group;
-      if (groups > 0) score_panel<F>(rows, b.queries(r0), keys, group, groups, b.args.layout.k_dim, s.scores + r0 * kTile);
+      if (groups > 0) b.key.score_panel(rows, b.queries(r0), keys, group, groups, b.args.layout.k.dim, s.scores + r0 * kTile);
     }
   }
   for (int r0 = first_row; r0 < end_row; r0 += rows) {
@@ -158,7 +168,7 @@ void many_rows(Block<D>& b, const KeyPanels& keys, bool values_finite, int first
       fetch(fetcher, rate);
       const int *lo = s.lo + r0, *hi = s.hi + r0;
       const auto part = [&](int r, int n, int from, int to, const float* shrink) {
-        output_panel<D>(n, s.scores + (r0 + r) * kTile, {s.values}, from, to, d, vecs, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride);
+        b.value.output_panel(n, s.scores + (r0 + r) * kTile, s.values, from, to, d, vecs, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride);
       };
       // A key that a row does not see has probability zero: adding zero times a finite value changes nothing.
       if (values_finite)
@@ -169,22 +179,8 @@ void many_rows(Block<D>& b, const KeyPanels& keys, bool values_finite, int first
   }
 }
 
-template <class D>
-constexpr Keys few_rows_format() {
-#if defined(QUIRE_ISA_avx512bf16)
-  return D::kPairs ? Keys::kDotPairs : Keys::kFloat;
-#else
-  return D::kPairs ? Keys::kWidenPairs : Keys::kFloat;
-#endif
-}
-template <class D>
-constexpr Keys many_rows_format() {
-  return kPanel >= 2 ? few_rows_format<D>() : Keys::kFloat;
-}
-
 // Finds the rows of the tile at `base` that some token of the block sees; false if there are none.
-template <class D>
-bool locate_tile(const Block<D>& b, int64_t base, Rows<typename D::Element>& rows) {
+inline bool locate_tile(const Block& b, int64_t base, Rows& rows) {
   if (rows.base == base) return rows.first_token < rows.end_token;
   const int first = clip(base - b.first_position, b.num_tokens);
   int end = b.num_tokens;
@@ -194,12 +190,11 @@ bool locate_tile(const Block<D>& b, int64_t base, Rows<typename D::Element>& row
   rows.end_token = end;
   if (first >= end) return false;
   const int lo = clip(b.first_key(first) - base, kTile), hi = clip(b.position(end - 1) + 1 - base, kTile);
-  locate(b.from, base, lo, hi, (const typename D::Element*)b.s.zeros, rows);
+  locate(b.from, base, lo, hi, (const char*)b.s.zeros, rows);
   return true;
 }
 
-template <class D>
-void run_tile(Block<D>& b, int64_t base) {
+inline void run_tile(Block& b, int64_t base) {
   const PageLayout& at = b.args.layout;
   auto& rows = b.tiles[base / kTile % 2];
   auto& next = b.tiles[base / kTile % 2 ^ 1];
@@ -213,30 +208,24 @@ void run_tile(Block<D>& b, int64_t base) {
       b.s.seen[r] = 1.0f;
     }
   }
-  const KeyPanels keys{b.s.keys, b.k_rows * kPanelLanes};
   Fetcher fetcher = b.fetcher;
   if (locate_tile(b, base + kTile, next)) {
-    fetcher.rows = (const void* const*)next.k;
-    fetcher.lo = next.lo;
-    fetcher.hi = next.hi;
+    fetcher.run = next.runs;
+    fetcher.end_run = next.runs + next.num_runs;
   }
   if (end_row - first_row <= kDirectRows) {
-    constexpr Keys kFormat = few_rows_format<D>();
-    transpose_keys<D, kFormat>(rows, at.k_dim, b.s.keys, keys.stride, fetcher);
-    few_rows<D, kFormat>(b, rows, keys, first_row, end_row, fetcher);
+    few_rows(b, rows, first_row, end_row, fetcher);
   } else {
-    constexpr Keys kFormat = many_rows_format<D>();
-    fetcher.per_patch = 0;
-    transpose_keys<D, kFormat>(rows, at.k_dim, b.s.keys, keys.stride, fetcher);
-    const bool values_finite = copy_values<D>(rows, at.v_dim, b.s.values);
-    many_rows<D, kFormat>(b, keys, values_finite, first_row, end_row, fetcher);
+    const KeyPanels keys{b.s.keys, b.k_rows * kPanelLanes};
+    b.key.transpose(rows, at.k.dim, b.s.keys, keys.stride);
+    const bool values_finite = b.value.copy(rows, at.v.dim, b.s.values);
+    many_rows(b, keys, values_finite, first_row, end_row, fetcher);
   }
 }
 
 // One part of the keys: afterwards s.max, s.sums and s.out hold the block's state for this part alone, and s.seen says
 // which rows saw any of its keys.
-template <class D>
-void run_part(Block<D>& b, int64_t part) {
+inline void run_part(Block& b, int64_t part) {
   const int rows = b.rows();
   for (int r = 0; r < rows; ++r) {
     b.s.max[r] = -__builtin_inff();

@@ -1,7 +1,8 @@
-// Python bindings of attend and commit.
+// Python bindings of attend, commit and encode.
 #include <nanobind/nanobind.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "bind.h"
 #include "check.h"
@@ -18,24 +19,45 @@ void require(bool fine, const char* what) {
   if (!fine) throw std::invalid_argument(what);
 }
 
-PageLayout layout_of(int32_t dtype, Address pages, int64_t num_pages, int64_t page_elems, int64_t k_offset, int64_t v_offset, int32_t page_size,
-                     int32_t num_kv_heads, int32_t k_dim, int32_t v_dim) {
-  require(dtype >= kF32 && dtype <= kF16, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-  require(page_size > 0 && num_kv_heads > 0 && k_dim > 0 && v_dim > 0, "page_size, num_kv_heads, k_dim and v_dim must be positive");
-  const int64_t slots = int64_t(num_kv_heads) * page_size;
-  require(k_offset >= 0 && k_offset + slots * k_dim <= page_elems, "k_offset + Hkv * B * Dk does not fit in a page");
-  require(v_offset >= 0 && v_offset + slots * v_dim <= page_elems, "v_offset + Hkv * B * Dv does not fit in a page");
-  return {pointer<void>(pages), num_pages, page_elems, k_offset, v_offset, page_size, num_kv_heads, k_dim, v_dim, dtype};
+RowLayout row_layout(const char* name, int64_t slots, int64_t page_bytes, int64_t offset, int32_t dim, int32_t format, int32_t bytes) {
+  const std::string field(name);
+  if (format < kF32 || format > kInt4) throw std::invalid_argument(field + " format " + std::to_string(format) + ": must be from 0 to 4");
+  if (dim < 1) throw std::invalid_argument(field + " dim " + std::to_string(dim) + ": must be positive");
+  if (bytes != row_bytes(format, dim))
+    throw std::invalid_argument(field + " rows of " + std::to_string(bytes) + " bytes: must be " + std::to_string(row_bytes(format, dim)));
+  if (offset < 0 || offset + slots * bytes > page_bytes)
+    throw std::invalid_argument(field + " rows at " + std::to_string(offset) + " do not fit in a page of " + std::to_string(page_bytes) + " bytes");
+  const int32_t element = format == kF32 ? 4 : format == kBF16 || format == kF16 ? 2 : 1;
+  if (offset % element || page_bytes % element)
+    throw std::invalid_argument(field + " rows at " + std::to_string(offset) + " in pages of " + std::to_string(page_bytes) +
+                                " bytes: must be multiples of " + std::to_string(element));
+  return {offset, dim, format, bytes};
 }
 
+// Both of one layer: (offset, dim, format, bytes) of K, then of V.
+PageLayout layout_of(Address pages, int64_t num_pages, int64_t page_bytes, int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim,
+                     int32_t k_format, int32_t k_bytes, int64_t v_offset, int32_t v_dim, int32_t v_format, int32_t v_bytes) {
+  require(page_size > 0 && num_kv_heads > 0, "page_size and num_kv_heads must be positive");
+  const int64_t slots = int64_t(num_kv_heads) * page_size;
+  return {pointer<void>(pages), num_pages, page_bytes, row_layout("K", slots, page_bytes, k_offset, k_dim, k_format, k_bytes),
+          row_layout("V", slots, page_bytes, v_offset, v_dim, v_format, v_bytes), page_size, num_kv_heads};
+}
+
+bool is_dtype(int32_t format) { return format >= kF32 && format <= kF16; }
+
 void attend(int32_t dtype, Address q, int64_t q_token_stride, int64_t q_head_stride, Address k, int64_t k_token_stride, int64_t k_head_stride,
-            Address v, int64_t v_token_stride, int64_t v_head_stride, Address out, Address pages, int64_t num_pages, int64_t page_elems,
-            int64_t k_offset, int64_t v_offset, int32_t page_size, int32_t num_heads, int32_t num_kv_heads, int32_t k_dim, int32_t v_dim,
-            Address query_start, Address num_committed, Address page_ids, Address page_start, int32_t num_page_ids, int32_t num_seqs, int32_t num_tokens, float scale,
-            float softcap, int32_t window, int32_t chunk, Address sinks, int32_t sinks_dtype, int32_t num_threads) {
+            Address v, int64_t v_token_stride, int64_t v_head_stride, Address out, Address pages, int64_t num_pages, int64_t page_bytes,
+            int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim, int32_t k_format, int32_t k_bytes, int64_t v_offset,
+            int32_t v_dim, int32_t v_format, int32_t v_bytes, int32_t num_heads, Address query_start, Address num_committed, Address page_ids, Address page_start,
+            int32_t num_page_ids, int32_t num_seqs, int32_t num_tokens, float scale, float softcap, int32_t window, int32_t chunk, Address sinks,
+            int32_t sinks_dtype, int32_t num_threads) {
   AttendArgs args{};
-  args.layout = layout_of(dtype, pages, num_pages, page_elems, k_offset, v_offset, page_size, num_kv_heads, k_dim, v_dim);
+  args.layout =
+      layout_of(pages, num_pages, page_bytes, page_size, num_kv_heads, k_offset, k_dim, k_format, k_bytes, v_offset, v_dim, v_format, v_bytes);
   args.staged = {pointer<void>(k), pointer<void>(v), k_token_stride, k_head_stride, v_token_stride, v_head_stride};
+  require(is_dtype(dtype), "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(!is_dtype(k_format) || k_format == dtype, "keys that are not encoded must have the queries' dtype");
+  require(!is_dtype(v_format) || v_format == dtype, "values that are not encoded must have the queries' dtype");
   require(num_heads > 0 && num_heads % num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
   require(num_seqs >= 0 && num_tokens >= 0, "num_seqs and num_tokens must not be negative");
   require(window >= 0 && chunk >= 0 && softcap >= 0, "window, chunk and softcap must not be negative (0 means none)");
@@ -49,6 +71,7 @@ void attend(int32_t dtype, Address q, int64_t q_token_stride, int64_t q_head_str
   args.page_ids = pointer<int32_t>(page_ids);
   args.page_start = pointer<int32_t>(page_start);
   args.sinks = pointer<void>(sinks);
+  args.dtype = dtype;
   args.sinks_dtype = sinks_dtype;
   args.num_page_ids = num_page_ids;
   args.num_seqs = num_seqs;
@@ -72,24 +95,47 @@ void attend(int32_t dtype, Address q, int64_t q_token_stride, int64_t q_head_str
   if (failed) throw std::runtime_error(error.text);
 }
 
-void commit(int32_t dtype, Address k, int64_t k_token_stride, int64_t k_head_stride, Address v, int64_t v_token_stride, int64_t v_head_stride,
-            Address pages, int64_t num_pages, int64_t page_elems, int64_t k_offset, int64_t v_offset, int32_t page_size, int32_t num_kv_heads,
-            int32_t k_dim, int32_t v_dim, Address slots, int32_t num_tokens, int32_t num_threads) {
+void commit(Address k, int64_t k_token_stride, int64_t k_head_stride, Address v, int64_t v_token_stride, int64_t v_head_stride, Address pages,
+            int64_t num_pages, int64_t page_bytes, int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim, int32_t k_format,
+            int32_t k_bytes, int64_t v_offset, int32_t v_dim, int32_t v_format, int32_t v_bytes, Address slots, int32_t num_tokens,
+            int32_t num_threads) {
   require(num_tokens >= 0, "num_tokens must not be negative");
   require(num_threads > 0, "num_threads must be positive");
-  const CommitArgs args{layout_of(dtype, pages, num_pages, page_elems, k_offset, v_offset, page_size, num_kv_heads, k_dim, v_dim),
-                        {pointer<void>(k), pointer<void>(v), k_token_stride, k_head_stride, v_token_stride, v_head_stride},
-                        pointer<int64_t>(slots), num_tokens, num_threads};
+  const CommitArgs args{
+      layout_of(pages, num_pages, page_bytes, page_size, num_kv_heads, k_offset, k_dim, k_format, k_bytes, v_offset, v_dim, v_format, v_bytes),
+      {pointer<void>(k), pointer<void>(v), k_token_stride, k_head_stride, v_token_stride, v_head_stride},
+      pointer<int64_t>(slots),
+      num_tokens,
+      num_threads};
   nb::gil_scoped_release release;
   check_commit(args);
   active_kernels().commit(&args);
 }
 
+void encode(int32_t dtype, int32_t format, Address x, int64_t token_stride, int64_t head_stride, Address rows, int32_t num_tokens, int32_t num_heads,
+            int32_t dim, int32_t bytes, int32_t num_threads) {
+  require(is_dtype(dtype), "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(format == kInt8 || format == kInt4, "format must be 3 (int8) or 4 (int4)");
+  require(num_tokens >= 0 && num_heads >= 0, "num_tokens and num_heads must not be negative");
+  require(dim > 0 && num_threads > 0, "dim and num_threads must be positive");
+  require(bytes == row_bytes(format, dim), "bytes must be what a row of this format takes");
+  const EncodeArgs args{pointer<void>(x), pointer<void>(rows), token_stride, head_stride, dtype, format, dim, num_tokens, num_heads, num_threads};
+  nb::gil_scoped_release release;
+  active_kernels().encode(&args);
+}
+
 }  // namespace
+
+int32_t row_bytes(int32_t format, int32_t dim) {
+  if (format == kInt8) return dim + 2;
+  if (format == kInt4) return (dim + 1) / 2 + (dim + kInt4Group - 1) / kInt4Group * 2;
+  return dim * (format == kF32 ? 4 : 2);
+}
 
 void bind_attention(nb::module_& m) {
   m.def("attend", &attend);
   m.def("commit", &commit);
+  m.def("encode", &encode);
 }
 
 }  // namespace quire

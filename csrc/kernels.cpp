@@ -3,6 +3,7 @@
 // linker with the same one of another instruction set, and then run on a CPU that lacks it.
 #include "attention.h"
 #include "commit.h"
+#include "encode.h"
 #include "kernels.h"
 #include "linear.h"
 #include "sampling.h"
@@ -14,7 +15,7 @@ namespace quire {
 namespace QUIRE_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {QUIRE_STRING(QUIRE_ISA), kBlockRows, kSplitRows, &attend, &commit, linear_kernels, sampling_kernels};
+const Kernels kernels = {QUIRE_STRING(QUIRE_ISA), kBlockRows, kSplitRows, &attend, &commit, &encode, linear_kernels, sampling_kernels};
 
 }  // namespace QUIRE_ISA
 }  // namespace quire

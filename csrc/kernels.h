@@ -12,19 +12,35 @@ namespace quire {
 
 enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
+// How a row, one token-and-head's keys or values, lies in pages and staged tensors: plain elements of a dtype, or codes
+// followed by their bf16 scales (encode.h says how they come about).
+//
+//   kInt8   [dim] int8            [1] scale                 element = code * scale
+//   kInt4   [ceil(dim / 2)] bytes [ceil(dim / 32)] scales   element = (nibble - 8) * scale, the even element in the low nibble
+//
+// Both products are exact in fp32, so whoever reads a row, in whatever order, reads the same numbers.
+enum Format : int32_t { kInt8 = 3, kInt4 = 4 };
+constexpr int32_t kInt4Group = 32;  // elements that share a scale
+
 // A kernel that finds its arguments wrong writes why and returns non-zero; the binding turns it into an exception.
 struct Error {
   char text[192];
 };
 
-// One layer's share of a page: K as [Hkv, B, Dk] at k_offset, V as [Hkv, B, Dv] at v_offset, in elements.
-struct PageLayout {
-  void* pages;
-  int64_t num_pages, page_elems, k_offset, v_offset;
-  int32_t page_size, num_kv_heads, k_dim, v_dim, dtype;
+// One layer's keys, or values, in a page: [Hkv, B, bytes] from `offset` bytes on. `format` is a DType or a Format.
+struct RowLayout {
+  int64_t offset;
+  int32_t dim, format, bytes;
 };
 
-// Staged keys and values: [T, Hkv, D] seen through strides in elements, the last dimension contiguous.
+struct PageLayout {
+  void* pages;
+  int64_t num_pages, page_bytes;
+  RowLayout k, v;
+  int32_t page_size, num_kv_heads;
+};
+
+// Staged rows: [T, Hkv] of them seen through strides in bytes.
 struct Staged {
   const void *k, *v;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
@@ -48,11 +64,11 @@ struct AttendArgs {
   PageLayout layout;
   Staged staged;
   const void* q;
-  void* out;  // [T, Hq, Dv] contiguous
-  int64_t q_token_stride, q_head_stride;
+  void* out;  // [T, Hq, Dv] contiguous, of q's dtype
+  int64_t q_token_stride, q_head_stride;  // in bytes
   const int32_t *query_start, *num_committed, *page_ids, *page_start;
   const void* sinks;  // [Hq] or null
-  int32_t num_page_ids, num_seqs, num_tokens, num_heads, sinks_dtype;
+  int32_t num_page_ids, num_seqs, num_tokens, num_heads, dtype, sinks_dtype;
   float scale, softcap;
   int32_t window, chunk, num_threads;
   const WorkItem* items;
@@ -68,18 +84,30 @@ struct CommitArgs {
   int32_t num_tokens, num_threads;
 };
 
+// x [T, H, dim] through strides in bytes, to rows [T, H, bytes] of a Format, contiguous.
+struct EncodeArgs {
+  const void* x;
+  void* rows;
+  int64_t token_stride, head_stride;
+  int32_t dtype, format, dim, num_tokens, num_heads, num_threads;
+};
+
 struct Kernels {
   const char* isa;
   int32_t block_rows;  // query rows (tokens x heads of a group) that one work item may hold
   int32_t split_rows;  // blocks of at most this many rows may be split over their keys
   int (*attend)(const AttendArgs*, Error*);
   int (*commit)(const CommitArgs*);
+  int (*encode)(const EncodeArgs*);
   LinearKernels linear;
   SamplingKernels sampling;
 };
 
 // Floats of one row's partial result: its output, its largest score, its sum.
 constexpr int64_t partial_stride(int64_t v_dim) { return (v_dim + 31) / 32 * 32 + 2; }
+
+// Bytes of a row of `dim` elements of a DType or Format.
+int32_t row_bytes(int32_t format, int32_t dim);
 
 // The instruction set in use; chosen when the module is imported, changed by tests.
 const Kernels& active_kernels();

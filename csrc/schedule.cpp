@@ -35,7 +35,7 @@ void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule
       items.push_back({s, first, count, first_part, end_part, 1, first_part, end_part - first_part, 0, 0});
     }
   }
-  const int64_t multiply_adds = total * kv_heads * (args.layout.k_dim + args.layout.v_dim);
+  const int64_t multiply_adds = total * kv_heads * (args.layout.k.dim + args.layout.v.dim);
   if (multiply_adds < kThreadsPay) args.num_threads = 1;
 
   int64_t num_partials = 0, num_counters = 0;
@@ -62,7 +62,7 @@ void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule
         }
       }
       costs[i] /= splits;
-      num_partials += kv_heads * block.num_parts * rows * partial_stride(args.layout.v_dim);
+      num_partials += kv_heads * block.num_parts * rows * partial_stride(args.layout.v.dim);
       num_counters += kv_heads;
     }
   }

@@ -158,6 +158,30 @@ QUIRE_INLINE U32x16 load_pairs_n(const uint16_t* p, int n) {
 QUIRE_INLINE U32x16 load_pairs(const uint16_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))}; }
 QUIRE_INLINE void store_pairs_n(uint16_t* p, U32x16 x, int n) { memcpy(p, &x, size_t(n < 32 ? n : 32) * 2); }
 
+QUIRE_INLINE U32x16 load_bytes(const char* p) { return load_u32((const uint32_t*)p); }
+QUIRE_INLINE U32x16 load_bytes_n(const char* p, int n) {
+  char buffer[64] = {};
+  memcpy(buffer, p, size_t(n < 64 ? n : 64));
+  return load_bytes(buffer);
+}
+QUIRE_INLINE U32x16 load_u8(const char* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+QUIRE_INLINE F32x16 load_int8(const char* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+QUIRE_INLINE U32x16 load_u8_n(const char* p, int n) {
+  char buffer[16] = {};
+  memcpy(buffer, p, size_t(n));
+  return load_u8(buffer);
+}
+QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) {
+  char buffer[16] = {};
+  memcpy(buffer, p, size_t(n));
+  return load_int8(buffer);
+}
+
 QUIRE_INLINE void transpose8(__m256 r[8]) {
   __m256 t[8], u[8];
   for (int i = 0; i < 8; i += 2) {

@@ -107,6 +107,13 @@ QUIRE_INLINE void store_pairs_n(uint16_t* p, U32x16 x, int n) {
   _mm512_mask_storeu_epi16(p, n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1u, x.v);
 }
 
+QUIRE_INLINE U32x16 load_bytes(const char* p) { return {_mm512_loadu_si512(p)}; }
+QUIRE_INLINE U32x16 load_bytes_n(const char* p, int n) { return {_mm512_maskz_loadu_epi8(n >= 64 ? ~__mmask64(0) : (__mmask64(1) << n) - 1u, p)}; }
+QUIRE_INLINE U32x16 load_u8(const char* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+QUIRE_INLINE U32x16 load_u8_n(const char* p, int n) { return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p))}; }
+QUIRE_INLINE F32x16 load_int8(const char* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)))}; }
+
 #if defined(QUIRE_ISA_avx512bf16)
 QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};

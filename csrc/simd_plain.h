@@ -228,6 +228,25 @@ QUIRE_INLINE void store_pairs_n(uint16_t* p, U32x16 x, int n) {
   for (int i = 0; i < (n < 32 ? n : 32); ++i) p[i] = uint16_t(x.v[i / 8][i / 2 % 4] >> (16 * (i % 2)));
 }
 
+QUIRE_INLINE U32x16 load_bytes_n(const char* p, int n) {
+  U32x16 r = set1_u32(0);
+  memcpy(&r, p, size_t(n < 64 ? n : 64));
+  return r;
+}
+QUIRE_INLINE U32x16 load_bytes(const char* p) { return load_bytes_n(p, 64); }
+QUIRE_INLINE U32x16 load_u8_n(const char* p, int n) {
+  U32x16 r = set1_u32(0);
+  for (int i = 0; i < n; ++i) r.v[i / 4][i % 4] = uint8_t(p[i]);
+  return r;
+}
+QUIRE_INLINE U32x16 load_u8(const char* p) { return load_u8_n(p, 16); }
+QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) {
+  F32x16 r = zero();
+  for (int i = 0; i < n; ++i) r.v[i / 4][i % 4] = float(int8_t(p[i]));
+  return r;
+}
+QUIRE_INLINE F32x16 load_int8(const char* p) { return load_int8_n(p, 16); }
+
 // r[i] lane j <-> r[j] lane i.
 QUIRE_INLINE void transpose16(F32x16 r[16]) {
   float m[16][16];

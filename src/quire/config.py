@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 
 from quire.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LAYOUTS = ("paged", "stacked")
 BACKENDS = ("auto", "native", "reference")
+CODECS = ("int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +23,12 @@ class EngineConfig:
         max_sequences: the most sequences that run at once, >= 1.
         max_waiting: the most requests that may wait, >= 1; one more is refused.
         cache_bytes: bytes of the page pool; `None` takes what `max_sequences` full contexts need, at most 40 % of the memory available.
+        reserve_bytes: memory to leave to others: the pool gives pages back to the system when less is available, and takes them again when it is.
         page_size: tokens per page, >= 1.
+        kv_codec: how keys and values lie in the cache: `None` as they are, "int8", "int4", or one for each, as in "k=int8,v=none".
+        cache_layout: "paged", or "stacked": one page of the whole context for each of `max_sequences`, whatever `page_size` says.
+        cache_dir: a folder in which complete pages survive restarts; several processes may share it. `None` for none.
+        cache_dir_bytes: the most bytes of files in it; `None` takes half of what is free on that disk.
         prefix_sharing: reuse pages of equal prefixes.
         max_model_len: the context, at most the checkpoint's own; `None` takes that.
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
@@ -37,7 +45,12 @@ class EngineConfig:
     max_sequences: int = 64
     max_waiting: int = 100_000
     cache_bytes: int | None = None
+    reserve_bytes: int = 256 * 2**20
     page_size: int = 16
+    kv_codec: str | None = None
+    cache_layout: str = "paged"
+    cache_dir: str | PathLike[str] | None = None
+    cache_dir_bytes: int | None = None
     prefix_sharing: bool = True
     max_model_len: int | None = None
     backend: str = "auto"
@@ -48,21 +61,46 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
         _choice("backend", self.backend, BACKENDS)
+        split_codec(self.kv_codec)
+        _choice("cache_layout", self.cache_layout, LAYOUTS)
         for name, high in (("max_tokens_per_step", 2**20), ("max_sequences", 2**16), ("max_waiting", 2**31), ("page_size", 2**20)):
             _integer(name, getattr(self, name), high)
-        for name, high in (("cache_bytes", 2**50), ("max_model_len", 2**31), ("num_threads", 4096)):
+        for name, high in (("cache_bytes", 2**50), ("cache_dir_bytes", 2**60), ("max_model_len", 2**31), ("num_threads", 4096)):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), high)
+        _integer("reserve_bytes", self.reserve_bytes, 2**50, low=0)
         for name in ("prefix_sharing", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if self.cache_dir is not None and not isinstance(self.cache_dir, str | PathLike):
+            raise ConfigError(f"cache_dir={self.cache_dir!r}: must be a path or None")
+        if self.cache_dir_bytes is not None and self.cache_dir is None:
+            raise ConfigError(f"cache_dir_bytes={self.cache_dir_bytes}: must be None without a cache_dir")
         if self.revision is not None and not isinstance(self.revision, str):
             raise ConfigError(f"revision={self.revision!r}: must be a string or None")
 
 
-def _integer(field: str, value: object, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-        raise ConfigError(f"{field}={value!r}: must be an integer from 1 to {high}")
+def split_codec(value: object) -> tuple[str | None, str | None]:
+    """The codecs of keys and of values that a `kv_codec` names, each "int8", "int4" or None.
+
+    Raises:
+        ConfigError: it is no codec.
+    """
+    if value is None:
+        return None, None
+    if isinstance(value, str):
+        if value in CODECS:
+            return value, value
+        parts = dict(part.partition("=")[::2] for part in value.split(","))
+        if sorted(parts) == ["k", "v"] and value.count(",") == 1 and all(codec in (*CODECS, "none") for codec in parts.values()):
+            k, v = (None if parts[name] == "none" else parts[name] for name in "kv")
+            return k, v
+    raise ConfigError(f'kv_codec={value!r}: must be None, {", ".join(CODECS)}, or one for each as in "k=int8,v=none"')
+
+
+def _integer(field: str, value: object, high: int, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{field}={value!r}: must be an integer from {low} to {high}")
 
 
 def _choice(field: str, value: object, choices: tuple[str, ...]) -> None:

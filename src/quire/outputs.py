@@ -19,19 +19,50 @@ class TopLogprob(NamedTuple):
 class Receipt:
     """What one request cost.
 
-    `cached_tokens` prompt tokens came from the cache (counted at first admission), `computed_tokens` tokens went through the model (again
-    after a preemption), `peak_cache_bytes` is the most page memory its tables named at once (shared pages counted whole). Times in seconds:
-    `queued_s` until first admission, `prefill_s` from there to the first token, `decode_s` from there to the end.
+    `cached_tokens` prompt tokens came from the cache (counted at first admission), `computed_tokens` tokens went through the model and were
+    committed (again after a preemption), `rejected_tokens` were staged in a step that failed, `staged_tokens` are both together.
+    `peak_cache_bytes` is the most page memory its tables named at once (shared pages counted whole). Times in seconds: `queued_s` until first
+    admission, `prefill_s` from there to the first token, `decode_s` from there to the end. `waited_for` is what kept it from starting:
+    "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix), "disk", or None if it started at once.
+
+    Where the prompt could have hit more than it did, `miss_index` is its first token that was not found, `miss_text` that token's text and
+    `miss_reason` "never seen", "evicted" or "other namespace". Doors to callers that must not learn of each other leave the reason out.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
+    rejected_tokens: int = 0
     num_preemptions: int = 0
     peak_cache_bytes: int = 0
     queued_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    waited_for: str | None = None
+    miss_index: int | None = None
+    miss_text: str | None = None
+    miss_reason: str | None = None
+
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens whose keys and values were computed in any step."""
+        return self.computed_tokens + self.rejected_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a prompt would find in the cache now, and why not more.
+
+    `cached_tokens` would be reused, `pages_needed` more pages hold the rest of the prompt, and `fits` says whether they can be had now without
+    preempting anybody. `miss_index`, `miss_text` and `reason` are as in `Receipt`, None where nothing is missing.
+    """
+
+    cached_tokens: int
+    pages_needed: int
+    fits: bool
+    miss_index: int | None
+    miss_text: str | None
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +70,8 @@ class Completion:
     """One generated sequence. `token_ids` hold every token drawn, a stop token included; `text` leaves it out.
 
     `logprobs` (one float a token) and `top_logprobs` (one list a token, most likely first) are None unless asked for. `stop_reason` is the
-    stop string or stop token id that ended it, None for end-of-sequence or another finish reason.
+    stop string or stop token id that ended it, None for end-of-sequence or another finish reason. `cumulative_logprob` is the sum of the
+    tokens' logprobs where they were computed (`logprobs` or `best_of`).
     """
 
     index: int
@@ -49,6 +81,7 @@ class Completion:
     stop_reason: str | int | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[list[TopLogprob]] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

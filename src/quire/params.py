@@ -39,6 +39,7 @@ class SamplingParams:
         ignore_eos: the model's own end-of-sequence tokens do not end the request (`stop_token_ids` still do).
         seed: in [0, 2**64); the same seed gives the same tokens in any company. `None` draws one from the system.
         n: sequences to generate; sequence i draws as a request with seed + i would.
+        best_of: generate this many sequences, at least n, and give back the n of the highest cumulative logprob, best first; not for streaming.
         logprobs: `None` for none, 0 for the chosen tokens' logprobs, k > 0 also for the k most likely tokens'. They are the fp32
             log-softmax of the raw logits, before penalties, bias and temperature.
         skip_special_tokens: leave special tokens out of the text.
@@ -64,6 +65,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
+    best_of: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
 
@@ -81,6 +83,8 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _integer("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:

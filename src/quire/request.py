@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from quire.errors import CacheTooSmallError, ContextLengthError, InvalidRequestError
 from quire.params import SamplingParams
 
+MAX_NAMESPACE_LEN = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and how to continue it. `max_tokens` and `seed` are the params' own, resolved: never None."""
+    """One prompt and how to continue it. `max_tokens` and `seed` are the params' own, resolved: never None.
+
+    `namespace` says whose cached pages it may use and add to; requests of higher `priority` go first.
+    """
 
     request_id: str
     prompt: str | None
@@ -18,6 +23,13 @@ class Request:
     params: SamplingParams
     max_tokens: int
     seed: int
+    namespace: str = ""
+    priority: int = 0
+
+    @property
+    def num_branches(self) -> int:
+        """Sequences to generate, of which the best `n` are given back."""
+        return self.params.best_of or self.params.n
 
     @property
     def num_tokens_at_most(self) -> int:
@@ -27,11 +39,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What every request of one engine is held against. `num_pages` is the whole pool."""
+    """What every request of one engine is held against."""
 
     vocab_size: int
     context_len: int
-    num_pages: int
 
 
 def check_prompt(token_ids: tuple[int, ...], params: SamplingParams, limits: Limits) -> int:
@@ -56,11 +67,39 @@ def check_prompt(token_ids: tuple[int, ...], params: SamplingParams, limits: Lim
     return max_tokens
 
 
-def check_fits(num_tokens: int, pages_needed: int, limits: Limits) -> None:
+def check_namespace(namespace: str | None) -> str:
+    """The namespace, "" for None.
+
+    Raises:
+        InvalidRequestError: it is not a string, or longer than MAX_NAMESPACE_LEN.
+    """
+    if namespace is None:
+        return ""
+    if not isinstance(namespace, str) or len(namespace) > MAX_NAMESPACE_LEN:
+        raise InvalidRequestError("namespace", namespace, f"a string of at most {MAX_NAMESPACE_LEN} characters, or None")
+    try:
+        namespace.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError("namespace", namespace, "a string that UTF-8 can encode") from None
+    return namespace
+
+
+def check_priority(priority: int) -> int:
+    """The priority.
+
+    Raises:
+        InvalidRequestError: it is not an integer of 32 bits.
+    """
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise InvalidRequestError("priority", priority, f"an integer from {-(2**31)} to {2**31 - 1}")
+    return priority
+
+
+def check_fits(num_tokens: int, pages_needed: int, num_pages: int) -> None:
     """Refuse a request that could not finish even alone.
 
     Raises:
         CacheTooSmallError: it names the pages needed and the pages there are.
     """
-    if pages_needed > limits.num_pages:
-        raise CacheTooSmallError(num_tokens, pages_needed, limits.num_pages)
+    if pages_needed > num_pages:
+        raise CacheTooSmallError(num_tokens, pages_needed, num_pages)

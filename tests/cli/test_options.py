@@ -33,6 +33,7 @@ SAMPLING_TYPED: dict[str, tuple[Any, Any]] = {
     "ignore_eos": (True, True),
     "seed": ("18446744073709551615", 2**64 - 1),
     "n": ("4", 4),
+    "best_of": ("5", 5),
     "logprobs": ("2", 2),
     "skip_special_tokens": (True, False),
 }
@@ -42,7 +43,12 @@ ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "max_sequences": ("8", 8),
     "max_waiting": ("9", 9),
     "cache_bytes": ("1.5GiB", 3 * 2**29),
+    "reserve_bytes": ("1GiB", 2**30),
     "page_size": ("32", 32),
+    "kv_codec": ("k=int8,v=int4", "k=int8,v=int4"),
+    "cache_layout": ("stacked", "stacked"),
+    "cache_dir": ("store", "store"),
+    "cache_dir_bytes": ("1GB", 10**9),
     "prefix_sharing": (True, False),
     "max_model_len": ("512", 512),
     "backend": ("reference", "reference"),
@@ -86,7 +92,7 @@ def test_every_option_reaches_its_field(kind: type, typed: dict[str, tuple[Any, 
     monkeypatch.setattr("quire.cli.generate.loaded", lambda model, config: seen.append(config) or stop())
     monkeypatch.setattr("quire.cli.generate.read_prompts", lambda *_: ["a prompt"])
     monkeypatch.setattr("quire.cli.options.SamplingParams.__post_init__", keep(seen, SamplingParams.__post_init__))
-    result = quire("generate", *args)
+    result = quire("generate", "--json", *args)
     assert isinstance(result.exception, StopHere), result.output
     made = next(x for x in seen if isinstance(x, kind))
     assert {name: getattr(made, name) for name in typed} == {name: value for name, (_, value) in typed.items()}

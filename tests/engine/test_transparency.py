@@ -146,19 +146,19 @@ def test_poison(checkpoint: Checkpoint, family: str) -> None:
     with LLM(folder, max_tokens_per_step=64, page_size=16) as llm:
         engine = llm._built.engine
         store, pool = engine.runner.store, engine.scheduler.cache.pool
-        store.pages.fill_(float("nan"))
+        store.pages.fill_(255)  # NaN in every dtype and for every scale
         take, release = pool.take, pool.release
 
         def poisoned_take(num_pages: int) -> list[int]:
             pages = take(num_pages)
-            store.pages[pages] = float("nan")
+            store.pages[pages] = 255
             return pages
 
         def poisoned_release(page_ids: Iterable[int], *, cold: bool = False) -> None:
             page_ids = list(page_ids)
             release(page_ids, cold=cold)
             free = [page_id for page_id in page_ids if pool.references(page_id) == 0 and page_id not in engine.scheduler.cache.index]
-            store.pages[free] = float("nan")
+            store.pages[free] = 255
 
         pool.take, pool.release = poisoned_take, poisoned_release
         assert together(llm, work) == expected

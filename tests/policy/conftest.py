@@ -1,4 +1,4 @@
-"""`pytest tests/policy --hypothesis-profile=soak` runs the random tests at length (about an hour); `oracle.SOAK` says so to them."""
+"""`make soak` runs the random tests at length, 100,000 actions; `oracle.SOAK` says so to them."""
 
 from hypothesis import settings
 

@@ -7,17 +7,20 @@ shared too early, evicted too late, merged wrongly or copied at the wrong time s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from hypothesis import settings
 
-from quire.policy.cache import PageCache
+from quire.engine.keeper import CacheKeeper
+from quire.policy.cache import Copy, PageCache
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
 from quire.policy.prefix import PrefixKey, blake2b_128, pack
 from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence as TokenSequence
+from quire.tensors.store import PageStore
 
 SOAK = settings.get_current_profile_name() == "soak"
 
@@ -48,13 +51,16 @@ class Prefixes:
     """Numbers token prefixes exactly: two positions have one number if and only if everything up to and including them is the same."""
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[int, int], int] = {}
+        self._numbers: dict[tuple[Hashable, int], int] = {}
 
-    def extend(self, numbers: list[int], tokens: Sequence[int], start: int = 0) -> list[int]:
-        """`numbers` continued to all of `tokens`; `start` is the number of what comes before the first token."""
+    def extend(self, numbers: list[int], tokens: Sequence[int], start: Hashable, bridge: tuple[int, bytes] | None = None) -> list[int]:
+        """`numbers` continued to all of `tokens`; `start` stands for what comes before the first token. `bridge` is (place, name): what begins at
+        that place is another thing under another name."""
         for i in range(len(numbers), len(tokens)):
-            key = (numbers[-1] if i else start, tokens[i])
-            numbers.append(self._numbers.setdefault(key, len(self._numbers) + 1))
+            before: Hashable = numbers[-1] if i else start
+            if bridge is not None and i == bridge[0]:
+                before = (before, bridge[1])
+            numbers.append(self._numbers.setdefault((before, tokens[i]), len(self._numbers) + 1))
         return numbers
 
 
@@ -65,7 +71,7 @@ class Client:
     seq: TokenSequence
     max_tokens: int
     seed: int
-    start: int = 0
+    num_unborn: int = 0
     numbers: list[int] = field(default_factory=list)
     num_drawn: int = 0
     num_computed: int = 0
@@ -73,6 +79,19 @@ class Client:
     num_starts: int = 0
     peak_pages: int = 0
     done: bool = False
+
+
+class Poisoned:
+    """The store as the keeper sees it: pages of one byte, which forget everything when they are given back."""
+
+    page_bytes = 1
+
+    def __init__(self, pages: list[dict[int, tuple[int, int]]]) -> None:
+        self.pages = pages
+
+    def give_back(self, page_ids: Iterable[int]) -> None:
+        for page_id in page_ids:
+            self.pages[page_id] = {}
 
 
 class Driver:
@@ -95,7 +114,8 @@ class Driver:
         self.prefixes = Prefixes()
         self.pages: list[dict[int, tuple[int, int]]] = [{} for _ in range(num_pages)]  # page -> slot -> (group, prefix number)
         self.clients: dict[int, Client] = {}
-        self._numbered: dict[int, tuple[PrefixKey, list[int]]] = {}
+        self.keeper = CacheKeeper(self.scheduler, cast(PageStore, Poisoned(self.pages)), None)
+        self._numbered: dict[int, tuple[PrefixKey, list[Any]]] = {}
         self.num_steps = self.num_arrivals = self.num_computed = self.num_copies = 0
         take = self.cache.pool.take
 
@@ -110,20 +130,31 @@ class Driver:
     # -- what a caller does ---------------------------------------------------------------------------------------------------------------
 
     def fits(self, num_tokens: int) -> bool:
-        return self.cache.pages_to_finish(num_tokens) <= self.cache.pool.num_pages
+        return self.cache.pages_to_finish(num_tokens) <= self.keeper.num_pages_for_requests
 
-    def add(self, prompt: Sequence[int], max_tokens: int = 1, *, seed: int = 0, root: PrefixKey | None = None) -> Client:
-        """The last token drawn is never computed, so a request commits one token less than it has."""
-        assert self.fits(len(prompt) + max_tokens - 1), "the driver refuses what can never fit, as the engine does"
-        seq = TokenSequence(self.num_arrivals, prompt, root or self.cache.root)
-        client = Client(seq, max_tokens, seed, start=self._start(seq.root))
-        self.clients[self.num_arrivals] = client
-        self.num_arrivals += 1
-        self.scheduler.add(seq)
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 1,
+        *,
+        seed: int = 0,
+        root: PrefixKey | None = None,
+        namespace: str = "",
+        priority: int = 0,
+        n: int = 1,
+    ) -> Client:
+        """The last token drawn is never computed, so a request commits one token less than it has. Sister i of n draws with seed + i."""
+        num_tokens = len(prompt) + max_tokens - 1
+        assert self.fits(num_tokens), "the driver refuses what can never fit, as the engine does"
+        own_root = f"request {self.num_arrivals}" if n > 1 and not self.cache.sharing else ""
+        seq = self.keeper.sequence(prompt, namespace, arrival=self.num_arrivals, own_root=own_root)
+        if root is not None:
+            seq = TokenSequence(self.num_arrivals, prompt, root)
+        seq.pages_at_most = self.cache.pages_to_finish(num_tokens)
+        client = self.clients[self.num_arrivals] = Client(seq, max_tokens, seed, num_unborn=n - 1)
+        self.num_arrivals += n
+        self.scheduler.add(seq, priority=priority, num_tokens=len(prompt) + n * max_tokens)
         return client
-
-    def _start(self, root: PrefixKey) -> int:
-        return 0 if root is self.cache.root else -1 - int.from_bytes(root.tokens, "big")
 
     def cancel(self, client: Client, *, keep: bool = True) -> None:
         self.scheduler.finish(client.seq, keep=keep)
@@ -131,11 +162,10 @@ class Driver:
 
     def reset(self) -> None:
         """New weights: everything computed so far is worthless, so the store is emptied."""
-        self.scheduler.preempt_all()
-        assert self.cache.pool.num_held == 0
-        self.cache.reset()
-        assert self.cache.pool.num_free == self.cache.pool.num_pages and len(self.cache.index) == 0
-        self.pages = [{} for _ in self.pages]
+        self.keeper.reset()
+        assert self.cache.pool.num_free == self.cache.pool.num_usable and len(self.cache.index) == 0
+        for held in self.pages:
+            held.clear()
 
     def step(self, *, fail_at: float | None = None) -> StepPlan | None:
         """One engine step; with `fail_at` in [0, 1] it fails after that part of its copies and writes."""
@@ -145,7 +175,7 @@ class Driver:
             assert self.scheduler.num_running == self.scheduler.num_waiting == 0
             return None
         self._check_plan(plan)
-        actions: list[Callable[[], None]] = [lambda c=copy: self._copy(c.source, c.target) for copy in plan.copies]  # type: ignore[misc]
+        actions: list[Callable[[], None]] = [lambda c=copy: self._copy(c) for copy in plan.copies]  # type: ignore[misc]
         actions.append(lambda: self._check_reads(plan))
         actions += self._writes(plan)
         end = len(actions) if fail_at is None else int(fail_at * (len(actions) - 1))
@@ -181,11 +211,20 @@ class Driver:
     # -- the model, the store and what must hold of them ----------------------------------------------------------------------------------
 
     def _draw(self, client: Client) -> None:
-        numbers = self.numbers(client)
-        client.seq.tokens.append(hash((numbers[-1], client.seed)) % self.vocab)
-        client.num_drawn += 1
-        if client.num_drawn == client.max_tokens:
-            self.cancel(client)
+        number, seq = self.numbers(client)[-1], client.seq
+        born = [client]
+        for i in range(1, client.num_unborn + 1):
+            sister = Client(seq.fork(seq.arrival + i), client.max_tokens, client.seed + i)
+            self.clients[sister.seq.arrival] = sister
+            born.append(sister)
+        client.num_unborn = 0
+        for one in born:
+            one.seq.tokens.append(hash((number, one.seed)) % self.vocab)
+            one.num_drawn += 1
+            if one.num_drawn == one.max_tokens:
+                self.cancel(one)
+            elif one is not client:
+                self.scheduler.add_fork(one.seq)
 
     def _close(self, client: Client) -> None:
         client.peak_pages = client.seq.peak_pages
@@ -193,11 +232,13 @@ class Driver:
         self.clients.pop(client.seq.arrival, None)
 
     def numbers(self, client: Client) -> list[int]:
-        return self.prefixes.extend(client.numbers, client.seq.tokens, client.start)
+        seq = client.seq
+        bridge = (seq.num_shared, seq.root.tokens) if seq.num_shared else None
+        return self.prefixes.extend(client.numbers, seq.tokens, seq.shared_root.tokens, bridge)
 
-    def _copy(self, source: int, target: int) -> None:
+    def _copy(self, copy: Copy) -> None:
         self.num_copies += 1
-        self.pages[target] = dict(self.pages[source])
+        self.pages[copy.target].update({slot: held for slot, held in self.pages[copy.source].items() if slot < copy.num_tokens})
 
     def _check_plan(self, plan: StepPlan) -> None:
         pool, index = self.cache.pool, self.cache.index
@@ -265,9 +306,12 @@ class Driver:
         while id(key) not in self._numbered and key.parent is not None:
             path.append(key)
             key = key.parent
-        known = self._numbered.get(id(key), (key, []))[1] or [self._start(key)]
+        known: list[Any] = self._numbered.get(id(key), (key, []))[1] or [key.tokens]
         for child in reversed(path):
-            known = self.prefixes.extend([], memoryview(child.tokens).cast("i").tolist(), known[-1])
+            if child.tokens.startswith(b"model/"):  # a bridge from the shared region into a namespace
+                known = [(known[-1], child.tokens)]
+            else:
+                known = self.prefixes.extend([], memoryview(child.tokens).cast("i").tolist(), known[-1])
             self._numbered[id(child)] = (child, known)  # the key is kept, so that its id stays its own
         return known
 

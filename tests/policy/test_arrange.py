@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.policy.groups import MAX_PADDING, Arrangement, arrange
+from quire.policy.groups import ALIGNMENT, MAX_PADDING, Arrangement, arrange
 from tests.policy.oracle import SOAK
 
 
@@ -16,8 +16,8 @@ from tests.policy.oracle import SOAK
 class Layer:
     layer_idx: int
     num_kv_heads: int = 2
-    k_dim: int = 8
-    v_dim: int = 8
+    k_bytes: int = 16
+    v_bytes: int = 16
     window: int = 0
     chunk: int = 0
 
@@ -35,15 +35,17 @@ def check(layers: list[Layer], page_size: int) -> Arrangement:
             layer = by_idx[place.layer_idx]
             assert (layer.window, layer.chunk) == (group.window, group.chunk)
             tokens = group.page_size * layer.num_kv_heads
-            ranges += [(place.k_offset, place.k_offset + tokens * layer.k_dim), (place.v_offset, place.v_offset + tokens * layer.v_dim)]
+            ranges += [(place.k_offset, place.k_offset + tokens * layer.k_bytes), (place.v_offset, place.v_offset + tokens * layer.v_bytes)]
+            assert place.k_offset % ALIGNMENT == place.v_offset % ALIGNMENT == 0
         ranges.sort()
-        assert ranges[0][0] >= 0 and ranges[-1][1] <= arrangement.page_elements
+        assert ranges[0][0] >= 0 and ranges[-1][1] <= arrangement.page_bytes
         assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
         # One more token would not fit: no page is larger than its group needs.
-        per_token = sum(by_idx[p.layer_idx].num_kv_heads * (by_idx[p.layer_idx].k_dim + by_idx[p.layer_idx].v_dim) for p in group.places)
+        shapes, tokens = [by_idx[p.layer_idx] for p in group.places], group.page_size + 1
+        longer = sum(-(-tokens * x.num_kv_heads * row // ALIGNMENT) * ALIGNMENT for x in shapes for row in (x.k_bytes, x.v_bytes))
         most = max(len(g.places) for g in arrangement.groups if (g.window, g.chunk) == (group.window, group.chunk) and g.page_size == group.page_size)
         if len(group.places) == most:
-            assert (group.page_size + 1) * per_token > arrangement.page_elements
+            assert longer > arrangement.page_bytes
     full = [group for group in arrangement.groups if group.kind == "full"]
     if full:
         assert full[0].page_size >= page_size
@@ -52,7 +54,7 @@ def check(layers: list[Layer], page_size: int) -> Arrangement:
 
 kinds = st.tuples(
     st.sampled_from([1, 2, 3, 8]),
-    st.sampled_from([1, 8, 12, 64]),
+    st.sampled_from([1, 8, 18, 64]),
     st.sampled_from([1, 8, 16]),
     st.sampled_from([(0, 0), (0, 0), (5, 0), (512, 0), (0, 16)]),
 )
@@ -67,7 +69,7 @@ layer_sets = st.lists(kinds, min_size=1, max_size=4).flatmap(
 @given(layers=layer_sets, page_size=st.sampled_from([1, 4, 16, 20, 128]))
 def test_any_layers(layers: list[Layer], page_size: int) -> None:
     arrangement = check(layers, page_size)
-    kinds = {(x.window, x.chunk, x.num_kv_heads, x.k_dim, x.v_dim) for x in layers}
+    kinds = {(x.window, x.chunk, x.num_kv_heads, x.k_bytes, x.v_bytes) for x in layers}
     places = len(kinds) and sum(max(len(h.places) for h in arrangement.groups) for _ in arrangement.groups)
     assert places - len(layers) <= MAX_PADDING * len(layers) or len(kinds) == 1
 

@@ -13,7 +13,7 @@ from quire.policy.cache import PageCache
 from quire.policy.groups import Group
 from quire.policy.hits import HitFinder
 from quire.policy.prefix import PrefixIndex, pack
-from quire.policy.scheduler import MAX_DEFERRED, Scheduler
+from quire.policy.scheduler import MAX_DEFERRED, Draft, Scheduler
 from quire.policy.sequence import Sequence
 from tests.policy.oracle import SOAK, Driver, blake2b_128, chunked, full, numbered, one_bit, sliding
 
@@ -251,7 +251,7 @@ def test_a_lookup_is_linear_in_the_prompt_and_blind_to_the_cache(groups: tuple[G
             with monkeypatch.context() as patch:
                 calls = counting(patch, PrefixIndex, "find")
                 driver.add(tokens(401), 1)
-                driver.scheduler._admit({}, 1)
+                driver.scheduler._admit(Draft(1))
                 lookups.append(calls())
             driver.run(10, check=False)
     first_miss = 1 if any(group.kind == "full" for group in groups) else pages
@@ -318,6 +318,6 @@ def test_what_waits_for_the_same_prefix_is_looked_at_in_bounds(monkeypatch: pyte
     asked = counting(monkeypatch, Scheduler, "_would_compute")
     driver.step()
     assert 0 < asked() <= MAX_DEFERRED
-    assert [seq.arrival for seq in driver.scheduler._waiting.values()] == list(range(1, 4 * MAX_DEFERRED)), "the order of the queue is kept"
+    assert [seq.arrival for seq in driver.scheduler._waiting] == list(range(1, 4 * MAX_DEFERRED)), "the order of the queue is kept"
     driver.run(1000, check=False)
     assert driver.num_computed <= 251 + 4 * MAX_DEFERRED * 4

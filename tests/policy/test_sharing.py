@@ -53,7 +53,7 @@ def test_a_part_of_a_page_is_copied_and_its_source_kept_until_then(groups: tuple
     assert all(driver.cache.pool.references(copy.source) == 1 for copy in plan.copies)
     driver.scheduler.check_integrity()  # callable while the copies are on their way
     for copy in plan.copies:
-        driver._copy(copy.source, copy.target)
+        driver._copy(copy)
     driver._check_reads(plan)
     driver.scheduler.abandon(plan)
     driver.scheduler.check_integrity()
@@ -138,9 +138,9 @@ def test_a_hybrid_hit_is_cut_where_a_window_page_is_gone() -> None:
     assert lost is not None
     driver.cache.index.forget([lost.pages[2]])  # page 8 of a sliding group with a window of two pages
     driver.cache.pool._cached.pop(lost.pages[2], None)
-    found, length = driver.cache._finder.longest(driver.clients[1].seq, 11 * B)
+    found, length = driver.cache.finder.longest(driver.clients[1].seq, 11 * B)
     assert length == 11 * B  # pages 9 and 10 are there
-    assert driver.cache._finder.longest(driver.clients[1].seq, 10 * B)[1] == 8 * B  # 10 and 9 pages would see page 8, 8 pages do not
+    assert driver.cache.finder.longest(driver.clients[1].seq, 10 * B)[1] == 8 * B  # 10 and 9 pages would see page 8, 8 pages do not
 
 
 def test_where_a_hit_ended_window_pages_stay_warm() -> None:
@@ -174,7 +174,7 @@ def test_tails_are_evicted_before_heads(groups: tuple[Group, ...]) -> None:
     hits = []
     for fresh in range(18):
         run(driver, tokens(3 * B, 100 + fresh))
-        hits.append(driver.cache._finder.longest(driver.add(old).seq, 40 * B - 1)[1])
+        hits.append(driver.cache.finder.longest(driver.add(old).seq, 40 * B - 1)[1])
         driver.cancel(driver.clients[driver.num_arrivals - 1])
     assert hits[0] >= 38 * B and hits == sorted(hits, reverse=True)
     assert any(10 * B <= hit <= 35 * B for hit in hits), "under pressure the head still hits, the tail does not"

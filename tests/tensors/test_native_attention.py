@@ -14,8 +14,10 @@ native = pytest.importorskip("quire.tensors.native", reason="the native kernels 
 
 from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, TableInputs  # noqa: E402
 from quire.tensors.attention.native import NativeAttention  # noqa: E402
+from quire.tensors.codec import RowFormat, decode, encode, row_format  # noqa: E402
 
 NAN = float("nan")
+POISON = 255  # NaN in every dtype and for every scale
 
 
 @pytest.fixture(params=native.isas())
@@ -37,6 +39,11 @@ class Geometry:
     chunk: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    codec: tuple[str | None, str | None] = (None, None)
+
+    @property
+    def rows(self) -> tuple[RowFormat, RowFormat]:
+        return row_format(self.codec[0], self.dtype, self.k_dim), row_format(self.codec[1], self.dtype, self.v_dim)
 
     def mask(self) -> Mask:
         sinks = torch.randn(self.num_heads, generator=torch.Generator().manual_seed(5)).to(self.dtype) if self.sinks else None
@@ -69,7 +76,8 @@ def make_sequence(geometry: Geometry, length: int, seed: int, scale: float = 1.0
 
 def reference(geometry: Geometry, sequence: Sequence) -> torch.Tensor:
     """All rows at once in float64: the whole score matrix, masked, then softmax."""
-    q, k, v = (t.double().transpose(0, 1) for t in (sequence.q, sequence.k, sequence.v))
+    k, v = (decode(encode(x, row), row) for x, row in zip((sequence.k, sequence.v), geometry.rows, strict=True))
+    q, k, v = (t.double().transpose(0, 1) for t in (sequence.q, k, v))
     group = geometry.num_heads // geometry.num_kv_heads
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     mask = geometry.mask()
@@ -94,10 +102,13 @@ class Cache:
 
     def __init__(self, geometry: Geometry, page_size: int, num_pages: int, num_threads: int = 2, seed: int = 0) -> None:
         self.geometry, self.random = geometry, random.Random(seed)
-        k_elems, v_elems = (geometry.num_kv_heads * page_size * dim for dim in (geometry.k_dim, geometry.v_dim))
-        k_offset = k_elems + v_elems + 3  # the second layer of the page, oddly aligned
-        self.place = LayerPlace(1, 1, page_size, geometry.num_kv_heads, geometry.k_dim, geometry.v_dim, k_offset, k_offset + k_elems)
-        self.pages = torch.full((num_pages, k_offset + k_elems + v_elems + 5), NAN, dtype=geometry.dtype)
+        (k, v), element = geometry.rows, geometry.dtype.itemsize
+        k_bytes, v_bytes = (geometry.num_kv_heads * page_size * row.num_bytes for row in (k, v))
+        # The second layer of the page, aligned to elements where there are any and to nothing else.
+        k_offset = -(-(k_bytes + v_bytes) // element) * element + 3 * (1 if k.dtype is None else element)
+        v_offset = k_offset + k_bytes if v.dtype is None else -(-(k_offset + k_bytes) // element) * element
+        self.place = LayerPlace(1, 1, page_size, geometry.num_kv_heads, k, v, k_offset, v_offset)
+        self.pages = torch.full((num_pages, -(-(v_offset + v_bytes) // element) * element + 5 * element), POISON, dtype=torch.uint8)
         self.free = list(range(num_pages))
         self.random.shuffle(self.free)
         self.backend, self.mask = NativeAttention(num_threads), geometry.mask()
@@ -109,7 +120,7 @@ class Cache:
             # A page that no coming query can see has gone back to the pool.
             for entry in range(min(geometry.first_key(sequence.num_committed) // size, len(sequence.page_ids))):
                 if (page := sequence.page_ids[entry]) >= 0:
-                    self.pages[page] = NAN
+                    self.pages[page] = POISON
                     self.free.append(page)
                     sequence.page_ids[entry] = -1
         counts = [count for _, count in work]
@@ -119,6 +130,7 @@ class Cache:
         num_committed = torch.tensor([s.num_committed for s, _ in work], dtype=torch.int32)
         step = StepInputs(query_start, num_committed, (TableInputs(ids[:0], page_start * 0), TableInputs(ids, page_start)))
         q, k, v = (self._staged([getattr(s, name)[s.num_committed : s.num_committed + n] for s, n in work], name, num_padding) for name in "qkv")
+        k, v = self.backend.encode(k, self.place.k), self.backend.encode(v, self.place.v)
         out = self.backend.attend(q, k, v, self.pages, self.place, step, self.mask)
         assert out.is_contiguous() and torch.equal(out[sum(counts) :], torch.zeros_like(out[sum(counts) :]))
         slots: list[int] = []
@@ -236,6 +248,10 @@ BIT_GEOMETRIES = {
     "fp32": Geometry(7, 1, 20, 64, torch.float32),
     "window": Geometry(4, 2, 32, 32, window=75),
     "chunk": Geometry(4, 2, 32, 32, chunk=100, softcap=5.0, sinks=True),
+    "int8": Geometry(6, 2, 64, 64, codec=("int8", "int8")),
+    "int4 odd": Geometry(4, 4, 35, 21, torch.float16, codec=("int4", "int4")),
+    "mixed": Geometry(7, 1, 20, 80, torch.float32, window=75, codec=("int8", "int4")),
+    "half": Geometry(4, 2, 40, 32, codec=("int4", None)),
 }
 
 

@@ -34,6 +34,8 @@ def generate(
     Without PROMPTS and --file, what is piped in is one prompt. One sequence is written to stdout as it comes, and nothing else is.
     Several fill panels on a terminal; elsewhere they are written whole and in order, each under a line that names it.
     """
+    if params.best_of is not None and not as_json:
+        raise InvalidRequestError("best_of", params.best_of, "given with --json: which are the best is known at the end")
     wanted = read_prompts(prompts or [], file)
     with loaded(model, config) as llm:
         run = Run(llm, wanted, [params] * len(wanted))

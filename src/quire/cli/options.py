@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import typer
 
-from quire.config import BACKENDS, DTYPES, EngineConfig
+from quire.config import BACKENDS, CODECS, DTYPES, LAYOUTS, EngineConfig
 from quire.errors import ConfigError, InvalidRequestError
 from quire.params import SamplingParams
 
@@ -38,6 +38,7 @@ SAMPLING = {
     "ignore_eos": "Do not end at the model's own end-of-sequence tokens.",
     "seed": "The same seed gives the same tokens, in any company.",
     "n": "Sequences to generate for each prompt.",
+    "best_of": "Generate this many and keep the n most likely (with --json).",
     "logprobs": "0 for the logprobs of the chosen tokens, k also for the k most likely (with --json).",
     "skip_special_tokens": "Keep special tokens in the text.",
 }
@@ -47,7 +48,12 @@ ENGINE = {
     "max_sequences": "The most sequences that run at once.",
     "max_waiting": "The most requests that may wait.",
     "cache_bytes": "Size of the page pool, such as 512MB or 2GiB.",
+    "reserve_bytes": "Memory to leave to others; the pool shrinks when less is available.",
     "page_size": "Tokens per page.",
+    "kv_codec": f"Keys and values in the cache: {', '.join(CODECS)}, or one for each as in k=int8,v=none.",
+    "cache_layout": f"{' or '.join(LAYOUTS)}: small pages, or one slot of the whole context a sequence.",
+    "cache_dir": "A folder in which cached pages survive restarts.",
+    "cache_dir_bytes": "The most bytes of files in it.",
     "prefix_sharing": "Compute equal prefixes anew instead of reusing their pages.",
     "max_model_len": "The context.",
     "backend": f"Attention and products: {', '.join(BACKENDS)} (native where it loads).",
@@ -60,8 +66,10 @@ MODEL = typer.Option("--model", "-m", metavar="PATH_OR_ID", help="A local folder
 UNSET = {
     "seed": "from the system",
     "cache_bytes": "max-sequences full contexts, at most 40% of memory",
+    "cache_dir_bytes": "half of what is free",
     "max_model_len": "the checkpoint's own",
     "num_threads": "torch's number",
+    "kv_codec": "as they are",
 }
 
 
@@ -176,5 +184,8 @@ SPECIAL = {
     "allowed_token_ids": Kind("ID,...", _ids, "token ids, such as '5,6,7'"),
     "stop_token_ids": Kind("ID,...", _ids, "token ids, such as '2,13'"),
     "cache_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
+    "reserve_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
+    "cache_dir": Kind("FOLDER", str, "a folder"),
+    "cache_dir_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
 }
 UNITS = {"": 1, "b": 1} | {f"{p}{i}b": (1024 if i else 1000) ** e for e, p in enumerate("kmgt", 1) for i in ("", "i")}

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from quire.config import EngineConfig
+from quire.config import EngineConfig, split_codec
 from quire.engine.engine import Engine
 from quire.engine.runner import Runner
+from quire.engine.tier import DiskTier
 from quire.errors import ConfigError
 from quire.policy.cache import PageCache
 from quire.policy.groups import Arrangement, Group, arrange
 from quire.policy.scheduler import Scheduler
 from quire.request import Limits
-from quire.tensors.attention.base import AttentionBackend, LayerPlace, Products
+from quire.tensors.attention.base import AttentionBackend, Products
 from quire.tensors.attention.reference import ReferenceAttention
 from quire.tensors.device import available_bytes
+from quire.tensors.disk import DiskStore
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe
 from quire.tensors.products import ReferenceProducts
 from quire.tensors.sampler import Sampler
-from quire.tensors.store import PageStore
+from quire.tensors.store import PageStore, cached_layers, layer_places
 from quire.text.tokenizer import TextTokenizer, load_tokenizer
 
 MEMORY_SHARE = 0.4  # of what is available, when the pool's size is left to us
@@ -49,6 +54,7 @@ class EngineInfo:
     vocab_size: int
     weight_bytes: int
     page_size: int
+    kv_codec: str
     page_bytes: int
     num_pages: int
     cache_bytes: int
@@ -96,6 +102,7 @@ class Built:
     tokenizer: TextTokenizer | None
     limits: Limits
     info: EngineInfo
+    tier: DiskTier | None
 
 
 def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
@@ -118,17 +125,37 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
 def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
     context_len = _context_len(config, model)
     probe(model)
-    arrangement = arrange(model.layers, config.page_size)
-    num_pages = _num_pages(config, arrangement, model, context_len)
-    store = PageStore(_places(arrangement, model), num_pages, arrangement.page_elements, model.dtype, kernels.attention)
-    identity = hashlib.blake2b(f"{model.identity}/{model.dtype}".encode(), digest_size=16).digest()
+    if config.cache_layout == "stacked":
+        config = replace(config, page_size=context_len)
+    codec = split_codec(config.kv_codec)
+    layers = cached_layers(model.layers, model.dtype, *codec)
+    arrangement = arrange(layers, config.page_size)
+    num_pages = _num_pages(config, arrangement, context_len)
+    store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
+    identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()
     cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
-    scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences)
+    tier = _tier(config, model, cache, store, f"{identity.hex()}/{kernels.name}/{version('quire')}") if config.cache_dir is not None else None
+    scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
     tokenizer = _tokenizer(source, config)
-    engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer)
-    info = _info(model, arrangement, store, kernels, num_threads, context_len)
-    return Built(engine, model, tokenizer, Limits(model.vocab_size, context_len, num_pages), info)
+    engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes)
+    info = _info(model, arrangement, store, kernels, num_threads, context_len, config.kv_codec or "none")
+    return Built(engine, model, tokenizer, Limits(model.vocab_size, context_len), info, tier)
+
+
+def _tier(config: EngineConfig, model: CausalModel, cache: PageCache, store: PageStore, identity: str) -> DiskTier:
+    assert config.cache_dir is not None
+    if not config.prefix_sharing:
+        raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None with prefix_sharing=False, which nothing stored could serve")
+    if model.live:
+        raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None for a live model, whose weights may change without a trace")
+    folder = Path(config.cache_dir)
+    capacity = config.cache_dir_bytes
+    if capacity is None:
+        there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+        capacity = shutil.disk_usage(there).free // 2
+    disk = DiskStore(folder, capacity_bytes=capacity, page_bytes=store.page_bytes, identity=identity.encode())
+    return DiskTier(cache, store, disk)
 
 
 def _tokenizer(source: str | PreTrainedModel, config: EngineConfig) -> TextTokenizer | None:
@@ -147,37 +174,26 @@ def _context_len(config: EngineConfig, model: CausalModel) -> int:
     return config.max_model_len
 
 
-def _num_pages(config: EngineConfig, arrangement: Arrangement, model: CausalModel, context_len: int) -> int:
-    page_bytes = arrangement.page_elements * model.dtype.itemsize
+def _num_pages(config: EngineConfig, arrangement: Arrangement, context_len: int) -> int:
+    page_bytes = arrangement.page_bytes
     if config.cache_bytes is not None:
         least = page_bytes * len(arrangement.groups)
         if config.cache_bytes < least:
             raise ConfigError(f"cache_bytes={config.cache_bytes}: must be at least {least}, one page for each group of layers")
         return config.cache_bytes // page_bytes
     wanted = config.max_sequences * sum(-(-context_len // group.page_size) for group in arrangement.groups)
-    return max(len(arrangement.groups), min(wanted, int(available_bytes() * MEMORY_SHARE) // page_bytes))
-
-
-def _places(arrangement: Arrangement, model: CausalModel) -> list[LayerPlace]:
-    shapes = {layer.layer_idx: layer for layer in model.layers}
-    return [
-        LayerPlace(
-            layer_idx=place.layer_idx,
-            group=group.group_id,
-            page_size=group.page_size,
-            num_kv_heads=shapes[place.layer_idx].num_kv_heads,
-            k_dim=shapes[place.layer_idx].k_dim,
-            v_dim=shapes[place.layer_idx].v_dim,
-            k_offset=place.k_offset,
-            v_offset=place.v_offset,
+    most = int(available_bytes() * MEMORY_SHARE) // page_bytes
+    if config.cache_layout == "stacked" and wanted > most:
+        raise ConfigError(
+            f"cache_layout='stacked': {config.max_sequences} slots of {context_len} tokens take {wanted * page_bytes} bytes, of which there are "
+            f"{most * page_bytes} to spare: must be fewer (max_sequences), shorter (max_model_len), or cache_bytes given"
         )
-        for group in arrangement.groups
-        for place in group.places
-    ]
+    return max(len(arrangement.groups), min(wanted, most))
 
 
-def _info(model: CausalModel, arrangement: Arrangement, store: PageStore, kernels: Kernels, num_threads: int, context_len: int) -> EngineInfo:
-    per_token = arrangement.elements_per_token() * model.dtype.itemsize
+def _info(
+    model: CausalModel, arrangement: Arrangement, store: PageStore, kernels: Kernels, num_threads: int, context_len: int, kv_codec: str
+) -> EngineInfo:
     num_pages = store.pages.shape[0]
     # Windows stop growing, so only full groups bound how long a sequence may become.
     full = [g for g in arrangement.groups if g.kind == "full"] or list(arrangement.groups)
@@ -191,10 +207,11 @@ def _info(model: CausalModel, arrangement: Arrangement, store: PageStore, kernel
         vocab_size=model.vocab_size,
         weight_bytes=model.weight_bytes,
         page_size=arrangement.groups[0].page_size,
+        kv_codec=kv_codec,
         page_bytes=store.page_bytes,
         num_pages=num_pages,
         cache_bytes=num_pages * store.page_bytes,
-        bytes_per_token=round(per_token),
+        bytes_per_token=round(arrangement.bytes_per_token()),
         max_cached_tokens=num_pages // len(full) * full[0].page_size,
         groups=tuple(_describe(g) for g in arrangement.groups),
     )

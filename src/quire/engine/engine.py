@@ -6,10 +6,12 @@ import logging
 import time
 from typing import Any
 
+from quire.engine.keeper import CacheKeeper
 from quire.engine.runner import Runner
 from quire.engine.state import Branch, RequestState, Sink
-from quire.errors import NonFiniteLogitsError, RequestFailedError, StepError
+from quire.errors import CacheTooSmallError, NonFiniteLogitsError, RequestFailedError, StepError
 from quire.outputs import FinishReason, TokenEvent
+from quire.policy.lookup import find_miss
 from quire.policy.plan import StepPlan
 from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence
@@ -23,8 +25,9 @@ log = logging.getLogger("quire")
 class Engine:
     """Runs requests to their end. Every accepted request's sink gets its events and, once, an event with its output."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: TextTokenizer | None) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: TextTokenizer | None, reserve_bytes: int = 0) -> None:
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.keeper = CacheKeeper(scheduler, runner.store, tokenizer, reserve_bytes)
         self.num_steps = 0
         self.num_computed_tokens = 0
         self._arrivals = 0
@@ -33,20 +36,39 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is open."""
-        return bool(self._requests)
+        """Whether any request is open, or pages are on their way to the tier below."""
+        return bool(self._requests) or self.scheduler.tier.busy
 
     def add(self, request: Request, sink: Sink) -> None:
         """Queue a checked request."""
         state = RequestState(request, sink)
-        for index in range(request.params.n):
-            sequence = Sequence(self._arrivals, request.prompt_token_ids, self.scheduler.cache.root)
-            branch = Branch(request, index, sequence, self.tokenizer, self.runner.model.eos_token_ids, self.runner.model.vocab_size)
-            state.branches.append(branch)
-            self._branches[self._arrivals] = (state, branch)
-            self._arrivals += 1
-            self.scheduler.add(sequence)
+        prompt, cache = request.prompt_token_ids, self.scheduler.cache
+        # Sisters share their prompt even where nobody else shares anything.
+        own_root = request.request_id if request.num_branches > 1 and not cache.sharing else ""
+        sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root)
+        self._arrivals += request.num_branches
+        num_tokens = request.num_tokens_at_most - 1  # the last token drawn is never fed back
+        sequence.pages_at_most = cache.pages_to_finish(num_tokens)
+        self._add_branch(state, sequence)
         self._requests[request.request_id] = state
+        if sequence.pages_at_most > self.keeper.num_pages_for_requests:  # it did when it was submitted
+            error = CacheTooSmallError(num_tokens, sequence.pages_at_most, self.keeper.num_pages_for_requests)
+            self._end_request(request.request_id, "error", error)
+            return
+        self.scheduler.add(sequence, priority=request.priority, num_tokens=len(prompt) + request.max_tokens * request.num_branches)
+
+    def _add_branch(self, state: RequestState, sequence: Sequence) -> Branch:
+        model, index = self.runner.model, len(state.branches)
+        branch = Branch(state.request, index, sequence, self.tokenizer, model.eos_token_ids, model.vocab_size)
+        state.branches.append(branch)
+        self._branches[sequence.arrival] = (state, branch)
+        return branch
+
+    def _fork(self, state: RequestState) -> None:
+        """Make the other branches of a request; each is drawn its first token from the first one's logits."""
+        first = state.branches[0].sequence
+        for i in range(len(state.branches), state.request.num_branches):
+            self._add_branch(state, first.fork(first.arrival + i))
 
     def cancel(self, request_id: str) -> None:
         """End a request now; its pages are back before the next step. Nothing happens when it has ended."""
@@ -54,21 +76,35 @@ class Engine:
 
     def step(self) -> None:
         """Plan, run, commit, deliver. A forward that raises commits nothing and ends only the requests that were in the step."""
+        self.keeper.tend()
+        self.scheduler.tier.poll()
         plan = self.scheduler.plan()
         if plan is None:
+            self.scheduler.tier.wait()
             return
         self._note_start(plan)
-        drawing = [self._branches[work.sequence.arrival] for work in plan.works if work.draws]
+        drawing = [self._drawn_together(work.sequence) for work in plan.works if work.draws]
+        began = time.perf_counter()
         try:
-            drawn = self.runner.run(plan, [branch.next_row() for _, branch in drawing])
+            drawn = self.runner.run(plan, [[branch.next_row() for branch in branches] for _, branches in drawing])
         except Exception as error:
             self._fail(plan, error)
             return
         self.scheduler.commit(plan)
+        self.scheduler.tier.note_step(plan.num_tokens, time.perf_counter() - began)
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
-        for (state, branch), token in zip(drawing, drawn, strict=True):
-            self._deliver(state, branch, token)
+        for (state, branches), tokens in zip(drawing, drawn, strict=True):
+            for branch, token in zip(branches, tokens, strict=True):
+                self._deliver(state, branch, token)
+
+    def _drawn_together(self, sequence: Sequence) -> tuple[RequestState, list[Branch]]:
+        """Whose tokens are drawn from a sequence's logits: its own, and at the end of a prompt also its sisters'."""
+        state, branch = self._branches[sequence.arrival]
+        if len(state.branches) == state.request.num_branches:
+            return state, [branch]
+        self._fork(state)
+        return state, list(state.branches)
 
     def _deliver(self, state: RequestState, branch: Branch, token: Sampled) -> None:
         if branch.finish_reason is not None:  # a sister's NaN has ended the request within this step
@@ -81,11 +117,18 @@ class Engine:
         event = branch.push(token)
         if branch.finish_reason is not None:
             self._close(branch)
+        elif branch.index and len(branch.token_ids) == 1:  # from here on it is a sequence like any other, with its first token in hand
+            self.scheduler.add_fork(branch.sequence)
         self._emit(state, event)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         log.error("a step failed; its %d requests end, nothing of it was committed", len(plan.works), exc_info=error)
-        requests = {self._branches[work.sequence.arrival][0].request.request_id for work in plan.works}
+        requests = set()
+        for seq, num_tokens in plan.works:
+            state = self._branches[seq.arrival][0]
+            state.computed_tokens -= num_tokens
+            state.rejected_tokens += num_tokens
+            requests.add(state.request.request_id)
         self.scheduler.abandon(plan)
         for request_id in requests:
             failure = StepError(f"request {request_id}: the model's forward failed: {type(error).__name__}: {error}")
@@ -102,6 +145,7 @@ class Engine:
         if state is None:
             return
         state.error = error
+        self._fork(state)
         for branch in state.branches:
             if branch.finish_reason is None:
                 event = branch.end(reason)
@@ -116,7 +160,9 @@ class Engine:
     def _emit(self, state: RequestState, event: TokenEvent) -> None:
         if state.ended:
             del self._requests[state.request.request_id]
-            event = event.with_output(state.output(self.runner.store.page_bytes))
+            event = event.with_output(state.output(self.runner.store.page_bytes, self.keeper.text_of))
+        elif state.request.params.best_of is not None:  # nobody knows yet which are the best
+            return
         state.sink(event)
 
     def _note_start(self, plan: StepPlan) -> None:
@@ -125,32 +171,13 @@ class Engine:
             if state.started_s is None:
                 state.started_s = time.perf_counter()
                 state.cached_tokens = seq.num_committed
+                state.waited_for = seq.waits_for or None
+                state.miss = find_miss(self.scheduler.cache, seq, seq.num_committed)
             state.computed_tokens += num_tokens
 
-    def reset_cache(self) -> None:
-        """Forget all cached pages; what runs is computed again. For when the weights have changed."""
-        self.scheduler.preempt_all()
-        self.scheduler.cache.reset()
-
-    def check_integrity(self) -> None:
-        """Raise IntegrityError if an invariant of scheduler or cache does not hold."""
-        self.scheduler.check_integrity()
-
     def stats(self) -> dict[str, Any]:
-        """Counters since the start and the state of the pool now."""
-        pool, scheduler = self.scheduler.cache.pool, self.scheduler
-        return {
-            "num_pages": pool.num_pages,
-            "num_free_pages": pool.num_free,
-            "num_cached_pages": pool.num_cached,
-            "num_held_pages": pool.num_held,
-            "num_waiting": scheduler.num_waiting,
-            "num_running": scheduler.num_running,
-            "num_preemptions": scheduler.num_preemptions,
-            "num_cached_tokens": scheduler.num_cached_tokens,
-            "num_computed_tokens": self.num_computed_tokens,
-            "num_steps": self.num_steps,
-        }
+        """Counters since the start, and the state of the pool now."""
+        return {"num_computed_tokens": self.num_computed_tokens, "num_steps": self.num_steps, **self.keeper.stats()}
 
 
 def _failure(request_id: str, token: Sampled) -> RequestFailedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import os
 import weakref
@@ -12,15 +13,18 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
-from quire.engine.build import EngineInfo, build_engine
+from quire.engine.build import Built, EngineInfo, build_engine
+from quire.engine.keeper import CacheKeeper
 from quire.engine.stream import RequestStream
 from quire.engine.worker import Worker
 from quire.errors import ConfigError, InvalidRequestError
-from quire.outputs import RequestOutput, TokenEvent
+from quire.outputs import Explanation, RequestOutput, TokenEvent
 from quire.params import SamplingParams
-from quire.request import Request, check_fits, check_prompt
+from quire.policy.pins import Pin
+from quire.request import Request, check_fits, check_namespace, check_priority, check_prompt
 
 Prompt = str | Sequence[int]
+MAX_PIN_ATTEMPTS = 3
 
 
 class LLM:
@@ -47,7 +51,7 @@ class LLM:
         self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
         self._names = itertools.count()
         # Also at interpreter exit: a thread inside a kernel must not outlive the runtime under it.
-        self._close = weakref.finalize(self, _shut_down, self._worker, self._built.model)
+        self._close = weakref.finalize(self, _shut_down, self._worker, self._built)
 
     @property
     def info(self) -> EngineInfo:
@@ -60,13 +64,21 @@ class LLM:
         return self._built.tokenizer.hf if self._built.tokenizer else None
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        namespace: str | None = None,
+        priority: int = 0,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """Run prompts to their end, together, and return their outputs in order.
 
         Args:
             prompts: one prompt (text, or a list of token ids) or a list of prompts.
             params: one for all, or one for each.
+            namespace: whose cached pages they may use and add to; nobody else's requests can tell. None is the default one.
+            priority: requests of a higher one start first and give way last.
             progress: show a progress bar.
 
         Raises:
@@ -78,7 +90,9 @@ class LLM:
         each = [given] * len(many) if isinstance(given, SamplingParams) else list(given)
         if len(each) != len(many):
             raise InvalidRequestError("params", f"{len(each)} SamplingParams", f"one, or one for each of the {len(many)} prompts")
-        requests = [self._request(prompt, one) for prompt, one in zip(many, each, strict=True)]  # all are checked before any is submitted
+        requests = [
+            self._request(prompt, one, namespace, priority) for prompt, one in zip(many, each, strict=True)
+        ]  # all are checked before any is submitted
         streams: list[RequestStream] = []
         try:
             streams.extend(self._worker.submit(request) for request in requests)
@@ -88,9 +102,13 @@ class LLM:
                 stream.cancel()
             raise
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Events of one prompt as they come; leaving the loop early cancels it. Arguments and errors as in `generate`."""
-        stream = self.submit(prompt, params)
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, namespace: str | None = None, priority: int = 0
+    ) -> Iterator[TokenEvent]:
+        """Events of one prompt as they come; leaving the loop early cancels it. Arguments and errors as in `generate`; no `best_of`."""
+        if params is not None and params.best_of is not None:
+            raise InvalidRequestError("best_of", params.best_of, "None when streaming: which are the best is known at the end")
+        stream = self.submit(prompt, params, namespace=namespace, priority=priority)
 
         def events() -> Iterator[TokenEvent]:
             try:
@@ -100,9 +118,20 @@ class LLM:
 
         return events()
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None) -> RequestStream:
-        """Queue one prompt and return its stream at once, for `for`, `async for`, `wait()` and `cancel()`. Thread-safe."""
-        return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), request_id))
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        namespace: str | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> RequestStream:
+        """Queue one prompt and return its stream at once, for `for`, `async for`, `wait()` and `cancel()`. Thread-safe.
+
+        With `best_of` all comes with the last event.
+        """
+        return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), namespace, priority, request_id))
 
     def cancel(self, request_id: str) -> None:
         """End a request; its pages are back before the next step. Harmless when it has ended."""
@@ -115,11 +144,72 @@ class LLM:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if an invariant of the cache does not hold. Callable at any time."""
-        self._worker.call(self._built.engine.check_integrity)
+        self._worker.call(self._keeper.check_integrity)
+
+    def explain(self, prompt: Prompt, *, namespace: str | None = None) -> Explanation:
+        """What a prompt would find in the cache, and the first token that it would not; takes and changes nothing."""
+        token_ids, space = self._checked(prompt), check_namespace(namespace)
+        return self._worker.call(lambda: self._keeper.explain(token_ids, space))
+
+    def pin(self, prompt: Prompt, *, ttl: float | None = None, namespace: str | None = None) -> Pin:
+        """Compute a prompt if it is not cached, and keep its pages until `unpin`, or for `ttl` seconds. Waits until that is done.
+
+        Raises:
+            InvalidRequestError: `ttl` is not above 0, the prompt is refused, or more than half of the pool would be pinned, or more than open
+                requests leave.
+        """
+        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl < math.inf):
+            raise InvalidRequestError("ttl", ttl, "a number of seconds above 0, or None")
+        token_ids, space = self._checked(prompt), check_namespace(namespace)
+        if not self._built.engine.scheduler.cache.sharing:
+            raise InvalidRequestError("pin", "a prompt", "left out with prefix_sharing=False: nobody could hit it")
+        for _ in range(MAX_PIN_ATTEMPTS):
+            pin = self._worker.call(lambda: self._keeper.pin(token_ids, space, ttl))
+            if pin is not None:
+                return pin
+            output = self.submit(token_ids, SamplingParams(max_tokens=1, temperature=0.0), namespace=namespace).wait()
+            if output.error is not None:
+                raise output.error
+        raise InvalidRequestError(
+            "prompt", f"{len(token_ids)} tokens", "one that is not evicted between computing and pinning it; try when less is open"
+        )
+
+    def unpin(self, pin: Pin | int) -> None:
+        """Let a pinned prompt's pages go; they stay cached until something else needs room.
+
+        Raises:
+            InvalidRequestError: it is not pinned, or no more.
+        """
+        pin_id = pin.pin_id if isinstance(pin, Pin) else pin
+        self._worker.call(lambda: self._keeper.unpin(pin_id))
+
+    def pins(self) -> list[Pin]:
+        """The pins there are, oldest first."""
+        return self._worker.call(self._keeper.pins)
+
+    def share(self, prompt: Prompt) -> int:
+        """Declare that the whole pages at the beginning of this prompt are no secret: all namespaces share them from now on.
+
+        Returns how many of its tokens that are. For the operator alone: a system prompt, never what a user wrote.
+        """
+        token_ids = self._checked(prompt)
+        return self._worker.call(lambda: self._keeper.share(token_ids))
+
+    def resize_cache(self, cache_bytes: int) -> int:
+        """Make the pool smaller, giving memory back to the system, or larger again, up to what it was made for. Returns the bytes it has now.
+
+        Cached pages go first, then the requests of the worst rank wait; none is lost.
+
+        Raises:
+            InvalidRequestError: more than the pool was made for, or less than one of the open requests, and all pins, may need.
+        """
+        if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
+            raise InvalidRequestError("cache_bytes", cache_bytes, "an integer")
+        return self._worker.call(lambda: self._keeper.resize(cache_bytes))
 
     def reset_cache(self) -> None:
-        """Forget all cached pages. Call it after changing a live model's weights; requests that run are computed again."""
-        self._worker.call(self._built.engine.reset_cache)
+        """Forget all cached pages and pins. Call it after changing a live model's weights; requests that run are computed again."""
+        self._worker.call(self._keeper.reset)
 
     def close(self) -> None:
         """Cancel what runs, end the thread and leave a live model as it was. A second call does nothing."""
@@ -131,16 +221,29 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> Request:
+    @property
+    def _keeper(self) -> CacheKeeper:
+        return self._built.engine.keeper
+
+    def _checked(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt's token ids, of which something could be cached."""
+        token_ids = tuple(self._encode(prompt))
+        check_prompt(token_ids, SamplingParams(max_tokens=1), self._built.limits)
+        return token_ids
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, namespace: str | None = None, priority: int = 0, request_id: str | None = None
+    ) -> Request:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("params", params, "a SamplingParams")
+        whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))
         max_tokens = check_prompt(token_ids, params, self._built.limits)
         num_committed = len(token_ids) + max_tokens - 1  # the last token drawn is never fed back
-        check_fits(num_committed, self._built.engine.scheduler.cache.pages_to_finish(num_committed), self._built.limits)
+        check_fits(num_committed, self._built.engine.scheduler.cache.pages_to_finish(num_committed), self._keeper.num_pages_for_requests)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
-        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed)
+        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose)
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
@@ -174,6 +277,8 @@ def _shown(streams: list[RequestStream], progress: bool) -> Iterator[RequestStre
     return iter(tqdm(streams, unit="request"))
 
 
-def _shut_down(worker: Worker, model: Any) -> None:
+def _shut_down(worker: Worker, built: Built) -> None:
     worker.stop()
-    model.close()
+    if built.tier is not None:
+        built.tier.close()
+    built.model.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from quire.engine.batch import build
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
@@ -18,12 +20,15 @@ class Runner:
     def __init__(self, model: CausalModel, store: PageStore, sampler: Sampler, groups: Sequence[Group]) -> None:
         self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
 
-    def run(self, plan: StepPlan, rows: Sequence[Row]) -> list[Sampled]:
-        """Compute the plan and draw one token for each of `rows`, the plan's drawing works in order."""
+    def run(self, plan: StepPlan, rows: Sequence[Sequence[Row]]) -> list[list[Sampled]]:
+        """Compute the plan and draw a token for each of `rows[i]`, all from the logits of the plan's i-th drawing work."""
         self.store.copy_pages(plan.copies)
         batch = build(plan, self.groups)
         step = StagedStep(self.store, batch.inputs, batch.slots)
         logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at)
-        drawn = self.sampler.sample(logits, rows)
+        flat = [row for together in rows for row in together]
+        if len(flat) != len(rows):
+            logits = logits[torch.tensor([i for i, together in enumerate(rows) for _ in together])]
+        drawn = iter(self.sampler.sample(logits, flat))
         step.commit()
-        return drawn
+        return [[next(drawn) for _ in together] for together in rows]

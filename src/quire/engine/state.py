@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire.outputs import Completion, FinishReason, Receipt, RequestOutput, TokenEvent, TopLogprob
+from quire.policy.lookup import Miss
 from quire.policy.sequence import Sequence
 from quire.request import Request
 from quire.tensors.sampler import Row, Sampled, SequenceState
@@ -35,6 +37,8 @@ class Branch:
         self._text: list[str] = []
         self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens) if tokenizer else None
         self._stops = StopMatcher(params.stop_strings, params.include_stop_in_output)
+        if params.best_of is not None and params.logprobs is None:
+            params = replace(params, logprobs=0)  # the best are told by them
         self._sampling = SequenceState(params, (request.seed + index) % 2**64, vocab_size, request.prompt_token_ids)
 
     def next_row(self) -> Row:
@@ -85,7 +89,13 @@ class Branch:
             self.stop_reason,
             None if params.logprobs is None else list(self.logprobs),
             list(self.top_logprobs) if params.logprobs else None,
+            self.cumulative_logprob if self.logprobs else None,
         )
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """The sum of its tokens' logprobs, as far as they were asked for."""
+        return math.fsum(self.logprobs)
 
     def _push_text(self, text: str) -> str:
         found = self._stops.push(text, may_stop=len(self.token_ids) >= self.request.params.min_tokens)
@@ -117,25 +127,36 @@ class RequestState:
     first_token_s: float | None = None
     cached_tokens: int = 0
     computed_tokens: int = 0
+    rejected_tokens: int = 0
+    waited_for: str | None = None
+    miss: Miss | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether every branch has ended."""
-        return all(branch.finish_reason is not None for branch in self.branches)
+        """Whether every branch there will be has ended."""
+        return len(self.branches) == self.request.num_branches and all(branch.finish_reason is not None for branch in self.branches)
 
-    def output(self, page_bytes: int) -> RequestOutput:
-        """The whole of it, once it has ended."""
+    def output(self, page_bytes: int, text_of: Callable[[int], str | None]) -> RequestOutput:
+        """The whole of it, once it has ended. `text_of` decodes one token."""
         now = time.perf_counter()
         started, first = self.started_s or now, self.first_token_s or now
         receipt = Receipt(
             prompt_tokens=len(self.request.prompt_token_ids),
             cached_tokens=self.cached_tokens,
             computed_tokens=self.computed_tokens,
+            rejected_tokens=self.rejected_tokens,
             num_preemptions=sum(b.sequence.num_preemptions for b in self.branches),
             peak_cache_bytes=sum(b.sequence.peak_pages for b in self.branches) * page_bytes,
             queued_s=started - self.submitted_s,
             prefill_s=first - started,
             decode_s=now - first,
+            waited_for=self.waited_for,
+            miss_index=self.miss.index if self.miss else None,
+            miss_text=text_of(self.request.prompt_token_ids[self.miss.index]) if self.miss else None,
+            miss_reason=self.miss.reason if self.miss else None,
         )
-        completions = [branch.completion() for branch in self.branches]
+        branches = self.branches
+        if self.request.params.best_of is not None:
+            branches = sorted(branches, key=lambda branch: -branch.cumulative_logprob)[: self.request.params.n]
+        completions = [replace(branch.completion(), index=i) for i, branch in enumerate(branches)]
         return RequestOutput(self.request.request_id, self.request.prompt, list(self.request.prompt_token_ids), completions, receipt, self.error)

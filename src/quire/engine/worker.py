@@ -23,6 +23,8 @@ from quire.tensors.device import one_torch_thread_here
 T = TypeVar("T")
 log = logging.getLogger("quire")
 
+IDLE_LOOK_S = 5.0
+
 
 class Worker:
     """One engine on one thread. Thread-safe."""
@@ -122,7 +124,8 @@ class Worker:
         """Read the mail, then one step. False when it is time to end."""
         with self._wake:
             while not (self._mail or self._stopping or self._engine.has_work):
-                self._wake.wait()
+                if not self._wake.wait(IDLE_LOOK_S):
+                    break  # an idle engine too gives memory back when others need it
             if self._stopping:
                 return False
             mail = list(self._mail)

@@ -15,16 +15,19 @@ from typing import NamedTuple
 from quire.errors import IntegrityError
 from quire.policy.groups import Group
 from quire.policy.hits import HitFinder
+from quire.policy.namespaces import Namespaces
 from quire.policy.pages import PagePool
 from quire.policy.prefix import Hash, PrefixIndex, PrefixKey, blake2b_128, pack
 from quire.policy.sequence import Sequence
 
 
 class Copy(NamedTuple):
-    """Copy page `source` to page `target` before the step. The source is held until `PageCache.copied`."""
+    """Copy the first `num_tokens` tokens of page `source` of a group to page `target` before the step. The source is held until `copied`."""
 
     source: int
     target: int
+    group_id: int
+    num_tokens: int
 
 
 class PageCache:
@@ -36,13 +39,13 @@ class PageCache:
         self.pool = PagePool(num_pages, self.index)
         self.sharing = sharing
         self.hash_bytes = hash_bytes
-        self._root = PrefixKey(None, identity, hash_bytes)
         self._open: dict[int, Sequence] = {}
         self._copies: list[Copy] = []
         self._copies_in_step: list[Copy] = []
-        self._finder = HitFinder(self.groups, self.index, hash_bytes)
-        self.unit, self._ids_by_size = self._finder.unit, self._finder.ids_by_size
-        self._one_size = len(self._ids_by_size) == 1
+        self.finder = HitFinder(self.groups, self.index, hash_bytes)
+        self.unit, self.ids_by_size = self.finder.unit, self.finder.ids_by_size
+        self._one_size = len(self.ids_by_size) == 1
+        self.namespaces = Namespaces(identity, self.unit, hash_bytes)
         # Groups with the same page size and mask have tables of one shape: what is decided for one holds for all.
         self._alike: dict[Group, list[int]] = {}
         for group in self.groups:
@@ -52,8 +55,12 @@ class PageCache:
 
     @property
     def root(self) -> PrefixKey:
-        """The key every chain starts from; it stands for all that changes values: model, dtype, codec."""
-        return self._root
+        """The key that chains of the default namespace start from."""
+        return self.namespaces.root("")
+
+    def shares(self, seq: Sequence) -> bool:
+        """Whether its pages may be hit, and it may hit pages."""
+        return self.sharing or seq.own_root
 
     def pages_to_finish(self, num_tokens: int) -> int:
         """The most pages a sequence of `num_tokens` may need at once, alone in the pool and at any chunking."""
@@ -68,10 +75,10 @@ class PageCache:
         """
         seq.clear_tables(len(self.groups))
         self._open[seq.arrival] = seq
-        if not self.sharing:
+        if not self.shares(seq):
             return
         limit = seq.num_known - 1
-        found, length = self._finder.longest(seq, limit)
+        found, length = self.finder.longest(seq, limit)
         for group, pages, table in zip(self.groups, found, seq.tables, strict=True):
             first, end = group.first_kept(length, self.unit), length // group.page_size
             hit = pages[first:end]
@@ -80,26 +87,29 @@ class PageCache:
             seq.first_page[group.group_id] = first
             seq.num_pages += len(hit)
         seq.num_committed = seq.num_hit = seq.num_indexed = length
-        if partial and self._one_size:
+        if partial:
             self._match_part(seq, limit)
         self._set_capacity(seq)
 
     def _match_part(self, seq: Sequence, limit: int) -> None:
-        size, start = self.unit, seq.num_committed
-        rest = pack(seq.tokens[start : min(start + size, limit)])
-        parent = seq.chain(size, start // size, self.hash_bytes)[start // size]
-        sources, num_tokens = self.index.longest_start(parent, rest)
+        sources, num_tokens = self.part(seq, seq.num_committed, limit)
         if num_tokens == 0:
             return
         self.pool.retain(sources)
         if self.pool.num_available < len(sources):
             self.pool.release(sources)
             return
-        for table, source, target in zip(seq.tables, sources, self.pool.take(len(sources)), strict=True):
-            table.append(target)
-            self._copies.append(Copy(source, target))
+        for group_id, (source, target) in enumerate(zip(sources, self.pool.take(len(sources)), strict=True)):
+            seq.tables[group_id].append(target)
+            self._copies.append(Copy(source, target, group_id, num_tokens))
         seq.num_pages += len(sources)
         seq.num_committed += num_tokens
+
+    def part(self, seq: Sequence, start: int, limit: int) -> tuple[list[int], int]:
+        """(pages, n): an indexed page of every group whose first n tokens are the sequence's own from `start`, the end of a page, on."""
+        size = self.unit
+        rest = pack(seq.tokens[start : min(start + size, limit)])
+        return self.index.longest_start(seq.parent_of(size, start // size, self.hash_bytes), rest) if self._one_size else ([], 0)
 
     def take_copies(self) -> tuple[Copy, ...]:
         """The copies asked for since the last call; their sources stay held until `copied` is called with them."""
@@ -125,7 +135,7 @@ class PageCache:
         if spare < 0:
             return False
         # Pages the window will have left by the end of this very step are kept only for later hits, and only from plenty.
-        optional = spare // 2 if self.sharing else 0
+        optional = spare // 2 if self.shares(seq) else 0
         for have, first, want, group_ids in needs:
             keep = min(optional // len(group_ids), first - have)
             optional -= keep * len(group_ids)
@@ -178,7 +188,7 @@ class PageCache:
         A prompt's pages are wanted by others at once. Sequences that decode in step would all complete a page in one step, so each of them
         comes at a place in the page of its own.
         """
-        self._index_complete(seq)
+        self.index_complete(seq)
         committed, every = seq.num_committed, self._tidy_every
         for shape, group_ids in self._windowed:
             first = shape.first_kept(committed, self.unit)
@@ -188,10 +198,11 @@ class PageCache:
             self._index_part(seq)
         seq.next_tidy = committed + every - (committed - seq.arrival) % every if committed >= seq.num_prompt else 0
 
-    def _index_complete(self, seq: Sequence) -> None:
-        if not self.sharing:
+    def index_complete(self, seq: Sequence) -> None:
+        """Let everybody find the complete pages that it has computed."""
+        if not self.shares(seq):
             return
-        for size, group_ids in self._ids_by_size.items():
+        for size, group_ids in self.ids_by_size.items():
             for i in range(seq.num_indexed // size, seq.num_committed // size):
                 self._complete(seq, size, group_ids, i)
         seq.num_indexed = seq.num_committed
@@ -249,7 +260,7 @@ class PageCache:
         seq.peak_pages = max(seq.peak_pages, seq.num_pages)
         self._cancel_copies(seq)
         if keep:
-            self._index_complete(seq)
+            self.index_complete(seq)
             self._index_part(seq)
         places = [(i * g.page_size, page_id) for g, table in zip(self.groups, seq.tables, strict=True) for i, page_id in enumerate(table)]
         pages = [page_id for _, page_id in sorted(places, reverse=True) if page_id >= 0]
@@ -269,21 +280,21 @@ class PageCache:
     def _index_part(self, seq: Sequence) -> None:
         """Index the last, incomplete page under the tokens it has, so that a continuation can copy them; its owner may go on filling it."""
         full, part = divmod(seq.num_committed, self.unit)
-        if not part or not self.sharing or not self._one_size:
+        if not part or not self.shares(seq) or not self._one_size:
             return
         tokens = pack(seq.tokens[seq.num_committed - part : seq.num_committed])
-        key = PrefixKey(seq.chain(self.unit, full, self.hash_bytes)[full], tokens, self.hash_bytes)
+        key = PrefixKey(seq.parent_of(self.unit, full, self.hash_bytes), tokens, self.hash_bytes)
         if self.index.find(key) is None:
             self.index.insert(key, [table[full] for table in seq.tables])
 
     def reset(self) -> None:
-        """Forget every cached page: what the model would compute has changed. No sequence may be open."""
-        assert not self._open, "reset with open sequences would let old values be indexed later"
+        """Forget every cached page: what the model would compute has changed. Nobody may hold a page."""
+        assert not self.pool.num_held, "reset with pages held would let old values be indexed later"
         self.pool.drop_cached()
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if any invariant of the pool, the index or a table does not hold. Callable at any time."""
-        holders = [0] * self.pool.num_pages
+        holders = self.pool.holders_aside()
         for seq in self._open.values():
             name = f"sequence {seq.arrival}"
             if seq.num_committed > seq.capacity or seq.num_committed > seq.num_known:

@@ -1,7 +1,7 @@
 """Arranges layers in groups whose pages cost the same bytes, so that one pool serves them all.
 
 Layers of one kind (same mask, same geometry) share page tables. With several kinds, each kind is cut into groups of the same number of
-layers, so that a page of any group fills the same number of elements (the idea is Jenga's, Zhang et al. 2025):
+layers, so that a page of any group fills the same number of bytes (the idea is Jenga's, Zhang et al. 2025):
 
     18 layers, s = sliding, F = full:   s s s s s F  s s s s s F  s s s s s F
     six groups of three layers:         [sss] [sss] [sss] [sss] [sss] [FFF]        one page = 3 layers x B tokens, in every group
@@ -15,20 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+ALIGNMENT = 4  # bytes; of the widest plain element
 MAX_PADDING = 0.125  # of all layer places may stay empty in exchange for fewer, larger groups
 
 
 class LayerShape(Protocol):
-    """What of a layer decides its group. `window` and `chunk` are 0 where there is none."""
+    """What of a layer decides its group. `window` and `chunk` are 0 where there is none; `k_bytes` and `v_bytes` are those of one token and head."""
 
     @property
     def layer_idx(self) -> int: ...
     @property
     def num_kv_heads(self) -> int: ...
     @property
-    def k_dim(self) -> int: ...
+    def k_bytes(self) -> int: ...
     @property
-    def v_dim(self) -> int: ...
+    def v_bytes(self) -> int: ...
     @property
     def window(self) -> int: ...
     @property
@@ -36,7 +37,7 @@ class LayerShape(Protocol):
 
 
 class Place(NamedTuple):
-    """Element offsets of one layer's K [Hkv, B, Dk] and V [Hkv, B, Dv] in a page of its group."""
+    """Where in a page of its group one layer's rows of K [Hkv, B] and of V [Hkv, B] begin, in bytes."""
 
     layer_idx: int
     k_offset: int
@@ -79,37 +80,48 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """All groups, and the number of elements every page has."""
+    """All groups, and the bytes every page has."""
 
     groups: tuple[Group, ...]
-    page_elements: int
+    page_bytes: int
 
-    def elements_per_token(self) -> float:
-        """Cache elements one more token of a long sequence costs while no window has moved."""
-        return sum(self.page_elements / group.page_size for group in self.groups)
+    def bytes_per_token(self) -> float:
+        """Bytes of cache that one more token of a long sequence costs while no window has moved."""
+        return sum(self.page_bytes / group.page_size for group in self.groups)
 
 
 def arrange(layers: Sequence[LayerShape], page_size: int) -> Arrangement:
     """Group `layers`; full-attention pages hold `page_size` tokens (pages of the first kind, where there is no full one)."""
     kinds: dict[tuple[int, ...], list[LayerShape]] = {}
     for layer in sorted(layers, key=lambda x: (bool(x.window), bool(x.chunk), x.layer_idx)):
-        kinds.setdefault((layer.window, layer.chunk, layer.num_kv_heads, layer.k_dim, layer.v_dim), []).append(layer)
+        kinds.setdefault((layer.window, layer.chunk, layer.num_kv_heads, layer.k_bytes, layer.v_bytes), []).append(layer)
     members = list(kinds.values())
     per_group = _layers_per_group([len(m) for m in members])
-    token_elements = [min(per_group, len(m)) * m[0].num_kv_heads * (m[0].k_dim + m[0].v_dim) for m in members]
-    page_elements = max(token_elements[0] * page_size, *token_elements)
+    places = [min(per_group, len(m)) for m in members]
+    page_bytes = max(places[0] * _layer_bytes(members[0][0], page_size), *(n * _layer_bytes(m[0], 1) for n, m in zip(places, members, strict=True)))
     groups: list[Group] = []
-    for kind, elements in zip(members, token_elements, strict=True):
-        tokens = page_elements // elements
+    for kind, n in zip(members, places, strict=True):
+        tokens = page_bytes // (n * kind[0].num_kv_heads * (kind[0].k_bytes + kind[0].v_bytes))
+        while n * _layer_bytes(kind[0], tokens) > page_bytes:
+            tokens -= 1
         for start in range(0, len(kind), per_group):
-            places = tuple(_place(layer, i, tokens) for i, layer in enumerate(kind[start : start + per_group]))
-            groups.append(Group(len(groups), tokens, kind[0].window, kind[0].chunk, places))
-    return Arrangement(tuple(groups), page_elements)
+            group = tuple(_place(layer, i, tokens) for i, layer in enumerate(kind[start : start + per_group]))
+            groups.append(Group(len(groups), tokens, kind[0].window, kind[0].chunk, group))
+    return Arrangement(tuple(groups), page_bytes)
+
+
+def _rows_bytes(layer: LayerShape, row_bytes: int, tokens: int) -> int:
+    """Bytes of all heads' rows of that many tokens, rounded up so that plain elements of any dtype are aligned behind them."""
+    return -(-tokens * layer.num_kv_heads * row_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _layer_bytes(layer: LayerShape, tokens: int) -> int:
+    return _rows_bytes(layer, layer.k_bytes, tokens) + _rows_bytes(layer, layer.v_bytes, tokens)
 
 
 def _place(layer: LayerShape, index: int, tokens: int) -> Place:
-    base = index * tokens * layer.num_kv_heads * (layer.k_dim + layer.v_dim)
-    return Place(layer.layer_idx, base, base + tokens * layer.num_kv_heads * layer.k_dim)
+    base = index * _layer_bytes(layer, tokens)
+    return Place(layer.layer_idx, base, base + _rows_bytes(layer, layer.k_bytes, tokens))
 
 
 def _layers_per_group(counts: list[int]) -> int:

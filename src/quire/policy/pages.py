@@ -1,6 +1,6 @@
 """The one pool of equal-sized pages: reference counts, a free list, and the order in which cached pages leave.
 
-A page is in exactly one state:
+A page that is not retired (given back to the system) is in exactly one state:
 
     free ──take──> held (references >= 1) ──last release──> cached, if the prefix index knows it ──take──> held by another
       ^                      ^                                │
@@ -12,8 +12,8 @@ Cached pages leave least recently used first. A sequence releases its tail befor
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from quire.errors import IntegrityError
@@ -24,10 +24,11 @@ class Contents(Protocol):
 
     def __contains__(self, page_id: int) -> bool: ...
     def forget(self, page_ids: Iterable[int]) -> None: ...
+    def evict(self, page_ids: Iterable[int]) -> None: ...
 
 
 class PagePool:
-    """Owns every page id in [0, num_pages). `contents` forgets a cached page just before it is given to someone else."""
+    """Owns every page id in [0, num_pages). `contents` evicts a cached page just before it is given to someone else."""
 
     def __init__(self, num_pages: int, contents: Contents) -> None:
         self.num_pages = num_pages
@@ -35,6 +36,13 @@ class PagePool:
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._retired: list[int] = []
+        self._aside: Counter[int] = Counter()
+
+    @property
+    def num_usable(self) -> int:
+        """Pages that are not retired."""
+        return self.num_pages - len(self._retired)
 
     @property
     def num_free(self) -> int:
@@ -54,7 +62,7 @@ class PagePool:
     @property
     def num_held(self) -> int:
         """Pages with at least one reference."""
-        return self.num_pages - self.num_available
+        return self.num_usable - self.num_available
 
     def references(self, page_id: int) -> int:
         """How many hold the page."""
@@ -71,7 +79,7 @@ class PagePool:
         del free[len(free) - num_free :]
         if num_free < num_pages:
             evicted = [self._cached.popitem(last=False)[0] for _ in range(num_pages - num_free)]
-            self._contents.forget(evicted)
+            self._contents.evict(evicted)
             pages += evicted
         for page_id in pages:
             self._references[page_id] = 1
@@ -109,11 +117,50 @@ class PagePool:
         self._free.extend(self._cached)
         self._cached.clear()
 
+    @property
+    def num_set_aside(self) -> int:
+        """Pages held by others than sequences: pins, and what is on its way to or from the tier below."""
+        return len(self._aside)
+
+    def set_aside(self, page_ids: Sequence[int]) -> None:
+        """Hold pages that are held or cached, so that they are not evicted."""
+        self.retain(page_ids)
+        self._aside.update(page_ids)
+
+    def take_aside(self, num_pages: int) -> list[int]:
+        """Pages to be filled by someone else; fewer, or none, if there are not as many."""
+        page_ids = self.take(min(num_pages, self.num_available))
+        self._aside.update(page_ids)
+        return page_ids
+
+    def put_back(self, page_ids: Sequence[int]) -> None:
+        """Let pages go that were set or taken aside."""
+        self._aside -= Counter(page_ids)
+        self.release(page_ids)
+
+    def holders_aside(self) -> list[int]:
+        """Of each page, how many have set it aside."""
+        return [self._aside[page_id] for page_id in range(self.num_pages)]
+
+    def retire(self, num_pages: int) -> list[int]:
+        """Take up to `num_pages` pages that nobody holds out of use, free ones first, and return them."""
+        page_ids = self.take(min(num_pages, self.num_available))
+        for page_id in page_ids:
+            self._references[page_id] = 0
+        self._retired += page_ids
+        return page_ids
+
+    def restore(self, num_pages: int) -> None:
+        """Bring up to `num_pages` retired pages back into use, free."""
+        num_pages = min(num_pages, len(self._retired))
+        self._free += self._retired[len(self._retired) - num_pages :]
+        del self._retired[len(self._retired) - num_pages :]
+
     def check_integrity(self, holders: list[int]) -> None:
-        """Raise IntegrityError unless free + held + cached = total, disjoint, and references equal `holders` (counted by the caller)."""
-        free, cached = set(self._free), set(self._cached)
-        if len(free) != len(self._free) or free & cached:
-            raise IntegrityError("a page is free twice, or free and cached")
+        """Raise IntegrityError unless free + held + cached + retired = all, disjoint, and references equal `holders` (counted by the caller)."""
+        free, cached = {*self._free, *self._retired}, set(self._cached)
+        if len(free) != len(self._free) + len(self._retired) or free & cached:
+            raise IntegrityError("a page is free or retired twice, or one of them and cached")
         for page_id, count in enumerate(holders):
             if self._references[page_id] != count:
                 raise IntegrityError(f"page {page_id} has {self._references[page_id]} references and {count} holders")

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from quire.errors import IntegrityError
 
 Hash = Callable[[bytes], bytes]
 MAX_CHILDREN_SCANNED = 8  # bounds admission: never linear in the cache
+MAX_EVICTED_REMEMBERED = 65_536  # keys, 16 bytes of hash each, so that a miss can say why
 
 
 def blake2b_128(data: bytes) -> bytes:
@@ -26,15 +28,16 @@ def blake2b_128(data: bytes) -> bytes:
 class PrefixKey:
     """The contents of one page: its token ids (packed int32) after everything in `parent`.
 
-    `pages[g]` is the page of group g that holds them, -1 for none; empty while the key is not indexed.
+    `pages[g]` is the page of group g that holds them, -1 for none; empty while the key is not indexed. `content` is for the tier below.
     """
 
-    __slots__ = ("digest", "pages", "parent", "tokens")
+    __slots__ = ("content", "digest", "pages", "parent", "tokens")
 
     def __init__(self, parent: PrefixKey | None, tokens: bytes, hash_bytes: Hash) -> None:
         self.parent, self.tokens = parent, tokens
         self.digest: bytes = hash_bytes(parent.digest + tokens if parent is not None else tokens)
         self.pages: list[int] = []
+        self.content: bytes | None = None
 
     def same(self, other: PrefixKey) -> bool:
         """Whether both stand for the same tokens after the same tokens, whatever their digests say."""
@@ -61,6 +64,7 @@ class PrefixIndex:
         self._keys: dict[bytes, PrefixKey] = {}
         self._pages: dict[int, PrefixKey] = {}
         self._children: dict[bytes, dict[bytes, PrefixKey]] = {}
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -116,6 +120,28 @@ class PrefixIndex:
                 del siblings[key.digest]
                 if not siblings:
                     del self._children[key.parent.digest]
+
+    def evict(self, page_ids: Iterable[int]) -> None:
+        """Forget pages for want of room, and remember that their keys were known."""
+        for page_id in page_ids:
+            key = self._pages.get(page_id)
+            if key is not None:
+                self._evicted[key.digest] = None
+                self.forget((page_id,))
+        while len(self._evicted) > MAX_EVICTED_REMEMBERED:
+            self._evicted.popitem(last=False)
+
+    def was_evicted(self, key: PrefixKey) -> bool:
+        """Whether pages of this key left for want of room, as far as is remembered."""
+        return key.digest in self._evicted
+
+    def has_continuation(self, parent: PrefixKey) -> bool:
+        """Whether anything that continues `parent` is indexed."""
+        return parent.digest in self._children
+
+    def key_of(self, page_id: int) -> PrefixKey | None:
+        """The key a page is indexed under."""
+        return self._pages.get(page_id)
 
     def longest_start(self, parent: PrefixKey, tokens: bytes) -> tuple[list[int], int]:
         """(pages, n): a continuation of `parent` with a page in every group whose first n tokens are the first n of `tokens`.

@@ -1,36 +1,121 @@
 """Who computes how many tokens in the next step, under one token budget.
 
 There is no prefill phase and no decode phase: a sequence computes the next of the tokens it has in hand and not in the cache (the idea is
-vLLM's). Sequences that lack one token go first, then those with more, oldest first, then waiting ones in the order they came. When pages run
-out the newest running sequence is preempted: its pages stay cached, so resuming is mostly hits, and it waits at the front. The oldest is
-never preempted, so the engine always moves on.
+vLLM's). Sequences that lack one token go first, then those with more, best rank first, then waiting ones, best rank first (`policy/fairness.py`).
+When pages run out the running sequence of the worst rank is preempted: its pages stay cached, so resuming is mostly hits. The best is never
+preempted for room, so the engine always moves on, and who was preempted starts again only with more room each time.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import islice
+from typing import Protocol
 
 from quire.errors import IntegrityError
 from quire.policy.cache import PageCache
+from quire.policy.fairness import FairShares, Line, to_give_way
 from quire.policy.plan import StepPlan, Work
-from quire.policy.sequence import Sequence
+from quire.policy.sequence import Rank, Sequence
 
 MAX_DEFERRED = 64  # bounds a plan: never linear in the queue
+
+
+class Tier(Protocol):
+    """Where pages may be that are not in the pool."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether it holds pages of the pool that will come back by themselves."""
+        ...
+
+    def fetch(self, seq: Sequence) -> bool:
+        """Bring what is known of a waiting sequence's prefix into the cache; True while that is under way."""
+        ...
+
+    def offer(self, seq: Sequence) -> None:
+        """A sequence is about to let its pages go; those that are complete may be stored."""
+        ...
+
+    def note_step(self, num_tokens: int, seconds: float) -> None:
+        """A step computed so many tokens in so many seconds."""
+        ...
+
+    def poll(self) -> None:
+        """Take note of what has been fetched and stored. Called between steps."""
+        ...
+
+    def wait(self) -> None:
+        """Wait a moment for something to be fetched or stored; return at once if nothing is under way."""
+        ...
+
+    def drain(self) -> None:
+        """Wait until nothing is under way; nothing that was offered is stored later."""
+        ...
+
+    def stats(self) -> dict[str, int]:
+        """Counters."""
+        ...
+
+
+class NoTier:
+    """Nothing below the pool. See `Tier`."""
+
+    busy = False
+
+    def fetch(self, seq: Sequence) -> bool:
+        return False
+
+    def offer(self, seq: Sequence) -> None:
+        pass
+
+    def note_step(self, num_tokens: int, seconds: float) -> None:
+        pass
+
+    def poll(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def drain(self) -> None:
+        pass
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+
+class Draft:
+    """A step while it is planned."""
+
+    def __init__(self, budget: int) -> None:
+        self.works: dict[int, Work] = {}
+        self.budget = budget
+
+    def put(self, seq: Sequence, num_tokens: int) -> Work:
+        work = self.works[seq.arrival] = Work(seq, num_tokens)
+        self.budget -= num_tokens
+        return work
+
+    def drop(self, seq: Sequence) -> None:
+        work = self.works.pop(seq.arrival, None)
+        if work is not None:
+            self.budget += work.num_tokens
 
 
 class Scheduler:
     """Waiting and running sequences over one PageCache. `plan`, then after the step `commit`, or `abandon` if it failed."""
 
-    def __init__(self, cache: PageCache, *, max_tokens_per_step: int, max_sequences: int) -> None:
+    def __init__(self, cache: PageCache, *, max_tokens_per_step: int, max_sequences: int, tier: Tier | None = None) -> None:
         self.cache = cache
+        self.tier: Tier = tier or NoTier()
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self._budget = max_tokens_per_step
         self._max_sequences = max_sequences
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._waiting = Line()
         self._running: dict[int, Sequence] = {}
+        self._shares = FairShares()
         self._no_room_for: tuple[int, int, int] | None = None  # (arrival, num_running, pages available) when a start last failed
 
     @property
@@ -43,26 +128,42 @@ class Scheduler:
         """Sequences that hold pages."""
         return len(self._running)
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a sequence. Arrivals must rise."""
-        self._waiting[seq.arrival] = seq
+    @property
+    def pages_at_most(self) -> int:
+        """The most pages any open sequence may need to finish, alone."""
+        waiting = (self._waiting[i] for i in range(len(self._waiting)))
+        return max((seq.pages_at_most for seq in (*self._running.values(), *waiting)), default=0)
+
+    def add(self, seq: Sequence, *, priority: int = 0, num_tokens: int = 1) -> None:
+        """Queue a sequence that will take about `num_tokens` tokens of work; higher priorities go first. Arrivals must rise."""
+        seq.rank = self._shares.rank(seq.arrival, seq.namespace, priority, num_tokens)
+        self._waiting.add(seq)
+
+    def add_fork(self, seq: Sequence) -> None:
+        """Queue a sister of a sequence, whose rank it has."""
+        self._waiting.add(seq)
 
     def finish(self, seq: Sequence, *, keep: bool = True) -> None:
         """Take a sequence out, wherever it is, and let its pages go; `keep` as in `PageCache.release`."""
-        self._waiting.pop(seq.arrival, None)
+        self._waiting.remove(seq)
         self._running.pop(seq.arrival, None)
-        self.cache.release(seq, keep=keep)
+        self._release(seq, keep=keep and not seq.own_root)
+        if not self._running and not self._waiting:
+            self._shares.idle()
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when nothing runs or waits. Takes pages; next comes `commit` or `abandon`, before any other change."""
-        works: dict[int, Work] = {}
-        budget = self._plan_running(works)
+        """The next step, or None when nothing runs or waits, or all that waits waits for the tier.
+
+        Takes pages; next comes `commit` or `abandon`, before any other change.
+        """
+        draft = Draft(self._budget)
+        self._plan_running(draft)
         # Nothing new starts while one that runs waits for room, nor while the first in the queue is known to find none.
-        if budget and self._waiting and len(works) == len(self._running) < self._max_sequences and not self._no_room_yet():
-            self._admit(works, budget)
-        if works:
-            return StepPlan(tuple(works.values()), self.cache.take_copies())
-        if self._running or self._waiting:
+        if draft.budget and self._waiting and len(draft.works) == len(self._running) and not self._no_room_yet():
+            self._admit(draft)
+        if draft.works:
+            return StepPlan(tuple(draft.works.values()), self.cache.take_copies())
+        if (self._running or self._waiting) and not self.tier.busy:
             raise IntegrityError(f"no progress with {self.num_running} sequences running and {self.num_waiting} waiting")
         return None
 
@@ -80,11 +181,21 @@ class Scheduler:
             self.finish(seq, keep=all(unsure.isdisjoint(table) for table in seq.tables))
 
     def preempt_all(self) -> None:
-        """Make everything running wait, newest first, so that nothing holds a page."""
-        for seq in sorted(self._running.values(), key=lambda s: -s.arrival):
+        """Make everything running wait, worst rank first, so that no sequence holds a page."""
+        for seq in sorted(self._running.values(), key=_rank, reverse=True):
             self._preempt(seq)
 
-    def _plan_running(self, works: dict[int, Work]) -> int:
+    def preempt_worst(self) -> None:
+        """Make the running sequence of the worst rank wait."""
+        self._preempt(max(self._running.values(), key=_rank))
+
+    def _release(self, seq: Sequence, *, keep: bool) -> None:
+        if keep and seq.num_pages and not seq.own_root:
+            self.cache.index_complete(seq)
+            self.tier.offer(seq)
+        self.cache.release(seq, keep=keep)
+
+    def _plan_running(self, draft: Draft) -> None:
         ready, ending, longer = [], [], []
         for seq in self._running.values():
             if len(seq.tokens) - seq.num_committed > 1:
@@ -97,62 +208,80 @@ class Scheduler:
             ready += ending
             ending = []
         for seq in ready[: self._budget]:
-            works[seq.arrival] = Work(seq, 1)
-        budget = self._budget - len(works)
-        for seq in ending + longer:
-            if budget and seq.arrival in self._running:
-                budget = self._plan_with_room(seq, min(seq.num_remaining, budget), budget, works)
-        return budget
+            draft.put(seq, 1)
+        for seq in sorted(ending, key=_rank) + sorted(longer, key=_rank):
+            if draft.budget and seq.arrival in self._running:
+                self._plan_with_room(seq, min(seq.num_remaining, draft.budget), draft)
 
-    def _plan_with_room(self, seq: Sequence, num_tokens: int, budget: int, works: dict[int, Work]) -> int:
-        """Grow and plan it, preempting newer sequences while there is no room; the newest itself just waits a step. Returns the budget left."""
+    def _plan_with_room(self, seq: Sequence, num_tokens: int, draft: Draft) -> None:
+        """Grow and plan it, preempting those of worse rank while there is no room; the worst itself just waits a step."""
         while not self.cache.grow(seq, num_tokens):
-            victim = self._running[max(self._running)]
+            victim = max(self._running.values(), key=_rank)
             if victim is seq:
-                return budget
-            if victim.arrival in works:
-                budget += works.pop(victim.arrival).num_tokens
+                return
+            draft.drop(victim)
             self._preempt(victim)
-        works[seq.arrival] = Work(seq, num_tokens)
-        return budget - num_tokens
+        draft.put(seq, num_tokens)
 
     def _preempt(self, seq: Sequence) -> None:
         del self._running[seq.arrival]
-        self.cache.release(seq)
+        self._release(seq, keep=True)
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self._wait_in_front(seq)
+        seq.waits_for = "pages"
+        seq.asked_below = False
+        self._waiting.add(seq)
 
-    def _admit(self, works: dict[int, Work], budget: int) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Start waiting sequences in order, until one does not fit. One that would compute what another computes in this step waits for it."""
-        coming = self._pages_coming(works.values())
-        deferred: list[Sequence] = []
-        while budget and self._waiting and len(self._running) < self._max_sequences and len(deferred) < MAX_DEFERRED:
-            seq = next(iter(self._waiting.values()))
+        coming = self._pages_coming(draft.works.values())
+        place = 0  # those before it wait for what is coming
+        while draft.budget and place < min(len(self._waiting), MAX_DEFERRED):
+            seq = self._waiting[place]
             if coming and self._would_compute(seq, coming):
-                deferred.append(self._waiting.pop(seq.arrival))
-                continue
-            if not self._start(seq, budget):
+                seq.waits_for = "prefix"
+                place += 1
+            elif self.tier.fetch(seq):
+                seq.waits_for = "disk"
+                place += 1
+            elif self._start(seq, draft):
+                coming |= self._pages_coming([draft.works[seq.arrival]])
+            else:
                 break
-            works[seq.arrival] = work = Work(seq, min(seq.num_remaining, budget))
-            coming |= self._pages_coming([work])
-            budget -= work.num_tokens
-        for seq in reversed(deferred):
-            self._wait_in_front(seq)
 
-    def _start(self, seq: Sequence, budget: int) -> bool:
+    def _start(self, seq: Sequence, draft: Draft) -> bool:
+        """Let a waiting sequence run, if need be in the place of others."""
+        while not self._start_in_free_room(seq, draft):
+            needed = self.cache.pages_to_finish(seq.num_known)
+            victim = to_give_way(seq, self._running.values(), self.cache.pool.num_usable, needed)
+            if victim is None:
+                return False
+            draft.drop(victim)
+            self._preempt(victim)
+        return True
+
+    def _start_in_free_room(self, seq: Sequence, draft: Draft) -> bool:
         """Let a waiting sequence run if all it has in hand fits beside one more page for each that runs."""
-        pool, headroom = self.cache.pool, len(self._running) * len(self.cache.groups)
+        if len(self._running) >= self._max_sequences:
+            seq.waits_for = "sequences"
+            return False
+        pool, num_groups = self.cache.pool, len(self.cache.groups)
+        headroom = len(self._running) * num_groups
+        if headroom and seq.num_preemptions:  # twice the room each time, so that it is not preempted for ever
+            headroom += min(2**seq.num_preemptions * num_groups, max(0, seq.pages_at_most - self.cache.pages_wanted(seq, seq.num_known)))
         for partial in (True, False):  # a copied page and its source may be just what is missing
             self.cache.match(seq, partial=partial)
             hit = seq.num_committed
             fits = not headroom or self.cache.pages_wanted(seq, seq.num_known) + headroom <= pool.num_available
-            if fits and self.cache.grow(seq, min(seq.num_remaining, budget)):
-                del self._waiting[seq.arrival]
+            if fits and self.cache.grow(seq, min(seq.num_remaining, draft.budget)):
+                self._waiting.remove(seq)
                 self._running[seq.arrival] = seq
+                self._shares.started(seq.rank)
                 self.num_cached_tokens += hit
+                draft.put(seq, min(seq.num_remaining, draft.budget))
                 return True
             self.cache.release(seq)
+        seq.waits_for = "pages"
         self._no_room_for = (seq.arrival, len(self._running), pool.num_available)
         return False
 
@@ -161,11 +290,7 @@ class Scheduler:
         if self._no_room_for is None:
             return False
         arrival, num_running, num_available = self._no_room_for
-        return arrival == next(iter(self._waiting)) and 0 < num_running <= len(self._running) and self.cache.pool.num_available <= num_available
-
-    def _wait_in_front(self, seq: Sequence) -> None:
-        self._waiting[seq.arrival] = seq
-        self._waiting.move_to_end(seq.arrival, last=False)
+        return arrival == self._waiting[0].arrival and 0 < num_running <= len(self._running) and self.cache.pool.num_available <= num_available
 
     def _would_compute(self, seq: Sequence, coming: set[bytes]) -> bool:
         size = self.cache.unit
@@ -176,18 +301,25 @@ class Scheduler:
         """Digests of the pages that prompts in this step will complete."""
         coming: set[bytes] = set()
         size = self.cache.unit
-        for seq, num_tokens in works if self.cache.sharing else ():
-            if num_tokens > 1 or seq.num_committed < seq.num_prompt:
+        for seq, num_tokens in works:
+            if self.cache.shares(seq) and (num_tokens > 1 or seq.num_committed < seq.num_prompt):
                 first, end = seq.num_committed // size, (seq.num_committed + num_tokens) // size
                 coming.update(key.digest for key in seq.chain(size, end, self.cache.hash_bytes)[first + 1 : end + 1])
         return coming
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless a sequence is waiting or running, not both, only running ones hold pages, and the cache is sound."""
-        if self._waiting.keys() & self._running.keys():
+        waiting = [self._waiting[i] for i in range(len(self._waiting))]
+        if any(seq.arrival in self._running for seq in waiting):
             raise IntegrityError("a sequence is both waiting and running")
-        if any(seq.num_pages for seq in self._waiting.values()):
+        if [seq.rank for seq in waiting] != sorted({seq.rank for seq in waiting}):
+            raise IntegrityError("the queue is not in the order of rank")
+        if any(seq.num_pages for seq in waiting):
             raise IntegrityError("a waiting sequence holds pages")
         self.cache.check_integrity()
-        if not self._running and self.cache.pool.num_held:
+        if not self._running and self.cache.pool.num_held > self.cache.pool.num_set_aside:
             raise IntegrityError(f"{self.cache.pool.num_held} pages are held and nothing runs")
+
+
+def _rank(seq: Sequence) -> Rank:
+    return seq.rank

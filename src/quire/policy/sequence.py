@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as Tokens
+from typing import NamedTuple
 
 from quire.policy.prefix import Hash, PrefixKey, pack
+
+
+class Rank(NamedTuple):
+    """The order in which sequences start, and in reverse that in which they give way; a lower rank is better.
+
+    `order` is minus the priority, `tag` the fair queue's virtual time (`policy/fairness.py`), `arrival` breaks ties.
+    """
+
+    order: int
+    tag: int
+    arrival: int
 
 
 class Sequence:
     """What the policy knows of a sequence: `tokens` in hand, the first `num_committed` of them in the cache.
 
-    `arrival` orders sequences; a lower one is older. `chain(B)[j + 1]` is the prefix key of its page j of B tokens, `chain(B)[0]` the root.
+    `arrival` names it; `rank` orders it among others. `chain(B)[j + 1]` is the prefix key of its page j of B tokens, `chain(B)[0]` the root.
+    The first `num_shared` tokens are in the region that all namespaces share, under `shared_root`; what follows is under `root`.
+    `own_root`: nobody but its sisters has its root, so its pages are forgotten with it.
     `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
     have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
-    found in whole cached pages when it last started.
+    found in whole cached pages when it last started. `pages_at_most` is what it may need to finish, alone. `waits_for` says why it has not started,
+    `asked_below` that the tier below has been asked for its prefix since it last held pages.
     """
 
     __slots__ = (
         "arrival",
+        "asked_below",
+        "bridges",
         "capacity",
         "chains",
         "first_page",
+        "namespace",
         "next_tidy",
         "num_committed",
         "num_hit",
@@ -29,22 +47,52 @@ class Sequence:
         "num_pages",
         "num_preemptions",
         "num_prompt",
+        "num_shared",
+        "own_root",
+        "pages_at_most",
         "peak_pages",
+        "rank",
         "root",
+        "shared_root",
         "tables",
         "tokens",
+        "waits_for",
     )
 
-    def __init__(self, arrival: int, tokens: Tokens[int], root: PrefixKey) -> None:
+    def __init__(
+        self,
+        arrival: int,
+        tokens: Tokens[int],
+        root: PrefixKey,
+        *,
+        namespace: str = "",
+        own_root: bool = False,
+        shared: tuple[PrefixKey, int] | None = None,
+    ) -> None:
         self.arrival = arrival
+        self.rank = Rank(0, 0, arrival)
         self.tokens = list(tokens)
         self.num_prompt = len(self.tokens)
-        self.root = root
+        self.root, self.namespace, self.own_root = root, namespace, own_root
+        self.shared_root, self.num_shared = shared or (root, 0)
         self.num_committed = 0
         self.num_preemptions = 0
-        self.peak_pages = 0
+        self.peak_pages = self.pages_at_most = 0
+        self.waits_for = ""
+        self.asked_below = False
         self.chains: dict[int, list[PrefixKey]] = {}
+        self.bridges: dict[int, PrefixKey] = {}
         self.clear_tables(0)
+
+    def fork(self, arrival: int) -> Sequence:
+        """A sister that starts from the prompt alone; it finds the prompt's pages by its keys, which it takes over."""
+        shared = (self.shared_root, self.num_shared)
+        sister = Sequence(arrival, self.tokens[: self.num_prompt], self.root, namespace=self.namespace, own_root=self.own_root, shared=shared)
+        sister.rank = self.rank._replace(arrival=arrival)
+        sister.pages_at_most = self.pages_at_most
+        sister.chains = {size: chain[: self.num_prompt // size + 1] for size, chain in self.chains.items()}
+        sister.bridges = dict(self.bridges)
+        return sister
 
     def clear_tables(self, num_groups: int) -> None:
         """Hold nothing; the caller has released every page."""
@@ -66,16 +114,30 @@ class Sequence:
         """The keys of its first `num_pages` complete pages, behind the root; made once."""
         chain = self.chains.get(page_size)
         if chain is None:
-            chain = self.chains[page_size] = [self.root]
-        if len(chain) <= num_pages:
-            for start in range((len(chain) - 1) * page_size, num_pages * page_size, page_size):
-                chain.append(PrefixKey(chain[-1], pack(self.tokens[start : start + page_size]), hash_bytes))
+            chain = self.chains[page_size] = [self.shared_root]
+        for i in range(len(chain) - 1, num_pages):
+            tokens = pack(self.tokens[i * page_size : (i + 1) * page_size])
+            chain.append(PrefixKey(self.parent_of(page_size, i, hash_bytes), tokens, hash_bytes))
         return chain
+
+    def parent_of(self, page_size: int, page_index: int, hash_bytes: Hash) -> PrefixKey:
+        """The key that page `page_index` continues: that of the page before, or where the shared region ends, a bridge to its own namespace."""
+        key = self.chain(page_size, page_index, hash_bytes)[page_index]
+        if not self.num_shared or page_index * page_size != self.num_shared:
+            return key
+        bridge = self.bridges.get(page_size)
+        if bridge is None:
+            bridge = self.bridges[page_size] = PrefixKey(key, self.root.tokens, hash_bytes)
+        return bridge
 
     def intern(self, page_size: int, page_index: int, key: PrefixKey) -> None:
         """Use the index's own key for a page, so that later comparisons stop at it."""
         chain = self.chains[page_size]
-        if chain[page_index + 1] is not key:
-            chain[page_index + 1] = key
-            if page_index + 2 < len(chain):
-                chain[page_index + 2].parent = key
+        if chain[page_index + 1] is key:
+            return
+        chain[page_index + 1] = key
+        if self.num_shared and (page_index + 1) * page_size == self.num_shared:
+            if page_size in self.bridges:
+                self.bridges[page_size].parent = key
+        elif page_index + 2 < len(chain):
+            chain[page_index + 2].parent = key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 
 import torch
@@ -29,6 +30,15 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def give_back(address: int, num_bytes: int) -> None:
+    """Let the system have the memory of whole pages in this range; it reads as zeros when it is touched again."""
+    page = mmap.PAGESIZE
+    first, end = -(-address // page) * page, (address + num_bytes) // page * page
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if first < end and madvise is not None and hasattr(mmap, "MADV_DONTNEED"):
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
 def one_torch_thread_here() -> None:

@@ -7,32 +7,97 @@ succeeded `StagedStep.commit` writes all layers at once. A step that fails is si
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StepInputs
+from quire.policy.groups import Arrangement
+from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StepInputs, page_rows
+from quire.tensors.codec import RowFormat, row_format
+from quire.tensors.device import give_back
+from quire.tensors.models.geometry import LayerGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class CachedLayer:
+    """What the cache must know of one layer: how its rows of keys and values lie, and what decides its group. `window` and `chunk` 0: none."""
+
+    layer_idx: int
+    num_kv_heads: int
+    k: RowFormat
+    v: RowFormat
+    window: int
+    chunk: int
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of one token's keys of one head."""
+        return self.k.num_bytes
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of one token's values of one head."""
+        return self.v.num_bytes
+
+
+def cached_layers(layers: Iterable[LayerGeometry], dtype: torch.dtype, k_codec: str | None, v_codec: str | None) -> list[CachedLayer]:
+    """Layers whose keys and values are of `dtype`, as they are cached under codecs "int8", "int4" or None."""
+    return [
+        CachedLayer(x.layer_idx, x.num_kv_heads, row_format(k_codec, dtype, x.k_dim), row_format(v_codec, dtype, x.v_dim), x.window, x.chunk)
+        for x in layers
+    ]
+
+
+def layer_places(arrangement: Arrangement, layers: Iterable[CachedLayer]) -> list[LayerPlace]:
+    """Where each layer's rows lie, as `arrange` put them."""
+    shapes = {layer.layer_idx: layer for layer in layers}
+    return [
+        LayerPlace(
+            layer_idx=place.layer_idx,
+            group=group.group_id,
+            page_size=group.page_size,
+            num_kv_heads=shapes[place.layer_idx].num_kv_heads,
+            k=shapes[place.layer_idx].k,
+            v=shapes[place.layer_idx].v,
+            k_offset=place.k_offset,
+            v_offset=place.v_offset,
+        )
+        for group in arrangement.groups
+        for place in group.places
+    ]
 
 
 class PageStore:
-    """All pages of all groups as one tensor [P, E], and where each layer's share of a page is.
+    """All pages of all groups as one tensor [P, page_bytes] of bytes, and where each layer's share of a page is.
 
     Memory is taken from the system as pages are first written, not when the store is made.
     """
 
-    def __init__(self, places: Iterable[LayerPlace], num_pages: int, page_elements: int, dtype: torch.dtype, backend: AttentionBackend) -> None:
+    def __init__(self, places: Iterable[LayerPlace], num_pages: int, page_bytes: int, backend: AttentionBackend) -> None:
         self.places = {place.layer_idx: place for place in places}
-        self.pages = torch.empty(num_pages, page_elements, dtype=dtype)
+        self.pages = torch.empty(num_pages, page_bytes, dtype=torch.uint8)
         self.backend = backend
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.pages.shape[1] * self.pages.element_size()
+        return self.pages.shape[1]
 
-    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole pages, (source, target) each."""
-        for source, target in pairs:
-            self.pages[target].copy_(self.pages[source])
+    def copy_pages(self, copies: Sequence[tuple[int, int, int, int]]) -> None:
+        """Copy the first tokens of pages; (source, target, group, num_tokens) each."""
+        for source, target, group, num_tokens in copies:
+            for place in [place for place in self.places.values() if place.group == group]:
+                for rows in page_rows(self.pages, place):
+                    rows[target, :, :num_tokens] = rows[source, :, :num_tokens]
+
+    def bytes_of(self, page_id: int) -> memoryview:
+        """One page's memory."""
+        return self.pages[page_id].numpy().data
+
+    def give_back(self, page_ids: Iterable[int]) -> None:
+        """Let the system have these pages' memory."""
+        for page_id in page_ids:
+            give_back(self.pages[page_id].data_ptr(), self.page_bytes)
 
 
 class StagedStep:
@@ -44,10 +109,15 @@ class StagedStep:
         self._staged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Stage k [T,Hkv,Dk] and v [T,Hkv,Dv], and attend q [T,Hq,Dk] to the cache and to them; returns [T,Hq,Dv]."""
-        k, v = _own(k), _own(v)
+        """Stage k [T,Hkv,Dk] and v [T,Hkv,Dv], and attend q [T,Hq,Dk] to the cache and to them; returns [T,Hq,Dv].
+
+        They are staged in the format of pages, so that a key is the same number in the step that computes it and in all later ones.
+        """
+        place, backend = self._store.places[layer_idx], self._store.backend
+        k = _own(backend.encode(k, place.k))
+        v = _own(backend.encode(v, place.v))
         self._staged[layer_idx] = (k, v)
-        return self._store.backend.attend(q, k, v, self._store.pages, self._store.places[layer_idx], self._inputs, mask)
+        return backend.attend(q, k, v, self._store.pages, place, self._inputs, mask)
 
     def commit(self) -> None:
         """Write what was staged, for all layers. Called once, when everything else in the step has succeeded."""

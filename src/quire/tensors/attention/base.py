@@ -16,6 +16,8 @@ from typing import Protocol
 
 import torch
 
+from quire.tensors.codec import RowFormat
+
 
 @dataclass(frozen=True, slots=True)
 class TableInputs:
@@ -40,16 +42,25 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlace:
-    """Where one layer's keys and values lie: its group, and the element offsets in a page of K [Hkv, B, Dk] and V [Hkv, B, Dv]."""
+    """Where one layer's keys and values lie: its group, the formats of their rows, and where in a page the rows of K [Hkv, B] and of V [Hkv, B]
+    begin, in bytes."""
 
     layer_idx: int
     group: int
     page_size: int
     num_kv_heads: int
-    k_dim: int
-    v_dim: int
+    k: RowFormat
+    v: RowFormat
     k_offset: int
     v_offset: int
+
+
+def page_rows(pages: torch.Tensor, place: LayerPlace) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's rows of K [P, Hkv, B, bytes] and of V [P, Hkv, B, bytes] as views of pages [P, page_bytes] uint8."""
+    shape, num_rows = (pages.shape[0], place.num_kv_heads, place.page_size), place.num_kv_heads * place.page_size
+    k = pages[:, place.k_offset : place.k_offset + num_rows * place.k.num_bytes].view(*shape, place.k.num_bytes)
+    v = pages[:, place.v_offset : place.v_offset + num_rows * place.v.num_bytes].view(*shape, place.v.num_bytes)
+    return k, v
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +79,18 @@ class Mask:
 
 
 class AttentionBackend(Protocol):
-    """One operator and its commit. Implementations promise that a row's bits depend on its own sequence alone."""
+    """One operator, what goes before it and what after. Implementations promise that a row's bits depend on its own sequence alone."""
 
     name: str
+
+    def encode(self, x: torch.Tensor, row: RowFormat) -> torch.Tensor:
+        """Keys or values x [T,Hkv,D] as they are staged: rows [T,Hkv,num_bytes] uint8 of an encoded format, `x` itself for a plain one."""
+        ...
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, step: StepInputs, mask: Mask
     ) -> torch.Tensor:
-        """Attention of q [T,Hq,Dk] over committed pages [P,E] and staged k [T,Hkv,Dk], v [T,Hkv,Dv]; returns [T,Hq,Dv] contiguous.
+        """Attention of q [T,Hq,Dk] over committed pages [P,page_bytes] uint8 and staged k, v (from `encode`); [T,Hq,Dv] contiguous, of q's dtype.
 
         Rows at and beyond query_start[S] are padding and come back zero. Nothing is written but the result.
         """

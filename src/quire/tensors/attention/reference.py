@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from quire.tensors.attention.base import LayerPlace, Mask, StepInputs
+from quire.tensors import codec
+from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, page_rows
+from quire.tensors.codec import RowFormat
 
 
 class ReferenceAttention:
@@ -15,10 +17,14 @@ class ReferenceAttention:
 
     name = "reference"
 
+    def encode(self, x: torch.Tensor, row: RowFormat) -> torch.Tensor:
+        return x if row.dtype is not None else codec.encode(x, row)
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, step: StepInputs, mask: Mask
     ) -> torch.Tensor:
-        out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+        out = torch.zeros(q.shape[0], q.shape[1], place.v.dim, dtype=q.dtype)
+        k, v = (x if row.dtype is not None else codec.decode(x, row) for x, row in ((k, place.k), (v, place.v)))
         table = step.tables[place.group]
         starts, page_starts = step.query_start.tolist(), table.page_start.tolist()
         for s, committed in enumerate(step.num_committed.tolist()):
@@ -34,17 +40,9 @@ class ReferenceAttention:
     def commit(self, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, slots: torch.Tensor) -> None:
         kept = slots >= 0
         page, offset = slots[kept] // place.page_size, slots[kept] % place.page_size
-        keys, values = views(pages, place)
-        keys[page, :, offset] = k[kept]
-        values[page, :, offset] = v[kept]
-
-
-def views(pages: torch.Tensor, place: LayerPlace) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer's K [P, Hkv, B, Dk] and V [P, Hkv, B, Dv] as views of pages [P, E]."""
-    num_pages, heads, size = pages.shape[0], place.num_kv_heads, place.page_size
-    k = pages[:, place.k_offset : place.k_offset + heads * size * place.k_dim].view(num_pages, heads, size, place.k_dim)
-    v = pages[:, place.v_offset : place.v_offset + heads * size * place.v_dim].view(num_pages, heads, size, place.v_dim)
-    return k, v
+        keys, values = page_rows(pages, place)
+        keys[page, :, offset] = k[kept].contiguous().view(torch.uint8)
+        values[page, :, offset] = v[kept].contiguous().view(torch.uint8)
 
 
 def _first_visible(position: int, mask: Mask) -> int:
@@ -57,8 +55,9 @@ def _committed(pages: torch.Tensor, place: LayerPlace, table: list[int], first: 
     """K [n, Hkv, Dk] and V [n, Hkv, Dv] at positions first .. end - 1, gathered through a page table."""
     where = torch.arange(first, max(first, end))
     entries = torch.tensor(table, dtype=torch.long)[where // place.page_size] if len(where) else where
-    keys, values = views(pages, place)
-    return keys[entries, :, where % place.page_size], values[entries, :, where % place.page_size]
+    keys, values = page_rows(pages, place)
+    at = where % place.page_size
+    return codec.decode(keys[entries, :, at], place.k), codec.decode(values[entries, :, at], place.v)
 
 
 def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:

@@ -1,0 +1,110 @@
+// Where the rows of one tile of a sequence's keys and values lie: in pages, or in this step's staged tensors. All addresses
+// are in bytes; what is in a row concerns only those who read it (elements.h).
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+
+constexpr int kLine = 64;  // bytes of a cache line
+constexpr int kTile = 64;  // keys; tiles start at absolute positions that are multiples of this
+
+// One sequence seen from one KV head.
+struct History {
+  const PageLayout* layout;
+  const char *staged_k, *staged_v;  // of the sequence's first token in this step
+  int64_t k_token_stride, v_token_stride;
+  const int32_t* page_ids;
+  int32_t num_committed, head;
+};
+
+// Bytes that lie together: the rows of one head on one page, or one staged row.
+struct Run {
+  const char *at, *end;
+};
+
+// Entries lo..hi-1, and zeros for the rest of the groups of 16 keys that these begin and end.
+struct Rows {
+  const char* k[kTile];
+  const char* v[kTile];
+  Run runs[2 * kTile];
+  int num_runs;
+  int64_t base = -1;  // of the tile these are of
+  int lo, hi;
+  int first_token, end_token;  // of the block's query tokens, those that see the tile
+};
+
+QUIRE_INLINE void add_run(Rows& rows, const char* at, int64_t bytes) { rows.runs[rows.num_runs++] = {at, at + bytes}; }
+
+inline void locate(const History& from, int64_t base, int lo, int hi, const char* zeros, Rows& rows) {
+  const PageLayout& at = *from.layout;
+  rows.lo = lo;
+  rows.hi = hi;
+  rows.num_runs = 0;
+  for (int j = lo; j < hi;) {
+    const int64_t position = base + j;
+    const char *k, *v;
+    int64_t run, k_step, v_step;
+    if (position < from.num_committed) {
+      const int32_t entry = int32_t(position) / at.page_size, place = int32_t(position) % at.page_size;
+      const char* page = (const char*)at.pages + from.page_ids[entry] * at.page_bytes;
+      const int64_t slot = from.head * int64_t(at.page_size) + place;
+      run = at.page_size - place < from.num_committed - position ? at.page_size - place : from.num_committed - position;
+      k = page + at.k.offset + slot * at.k.bytes;
+      v = page + at.v.offset + slot * at.v.bytes;
+      k_step = at.k.bytes;
+      v_step = at.v.bytes;
+    } else {
+      run = hi - j;
+      k = from.staged_k + (position - from.num_committed) * from.k_token_stride;
+      v = from.staged_v + (position - from.num_committed) * from.v_token_stride;
+      k_step = from.k_token_stride;
+      v_step = from.v_token_stride;
+    }
+    if (hi - j < run) run = hi - j;
+    if (position < from.num_committed) {
+      add_run(rows, k, run * k_step);
+      add_run(rows, v, run * v_step);
+    }
+    for (const int64_t end = j + run; j < end; ++j, k += k_step, v += v_step) {
+      rows.k[j] = k;
+      rows.v[j] = v;
+      if (position < from.num_committed) continue;
+      add_run(rows, k, at.k.bytes);
+      add_run(rows, v, at.v.bytes);
+    }
+  }
+  for (int j = lo & ~15; j < lo; ++j) rows.k[j] = zeros;
+  for (int j = hi; j & 15; ++j) rows.k[j] = zeros;
+}
+
+// Asks for the next tile's rows, line by line, while this tile is computed: pages lie anywhere, so the CPU cannot guess
+// them, and asking for all of them in one phase would leave the memory idle in the others.
+struct Fetcher {
+  const Run *run, *end_run;
+  int per_patch, per_step, per_value;  // lines asked for by 16 transposed keys, two columns of scores, one value; in 1/256
+  int due = 0;
+  const char *at = nullptr, *end = nullptr;  // of the run at hand
+};
+QUIRE_INLINE void fetch(Fetcher& f, int amount) {
+  f.due += amount;
+  int lines = f.due / 256;
+  f.due %= 256;
+  const char* at = f.at;
+  for (; lines > 0; --lines, at += kLine) {
+    if (at >= f.end) {
+      if (f.run == f.end_run) break;
+      at = (const char*)(uintptr_t(f.run->at) & ~uintptr_t(kLine - 1));
+      f.end = f.run->end;
+      ++f.run;
+    }
+    prefetch(at);
+  }
+  f.at = at;
+}
+
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire

@@ -1,0 +1,61 @@
+// A tile's values: used where they lie for few query rows, copied to scratch for many, and what goes with each format.
+#pragma once
+#include "attention_micro.h"
+
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+
+// A tile's values as panels, by units (see elements.h), filled up to whole ones. False if one is not finite.
+template <class E, bool kPairs>
+bool copy_values(const Rows& rows, int v_dim, float* panels) {
+  constexpr int kUnit = 16 * E::kVecs;
+  U32x16 zeros = set1_u32(0);  // +0 and -0 only, as long as all values are finite
+  for (int d = 0; d < v_dim; d += kUnit) {
+    const int n = v_dim - d < kUnit ? v_dim - d : kUnit;
+    for (int key = rows.lo; key < rows.hi; ++key) {
+      F32x16 x[E::kVecs];
+      if constexpr (kPairs) {
+        const uint16_t* from = (const uint16_t*)rows.v[key] + d;
+        const U32x16 pairs = n == kUnit ? load_pairs(from) : load_pairs_n(from, n);
+        store(panels + PanelValues<true>::place(key, d), floats(pairs));
+        E::split(pairs, x);
+      } else {
+        const typename E::Row from = E::row(rows.v[key], v_dim, d);
+        if (n == kUnit)
+          E::read(from, 0, x);
+        else
+          E::read_n(from, x, n);
+        for (int i = 0; i < E::kVecs; ++i) store(panels + PanelValues<false>::place(key, d + 16 * i), x[i]);
+      }
+      for (int i = 0; i < E::kVecs; ++i) zeros = or_(zeros, bits(mul(x[i], zero())));
+    }
+  }
+  return mask_bits(eq(floats(zeros), zero())) == 0xffff;
+}
+
+struct ValueFormat {
+  using Copy = bool (*)(const Rows& rows, int v_dim, float* panels);
+  using OutputFew = void (*)(int rows, const float* p, const char* const* values, int lo, int hi, int v_dim, const float* alpha, float* out,
+                             int64_t out_stride, Fetcher& fetcher);
+  using OutputPanel = void (*)(int rows, const float* p, const float* values, int lo, int hi, int d, int vecs, const float* alpha, float* out,
+                               int64_t out_stride);
+  Copy copy;
+  OutputFew output_few;
+  OutputPanel output_panel;
+  int vecs;  // of a unit: outputs come in the order of values (see elements.h)
+};
+
+template <class E, bool kPairs = false>
+constexpr ValueFormat value_format() {
+  return {&copy_values<E, kPairs>, &output_few<E, kDirectRows>, &output_panel<kPairs, kMaxRows>, E::kVecs};
+}
+
+// By DType and Format.
+constexpr ValueFormat kValueFormats[] = {
+    value_format<Single>(), value_format<Brain, (kPanel >= 2)>(), value_format<Half>(), value_format<Int8>(), value_format<Int4>(),
+};
+
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire

@@ -1,0 +1,146 @@
+"""What callers ask of the cache itself, between two steps: look a prompt up, pin it, share it, make the pool smaller or larger, forget all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from quire.errors import InvalidRequestError
+from quire.outputs import Explanation
+from quire.policy.lookup import find, find_miss
+from quire.policy.pins import Pin, Pins
+from quire.policy.scheduler import Scheduler
+from quire.policy.sequence import Sequence
+from quire.tensors.device import available_bytes
+from quire.tensors.store import PageStore
+from quire.text.tokenizer import TextTokenizer
+
+LOOK_EVERY_S = 1.0
+
+
+class CacheKeeper:
+    """One scheduler's cache and the store under it. Used on the engine's thread."""
+
+    def __init__(self, scheduler: Scheduler, store: PageStore, tokenizer: TextTokenizer | None, reserve_bytes: int = 0) -> None:
+        """`reserve_bytes`: memory that `adapt` leaves to others."""
+        self._scheduler, self._cache, self._store, self._tokenizer = scheduler, scheduler.cache, store, tokenizer
+        self._pins = Pins(scheduler.cache)
+        self._reserve_bytes, self._next_look_s = reserve_bytes, 0.0
+        self._most_pages = scheduler.cache.pool.num_pages
+
+    @property
+    def num_pages_for_requests(self) -> int:
+        """Pages that one request may have, at most: neither given back to the system nor pinned."""
+        return self._cache.pool.num_usable - self._pins.num_pages
+
+    def sequence(self, prompt: Seq[int], namespace: str, *, arrival: int = -1, own_root: str = "") -> Sequence:
+        """A sequence of a namespace, or under a root of its own with that name."""
+        names = self._cache.namespaces
+        if own_root:
+            return Sequence(arrival, prompt, names.own_root(own_root), namespace=namespace, own_root=True)
+        return Sequence(arrival, prompt, names.root(namespace), namespace=namespace, shared=names.shared_part(prompt))
+
+    def explain(self, prompt: Seq[int], namespace: str) -> Explanation:
+        """See `LLM.explain`."""
+        seq = self.sequence(prompt, namespace)
+        found = find(self._cache, seq)
+        miss = find_miss(self._cache, seq, found.num_tokens)
+        return Explanation(
+            cached_tokens=found.num_tokens,
+            pages_needed=found.pages_needed,
+            fits=found.fits,
+            miss_index=miss.index if miss else None,
+            miss_text=self.text_of(prompt[miss.index]) if miss else None,
+            reason=miss.reason if miss else None,
+        )
+
+    def text_of(self, token_id: int) -> str | None:
+        """One token's text, None without a tokenizer."""
+        return self._tokenizer.hf.decode([token_id]) if self._tokenizer else None
+
+    def pin(self, prompt: Seq[int], namespace: str, ttl_s: float | None) -> Pin | None:
+        """See `Pins.pin`."""
+        return self._pins.pin(self.sequence(prompt, namespace), ttl_s, self._scheduler.pages_at_most)
+
+    def unpin(self, pin_id: int) -> None:
+        """See `Pins.unpin`."""
+        self._pins.unpin(pin_id)
+
+    def pins(self) -> list[Pin]:
+        """The pins there are."""
+        return self._pins.all()
+
+    def share(self, prompt: Seq[int]) -> int:
+        """See `LLM.share`."""
+        return self._cache.namespaces.share(prompt)
+
+    def resize(self, cache_bytes: int) -> int:
+        """See `LLM.resize_cache`. Returns the bytes the pool has now.
+
+        Raises:
+            InvalidRequestError: more than the pool was made for, or less than what is open or pinned may need.
+        """
+        pool, page_bytes = self._cache.pool, self._store.page_bytes
+        wanted = cache_bytes // page_bytes
+        least = max(len(self._cache.groups), self._scheduler.pages_at_most + self._pins.num_pages)
+        if not least <= wanted <= pool.num_pages:
+            limits = f"from {least * page_bytes}, what open requests and pins may need, to {pool.num_pages * page_bytes}, what the pool was made for"
+            raise InvalidRequestError("cache_bytes", cache_bytes, limits)
+        self._most_pages = wanted
+        if wanted > pool.num_usable:
+            pool.restore(wanted - pool.num_usable)
+        else:
+            while pool.num_usable > wanted:
+                retired = pool.retire(pool.num_usable - wanted)
+                self._store.give_back(retired)
+                if not retired:  # all that is left is held: those of the worst rank wait
+                    self._scheduler.preempt_worst()
+        return pool.num_usable * page_bytes
+
+    def tend(self) -> None:
+        """Between steps: unpin what has had its time, and now and then fit the pool to the memory that others leave.
+
+        Under pressure pages that nobody holds go back to the system; when twice the reserve is there, some of them come into use again.
+        """
+        self._pins.expire()
+        now = time.monotonic()
+        if not self._reserve_bytes or now < self._next_look_s:
+            return
+        self._next_look_s = now + LOOK_EVERY_S
+        pool, spare = self._cache.pool, available_bytes() - self._reserve_bytes
+        if spare < 0:
+            least = max(len(self._cache.groups), self._scheduler.pages_at_most + self._pins.num_pages)
+            wanted = min(-(spare // self._store.page_bytes), pool.num_usable - least)
+            if wanted > 0:
+                self._store.give_back(pool.retire(wanted))
+        elif spare > self._reserve_bytes and pool.num_usable < self._most_pages:
+            pool.restore(min(self._most_pages - pool.num_usable, (spare - self._reserve_bytes) // 2 // self._store.page_bytes))
+
+    def reset(self) -> None:
+        """Forget all cached pages and pins; what runs is computed again. For when the weights have changed."""
+        self._scheduler.preempt_all()
+        self._scheduler.tier.drain()
+        self._pins.clear()
+        self._cache.reset()
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if an invariant of scheduler or cache does not hold."""
+        self._scheduler.check_integrity()
+
+    def stats(self) -> dict[str, Any]:
+        """The state of the pool and the queue now."""
+        pool, scheduler = self._cache.pool, self._scheduler
+        return {
+            "num_pages": pool.num_usable,
+            "num_free_pages": pool.num_free,
+            "num_cached_pages": pool.num_cached,
+            "num_held_pages": pool.num_held,
+            "num_pinned_pages": self._pins.num_pages,
+            "num_retired_pages": pool.num_pages - pool.num_usable,
+            "num_waiting": scheduler.num_waiting,
+            "num_running": scheduler.num_running,
+            "num_preemptions": scheduler.num_preemptions,
+            "num_cached_tokens": scheduler.num_cached_tokens,
+            **scheduler.tier.stats(),
+        }

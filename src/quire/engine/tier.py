@@ -1,0 +1,231 @@
+"""The tier below the pool: complete pages go to the disk store behind the engine's back and come back before a sequence starts.
+
+    held ──a sequence lets go──> cached ──set aside, copied by the writer──> cached and stored
+                                    ^                                            │ evicted, or the process ends
+                                    └── indexed <── filled by the reader <── taken aside, when a waiting sequence could hit it
+
+What comes back is indexed like any page, so that hits, hybrid groups and copies need not know of the disk. A page that cannot be read is a page
+that is not there. Nothing waits for the disk but the sequence whose prefix it brings, and that only if computing it would take longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from quire.policy.cache import PageCache
+from quire.policy.prefix import PrefixKey
+from quire.policy.sequence import Sequence
+from quire.tensors.disk import DiskStore
+from quire.tensors.store import PageStore
+
+MAX_ASIDE_SHARE = 0.25  # of the pool may be on its way to the disk at once
+MAX_OFFERED = 65_536  # pages that wait to be written; the oldest of more are not
+WAIT_S = 0.05
+FIRST_GUESS_BYTES_PER_S = 500e6  # of reading, until it has been measured
+SMOOTHING = 0.2
+
+
+class _Page(NamedTuple):
+    """One page of one group, by what it holds."""
+
+    key: PrefixKey
+    group_id: int
+
+    @property
+    def content_id(self) -> bytes:
+        return hashlib.blake2b(content_id(self.key) + bytes([self.group_id % 256, self.group_id // 256]), digest_size=32).digest()
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """Pages on their way up. `places[i]` is the page of the pool that `pages[i]` is read into."""
+
+    pages: list[_Page]
+    places: list[int]
+    future: Future[list[bool]]
+    started_s: float
+
+
+def content_id(key: PrefixKey) -> bytes:
+    """32 bytes that stand for a key's tokens, all before them and its root, whatever hash the index uses; computed once."""
+    path = []
+    at: PrefixKey | None = key
+    while at is not None and at.content is None:
+        path.append(at)
+        at = at.parent
+    for step in reversed(path):
+        before = step.parent.content if step.parent is not None else b""
+        assert before is not None
+        step.content = hashlib.blake2b(before + step.tokens, digest_size=32).digest()
+    assert key.content is not None
+    return key.content
+
+
+class DiskTier:
+    """See `policy.scheduler.Tier`. All methods are called on the engine's thread; two threads of its own read and write."""
+
+    def __init__(self, cache: PageCache, store: PageStore, disk: DiskStore) -> None:
+        self._cache, self._store, self._disk = cache, store, disk
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="quire-fetch")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="quire-store")
+        self._offered: OrderedDict[_Page, None] = OrderedDict()
+        self._together: list[list[bytes]] = []  # of each sequence since the last pause, what it offered, heads first
+        self._writes: dict[Future[bool], int] = {}
+        self._fetches: dict[int, _Fetch] = {}
+        self._news = threading.Event()
+        self._read_s_per_page = store.page_bytes / FIRST_GUESS_BYTES_PER_S
+        self._compute_s_per_token = 0.0
+        self.num_fetched_pages = self.num_stored_pages = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether pages of the pool are on their way."""
+        return bool(self._writes or self._fetches)
+
+    def note_step(self, num_tokens: int, seconds: float) -> None:
+        each = seconds / num_tokens
+        self._compute_s_per_token += (each - self._compute_s_per_token) * (SMOOTHING if self._compute_s_per_token else 1.0)
+
+    # -- up -------------------------------------------------------------------------------------------------------------------------------
+
+    def fetch(self, seq: Sequence) -> bool:
+        if seq.arrival in self._fetches:
+            return True
+        if seq.asked_below or not self._disk.usable or seq.own_root:
+            return False
+        seq.asked_below = True
+        missing, num_tokens = self._missing(seq)
+        if not missing or self._compute_s_per_token and len(missing) * self._read_s_per_page > num_tokens * self._compute_s_per_token:
+            return False
+        places = self._cache.pool.take_aside(len(missing)) if len(missing) <= self._cache.pool.num_available else []
+        if not places:
+            return False
+        future = self._reader.submit(self._read, missing, places)
+        self._fetches[seq.arrival] = _Fetch(missing, places, future, time.perf_counter())
+        future.add_done_callback(lambda _: self._news.set())
+        return True
+
+    def _missing(self, seq: Sequence) -> tuple[list[_Page], int]:
+        """(stored pages that would lengthen what the sequence hits, heads first; by how many tokens)."""
+        cache, limit = self._cache, seq.num_known - 1
+        _, have = cache.finder.longest(seq, limit)
+        length = limit - limit % cache.unit
+        for size, group_ids in cache.ids_by_size.items():
+            full_ids = [g for g in group_ids if cache.groups[g].kind == "full"] or group_ids[:1]
+            chain = seq.chain(size, length // size, cache.hash_bytes)
+            for g in full_ids:
+                first = have // size
+                ids = [_Page(chain[i + 1], g).content_id for i in range(first, length // size)]
+                end = (first + self._disk.contains(ids)) * size
+                length = min(length, end - end % cache.unit)
+        if length <= have:
+            return [], 0
+        pages = []
+        for group in cache.groups:
+            chain = seq.chain(group.page_size, length // group.page_size, cache.hash_bytes)
+            for i in range(group.first_kept(length, cache.unit), length // group.page_size):
+                found = cache.index.find(chain[i + 1])
+                if found is None or found.pages[group.group_id] < 0:
+                    pages.append(_Page(chain[i + 1], group.group_id))
+        return pages, length - have
+
+    def _read(self, pages: Seq[_Page], places: Seq[int]) -> list[bool]:
+        return [self._disk.read(page.content_id, page.key.tokens, self._store.bytes_of(place)) for page, place in zip(pages, places, strict=True)]
+
+    def _arrived(self, arrival: int) -> None:
+        """Index what was read; all of it is let go, so that what is indexed is cached and the rest free."""
+        fetch, cache = self._fetches.pop(arrival), self._cache
+        taken = time.perf_counter() - fetch.started_s
+        self._read_s_per_page += (taken / len(fetch.pages) - self._read_s_per_page) * SMOOTHING
+        for page, place, fine in zip(fetch.pages, fetch.places, fetch.future.result(), strict=True):
+            if not fine:
+                continue
+            self.num_fetched_pages += 1
+            found = cache.index.find(page.key)
+            if found is None:
+                pages = [-1] * len(cache.groups)
+                pages[page.group_id] = place
+                cache.index.insert(page.key, pages)
+            elif found.pages[page.group_id] < 0:
+                cache.index.complete(found, page.group_id, place)
+        cache.pool.put_back(fetch.places[::-1])
+
+    # -- down -----------------------------------------------------------------------------------------------------------------------------
+
+    def offer(self, seq: Sequence) -> None:
+        if not self._disk.usable:
+            return
+        cache, pages = self._cache, []
+        for size, group_ids in cache.ids_by_size.items():
+            chain = seq.chain(size, seq.num_committed // size, cache.hash_bytes)
+            for i in range(seq.num_committed // size):
+                pages += [_Page(chain[i + 1], g) for g in group_ids if chain[i + 1].pages and chain[i + 1].pages[g] >= 0]
+        self._offered.update(dict.fromkeys(pages))
+        self._together.append([page.content_id for page in pages])
+        while len(self._offered) > MAX_OFFERED:
+            self._offered.popitem(last=False)
+        self._write_some()
+
+    def _write_some(self) -> None:
+        pool = self._cache.pool
+        room = max(1, int(pool.num_usable * MAX_ASIDE_SHARE)) - len(self._writes)
+        while self._offered and room > 0:
+            page, _ = self._offered.popitem(last=False)
+            place = page.key.pages[page.group_id] if page.key.pages else -1
+            if place < 0:  # evicted since
+                continue
+            pool.set_aside([place])
+            future = self._writer.submit(self._disk.write, page.content_id, page.key.tokens, self._store.bytes_of(place))
+            self._writes[future] = place
+            future.add_done_callback(lambda _: self._news.set())
+            room -= 1
+        if not self._offered and not self._writes:
+            for ids in self._together:  # written heads first, they would leave heads first
+                self._disk.touch(ids)
+            self._together.clear()
+
+    # -- between steps --------------------------------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        if not self._news.is_set():
+            return
+        self._news.clear()
+        for arrival in [arrival for arrival, fetch in self._fetches.items() if fetch.future.done()]:
+            self._arrived(arrival)
+        done = [future for future in self._writes if future.done()]
+        self._cache.pool.put_back([self._writes[future] for future in done])
+        for future in done:
+            del self._writes[future]
+            self.num_stored_pages += future.result()
+        self._write_some()
+
+    def wait(self) -> None:
+        if self.busy:
+            self._news.wait(WAIT_S)
+
+    def drain(self) -> None:
+        self._offered.clear()
+        while self.busy:
+            self.wait()
+            self.poll()
+
+    def close(self) -> None:
+        """Store what has been offered, then end the threads."""
+        while self.busy or self._offered:
+            self._write_some()
+            self.wait()
+            self.poll()
+        self._reader.shutdown()
+        self._writer.shutdown()
+        self._disk.close()
+
+    def stats(self) -> dict[str, int]:
+        disk = {f"num_disk_{name}": count for name, count in self._disk.stats().items()}
+        return {"num_fetched_pages": self.num_fetched_pages, "num_stored_pages": self.num_stored_pages, **disk}

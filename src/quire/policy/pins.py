@@ -1,0 +1,105 @@
+"""Pinned prefixes: pages that stay until they are unpinned or their time is up, within a bound that leaves room for everybody else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from quire.errors import InvalidRequestError
+from quire.policy.cache import PageCache
+from quire.policy.sequence import Sequence
+
+MAX_PINNED_SHARE = 0.5  # of the pool
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One pinned prefix of `num_tokens` tokens. `expires_s` is on the clock of `time.monotonic`, None for never."""
+
+    pin_id: int
+    namespace: str
+    num_tokens: int
+    num_pages: int
+    expires_s: float | None
+
+
+class Pins:
+    """All pins over one cache."""
+
+    def __init__(self, cache: PageCache, *, clock: Callable[[], float] = monotonic) -> None:
+        self._cache, self._clock = cache, clock
+        self._names = itertools.count(1)
+        self._pins: dict[int, tuple[Pin, list[int]]] = {}
+
+    @property
+    def num_pages(self) -> int:
+        """Distinct pages that are pinned."""
+        return len({page_id for _, pages in self._pins.values() for page_id in pages})
+
+    def pin(self, seq: Sequence, ttl_s: float | None, num_pages_kept_free: int) -> Pin | None:
+        """Pin all whole pages of a sequence's prompt, and the last part of one; None if the cache does not hold them now.
+
+        Raises:
+            InvalidRequestError: more would be pinned than may be, or fewer pages left than `num_pages_kept_free`.
+        """
+        self.expire()
+        pages, num_tokens = self._find(seq)
+        if num_tokens < seq.num_prompt - seq.num_prompt % self._cache.unit:
+            return None
+        pool = self._cache.pool
+        pinned = {page_id for _, held in self._pins.values() for page_id in held} | set(pages)
+        limit = min(int(pool.num_usable * MAX_PINNED_SHARE), pool.num_usable - num_pages_kept_free)
+        if len(pinned) > limit:
+            raise InvalidRequestError(
+                "prompt", f"{len(pages)} pages", f"such that at most {max(0, limit)} pages are pinned in all, not {len(pinned)}"
+            )
+        pool.set_aside(pages)
+        expires_s = None if ttl_s is None else self._clock() + ttl_s
+        pin = Pin(next(self._names), seq.namespace, num_tokens, len(pages), expires_s)
+        self._pins[pin.pin_id] = (pin, pages)
+        return pin
+
+    def unpin(self, pin_id: int) -> None:
+        """Let a pin's pages go; they stay cached.
+
+        Raises:
+            InvalidRequestError: there is no such pin, or no more.
+        """
+        self.expire()
+        if pin_id not in self._pins:
+            raise InvalidRequestError("pin", pin_id, "a pin that has been neither unpinned nor expired")
+        self._cache.pool.put_back(self._pins.pop(pin_id)[1])
+
+    def expire(self) -> None:
+        """Unpin what has had its time."""
+        now = self._clock()
+        for pin, pages in [held for held in self._pins.values() if held[0].expires_s is not None and held[0].expires_s <= now]:
+            del self._pins[pin.pin_id]
+            self._cache.pool.put_back(pages)
+
+    def clear(self) -> None:
+        """Unpin everything."""
+        for _, pages in self._pins.values():
+            self._cache.pool.put_back(pages)
+        self._pins.clear()
+
+    def all(self) -> list[Pin]:
+        """The pins there are, oldest first."""
+        self.expire()
+        return [pin for pin, _ in self._pins.values()]
+
+    def _find(self, seq: Sequence) -> tuple[list[int], int]:
+        """(pages, tails first; number of tokens): what the cache holds of the prompt and a sequence that continues it would hit."""
+        cache = self._cache
+        found, length = cache.finder.longest(seq, seq.num_prompt)
+        pages, num_tokens = cache.part(seq, length, seq.num_prompt)
+        places = []
+        repeat = min(length, seq.num_prompt - 1)  # where the very same prompt hits; another that continues it hits at its end
+        for group, table in zip(cache.groups, found, strict=True):
+            first, end = group.first_kept(repeat, cache.unit), length // group.page_size
+            places += [(i * group.page_size, table[i]) for i in range(first, end)]
+        if any(page_id < 0 for _, page_id in places):
+            return [], -1
+        return pages + [page_id for _, page_id in sorted(places, reverse=True)], length + num_tokens

@@ -1,0 +1,126 @@
+"""The disk under the pool: what comes back has the same bits, and what does not come back is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire import LLM, SamplingParams
+from quire.errors import ConfigError
+from quire.outputs import RequestOutput
+from quire.tensors.disk import DiskStore
+from tests.engine.conftest import Checkpoint
+from tests.tensors.checkpoints import tiny_model
+
+PROMPTS = [[5 + (i * i * 7 + 3 * i + seed) % 180 for i in range(50 + 7 * seed)] for seed in range(4)]
+DRAWN = [SamplingParams(max_tokens=20, temperature=1.0, seed=seed, logprobs=2, ignore_eos=True) for seed in range(4)]
+
+
+def bits(outputs: list[RequestOutput]) -> list[tuple[object, ...]]:
+    assert all(output.error is None for output in outputs)
+    return [tuple((one.token_ids, one.logprobs, one.top_logprobs) for one in output.outputs) for output in outputs]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restored_pages_give_the_same_bits(checkpoint: Checkpoint, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder, options = checkpoint(family, dtype), {"page_size": 4, "max_tokens_per_step": 24}
+    with LLM(folder, **options, prefix_sharing=False) as llm:
+        alone = bits(llm.generate(PROMPTS, DRAWN))
+    with LLM(folder, **options, cache_dir=tmp_path / "store") as llm:
+        assert bits(llm.generate(PROMPTS, DRAWN)) == alone
+    for order in (1, -1):
+        with LLM(folder, **options, cache_dir=tmp_path / "store") as llm:
+            outputs = llm.generate(PROMPTS[::order], DRAWN[::order])
+            assert bits(outputs) == alone[::order]
+            assert all(output.receipt.cached_tokens >= 40 for output in outputs), [output.receipt.cached_tokens for output in outputs]
+            stats = llm.stats()
+            assert stats["num_fetched_pages"] > 0 and stats["num_disk_hits"] == stats["num_fetched_pages"]
+            llm.check_integrity()
+
+
+def test_a_namespace_is_found_again_and_no_other(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for namespace, hit in (("a", 0), ("a", 48), ("b", 0)):
+        with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
+            assert llm.generate(PROMPTS[0], DRAWN[0], namespace=namespace)[0].receipt.cached_tokens == hit
+
+
+def test_what_preemption_pushed_out_comes_back_from_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A pool for little more than one request: pages of those that gave way are evicted, and read again instead of computed."""
+    folder = checkpoint("llama")
+    params = [dataclasses.replace(one, max_tokens=40) for one in DRAWN]
+    with LLM(folder, page_size=4) as llm:
+        alone, page_bytes = bits(llm.generate(PROMPTS, params)), llm.info.page_bytes
+    with LLM(folder, page_size=4, cache_bytes=page_bytes * 32, cache_dir=tmp_path, max_tokens_per_step=16) as llm:
+        outputs = llm.generate(PROMPTS, params)
+        assert bits(outputs) == alone
+        assert llm.stats()["num_preemptions"] > 0
+        llm.check_integrity()
+
+
+def test_a_disk_that_fails_costs_nothing_but_the_hits(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("llama")
+    with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
+        cold = bits(llm.generate(PROMPTS, DRAWN))
+    monkeypatch.setattr(DiskStore, "read", lambda *_: False)
+    monkeypatch.setattr(DiskStore, "write", lambda *_: False)
+    with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
+        outputs = llm.generate(PROMPTS, DRAWN)
+        assert bits(outputs) == cold and all(output.receipt.cached_tokens < 8 for output in outputs)
+        llm.check_integrity()
+        assert llm.stats()["num_fetched_pages"] == 0
+
+
+def test_a_slow_disk_keeps_nobody_else_waiting(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, gate, read = checkpoint("llama"), threading.Event(), DiskStore.read
+    with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
+        cold = bits(llm.generate(PROMPTS[:1], DRAWN[:1]))
+    monkeypatch.setattr(DiskStore, "read", lambda *args: gate.wait(30) and read(*args))
+    with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
+        waiting = llm.submit(PROMPTS[0], DRAWN[0])
+        other = llm.generate(PROMPTS[1], DRAWN[1])[0]
+        assert other.error is None and llm.stats()["num_waiting"] == 1
+        cancelled = llm.submit(PROMPTS[0], DRAWN[0])
+        cancelled.cancel()
+        assert cancelled.wait(30).outputs[0].finish_reason == "cancelled"
+        llm.check_integrity()
+        gate.set()
+        output = waiting.wait(30)
+        assert bits([output]) == cold and output.receipt.cached_tokens == 48 and output.receipt.waited_for == "disk"
+
+
+def test_a_reset_does_not_store_old_values(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_bytes=2**18) as llm:
+        llm.generate(PROMPTS, DRAWN)
+        llm.pin(PROMPTS[0])
+        llm.reset_cache()
+        stats = llm.stats()
+        assert stats["num_held_pages"] == stats["num_cached_pages"] == 0
+        llm.check_integrity()
+
+
+def test_what_cannot_be_stored_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint("llama")
+    with pytest.raises(ConfigError, match="cache_dir=.*must be None for a live model"):
+        LLM(tiny_model("llama"), cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="cache_dir=.*must be None with prefix_sharing=False"):
+        LLM(folder, cache_dir=tmp_path, prefix_sharing=False)
+    with pytest.raises(ConfigError, match="cache_dir_bytes=5: must be None without a cache_dir"):
+        LLM(folder, cache_dir_bytes=5)
+    with pytest.raises(ConfigError, match="cache_dir="):
+        LLM(folder, cache_dir=3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cache_dir"):
+        LLM(folder, cache_dir=tmp_path / "file")
+
+
+def test_the_folder_stays_within_its_bytes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_dir_bytes=200_000) as llm:
+        for seed in range(6):
+            llm.generate([[3 + (i * i + seed * i) % 150 for i in range(90)]], DRAWN[0])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert 50_000 < sum(path.stat().st_size for path in files if "index" not in path.name) <= 220_000
