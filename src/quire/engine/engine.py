@@ -17,6 +17,7 @@ from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence
 from quire.request import Request
 from quire.tensors.sampler import Sampled
+from quire.tensors.stacked import StackedView, stacked_view
 from quire.text.tokenizer import TextTokenizer
 
 log = logging.getLogger("quire")
@@ -174,6 +175,15 @@ class Engine:
                 state.waited_for = seq.waits_for or None
                 state.miss = find_miss(self.scheduler.cache, seq, seq.num_committed)
             state.computed_tokens += num_tokens
+
+    def stacked(self) -> StackedView:
+        """See `LLM.stacked`."""
+        slots = {
+            (state.request.request_id, branch.index): (branch.sequence.tables[0][0], branch.sequence.num_committed)
+            for state, branch in self._branches.values()
+            if branch.sequence.num_committed
+        }
+        return stacked_view(self.runner.store, slots)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the state of the pool now."""

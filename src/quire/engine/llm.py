@@ -22,6 +22,7 @@ from quire.outputs import Explanation, RequestOutput, TokenEvent
 from quire.params import SamplingParams
 from quire.policy.pins import Pin
 from quire.request import Request, check_fits, check_namespace, check_priority, check_prompt
+from quire.tensors.stacked import StackedView
 
 Prompt = str | Sequence[int]
 MAX_PIN_ATTEMPTS = 3
@@ -45,7 +46,7 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
-        config = _config(options)
+        self._config = config = _config(options)
         source = model if isinstance(model, PreTrainedModel) else os.fspath(model)
         self._built = build_engine(source, config)
         self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
@@ -206,6 +207,16 @@ class LLM:
         if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
             raise InvalidRequestError("cache_bytes", cache_bytes, "an integer")
         return self._worker.call(lambda: self._keeper.resize(cache_bytes))
+
+    def stacked(self) -> StackedView:
+        """The cache as one tensor a kind, [L, S, Hkv, len, D], with `cache_layout="stacked"`; taken between two steps.
+
+        Raises:
+            ConfigError: another layout, layers of several kinds, or a codec.
+        """
+        if self._config.cache_layout != "stacked":
+            raise ConfigError(f"cache_layout={self._config.cache_layout!r}: must be 'stacked' to be seen as one tensor")
+        return self._worker.call(self._built.engine.stacked)
 
     def reset_cache(self) -> None:
         """Forget all cached pages and pins. Call it after changing a live model's weights; requests that run are computed again."""
