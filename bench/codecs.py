@@ -7,6 +7,7 @@ otherwise what it writes itself. The long case is a random model: its text means
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def distributions(model: CausalModel, ids: Sequence[int], codec: Codec, first: i
             for table, group in zip(tables, arrangement.groups, strict=True)
         ]
         step = StagedStep(store, StepInputs(query_start, committed, inputs), slots)
-        wanted = torch.arange(max(0, first - start), len(positions))
+        wanted = torch.arange(min(max(0, first - start), len(positions)), len(positions))
         logits = model.forward(step, torch.tensor(ids[start : start + CHUNK]), positions, wanted)
         step.commit()
         yield logits.float().log_softmax(-1)
@@ -91,13 +92,16 @@ def compare(model: CausalModel, texts: Sequence[Sequence[int]], first: int = 0) 
 
 
 def demo_texts(folder: str, paths: Sequence[str], length: int) -> list[list[int]]:
-    """Windows of `length` tokens of the held-out end of each text, or of what the model itself writes."""
+    """Windows of `length` tokens of the held-out end of each text, cut and cleaned as for the training, or of what the model itself writes."""
+    spec = importlib.util.spec_from_file_location("train_demo", Path(__file__).parents[1] / "tools" / "train_demo.py")
+    training = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(training)
     with LLM(folder) as llm:
         if not paths:
             outputs = llm.generate([""] * 6, [SamplingParams(max_tokens=length - 1, seed=i, ignore_eos=True) for i in range(6)])
             return [[llm.tokenizer.bos_token_id, *o.outputs[0].token_ids] for o in outputs]
-        texts = [Path(path).read_text(encoding="utf-8") for path in paths]
-        coded = [llm.tokenizer.encode(" ".join(text[round(len(text) * (1 - HELD_OUT)) :].split())) for text in texts]
+        tails = [training.split_held_out(training.clean(Path(path).read_text(encoding="utf-8")), HELD_OUT)[1] for path in paths]
+        coded = [llm.tokenizer.encode(tail) for tail in tails]
     return [ids[i : i + length] for ids in coded for i in range(0, len(ids) - length + 1, length)]
 
 

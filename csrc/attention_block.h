@@ -134,7 +134,8 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fet
     float* scores = queries[i].scores;
     softmax_rows(rows, queries[i].groups, lo, hi, b.args.scale, b.args.softcap, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
     for_visible_keys(rows, lo, hi, s.alpha + r0, [&](int r, int count, int from, int to, const float* shrink) {
-      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args.layout.v.dim, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride, fetcher);
+      float* out = s.out + (r0 + r) * b.v_stride;
+      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args.layout.v.dim, shrink, out, b.v_stride, fetcher);
     });
   }
 }

@@ -37,7 +37,10 @@ struct Half : Plain {
   struct Row {
     const uint16_t* at;
   };
-  QUIRE_INLINE F32x16 lanes(const char* p, int d, int n) { return n == 16 ? load_f16((const uint16_t*)p + d) : load_f16_n((const uint16_t*)p + d, n); }
+  QUIRE_INLINE F32x16 lanes(const char* p, int d, int n) {
+    const uint16_t* from = (const uint16_t*)p + d;
+    return n == 16 ? load_f16(from) : load_f16_n(from, n);
+  }
   QUIRE_INLINE F32x16 part(F32x16 column, const NoScale&, int) { return column; }
   QUIRE_INLINE Row row(const char* p, int, int d) { return {(const uint16_t*)p + d}; }
   QUIRE_INLINE void read(const Row& r, int j, F32x16* x) { x[0] = load_f16(r.at + 16 * j); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,23 @@ def test_what_preemption_pushed_out_comes_back_from_the_disk(checkpoint: Checkpo
         llm.check_integrity()
 
 
-def test_a_disk_that_fails_costs_nothing_but_the_hits(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse(*_: object) -> bool:
+    return False
+
+
+def run_out(*_: object) -> bool:
+    raise MemoryError("injected")
+
+
+@pytest.mark.parametrize("fault", [refuse, run_out])
+def test_a_disk_that_fails_costs_nothing_but_the_hits(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., bool]
+) -> None:
     folder = checkpoint("llama")
     with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
         cold = bits(llm.generate(PROMPTS, DRAWN))
-    monkeypatch.setattr(DiskStore, "read", lambda *_: False)
-    monkeypatch.setattr(DiskStore, "write", lambda *_: False)
+    monkeypatch.setattr(DiskStore, "read", fault)
+    monkeypatch.setattr(DiskStore, "write", fault)
     with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
         outputs = llm.generate(PROMPTS, DRAWN)
         assert bits(outputs) == cold and all(output.receipt.cached_tokens < 8 for output in outputs)

@@ -14,7 +14,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0, ignore_eos=T
 PROMPT = list(range(3, 40))
 
 
-class Fault(Exception):
+class Fault(MemoryError):
     pass
 
 
@@ -50,6 +50,7 @@ def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch
         output = llm.generate([other], GREEDY)[0]
         assert isinstance(output.error, StepError) and isinstance(output.error.__cause__, Fault)
         assert output.outputs[0].finish_reason == "error" and output.outputs[0].token_ids == []
+        assert output.receipt.rejected_tokens > 0 and output.receipt.staged_tokens == output.receipt.rejected_tokens + output.receipt.computed_tokens
         after_index, after_pages = snapshot(llm)
         assert after_index == index and torch.equal(pages, after_pages)
         if where == "build":

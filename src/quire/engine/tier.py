@@ -11,9 +11,11 @@ that is not there. Nothing waits for the disk but the sequence whose prefix it b
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from quire.policy.prefix import PrefixKey
 from quire.policy.sequence import Sequence
 from quire.tensors.disk import DiskStore
 from quire.tensors.store import PageStore
+
+log = logging.getLogger("quire")
 
 MAX_ASIDE_SHARE = 0.25  # of the pool may be on its way to the disk at once
 MAX_OFFERED = 65_536  # pages that wait to be written; the oldest of more are not
@@ -137,7 +141,15 @@ class DiskTier:
         return pages, length - have
 
     def _read(self, pages: Seq[_Page], places: Seq[int]) -> list[bool]:
-        return [self._disk.read(page.content_id, page.key.tokens, self._store.bytes_of(place)) for page, place in zip(pages, places, strict=True)]
+        return [self._survived(self._disk.read, page, place) for page, place in zip(pages, places, strict=True)]
+
+    def _survived(self, move: Callable[[bytes, bytes, memoryview], bool], page: _Page, place: int) -> bool:
+        """Whether a page was moved. Whatever goes wrong out there, memory that runs out included, is a page that is not there."""
+        try:
+            return move(page.content_id, page.key.tokens, self._store.bytes_of(place))
+        except Exception:
+            log.warning("disk cache: a page was not moved", exc_info=True)
+            return False
 
     def _arrived(self, arrival: int) -> None:
         """Index what was read; all of it is let go, so that what is indexed is cached and the rest free."""
@@ -182,7 +194,7 @@ class DiskTier:
             if place < 0:  # evicted since
                 continue
             pool.set_aside([place])
-            future = self._writer.submit(self._disk.write, page.content_id, page.key.tokens, self._store.bytes_of(place))
+            future = self._writer.submit(self._survived, self._disk.write, page, place)
             self._writes[future] = place
             future.add_done_callback(lambda _: self._news.set())
             room -= 1

@@ -1,8 +1,8 @@
 """Loads Quire's C++ kernels, after torch, so that both share one OpenMP pool.
 
-`lib` is the module `quire._native` itself. Its functions take addresses (`Tensor.data_ptr()`), sizes and strides in elements and check little: call
-them through the wrappers in this package. The environment variable QUIRE_NATIVE names another build of the module to load in its place (a debug or
-sanitised one).
+`lib` is the module `quire._native` itself. Its functions take addresses (`Tensor.data_ptr()`), sizes and strides (of attention in bytes, of the
+others in elements) and check little: call them through the wrappers in this package. The environment variable QUIRE_NATIVE names another build of the
+module to load in its place (a debug or sanitised one).
 """
 
 from __future__ import annotations
