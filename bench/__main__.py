@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 
-from bench import attention, codecs, machine, workloads
+from bench import attention, cache, codecs, machine, workloads
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48, help="ragged requests")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the long prompt")
     parser.add_argument("--no-peers", action="store_true", help="Quire alone")
-    parser.add_argument("--only", choices=["machine", "attention", "codecs", "workloads"], help="one part (the machine is always measured)")
+    parser.add_argument("--only", choices=["machine", "attention", "codecs", "cache", "workloads"], help="one part (the machine is always measured)")
     parser.add_argument("--workload", default="", help="only workloads whose name holds this")
     parser.add_argument("--text", nargs="+", default=[], help="books the demo checkpoint was made of; codecs are judged on their held-out ends")
     args = parser.parse_args()
@@ -28,6 +28,8 @@ def main() -> None:
         results["attention"] = attention.run(results["machine"])  # type: ignore[arg-type]
     if args.only in (None, "codecs"):
         results["codecs"] = codecs.run(args.text)
+    if args.only in (None, "cache"):
+        results["cache"] = cache.run(args.layers)
     if args.only in (None, "workloads"):
         results["workloads"] = workloads.run(args.layers, args.scale, args.requests, args.long, not args.no_peers, args.workload)
     print(json.dumps(results))

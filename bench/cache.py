@@ -1,4 +1,4 @@
-"""(e) The cache: forks, the disk tier and the two layouts, on a random checkpoint of Qwen3-0.6B's shape. Public names only."""
+"""(f) The cache: forks, the disk tier, the two layouts and the deferred write, on a random checkpoint of Qwen3-0.6B's shape."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import Bench
+from bench.attention import HKV, HQ, MASK, B, D
+from bench.machine import Bench, best
 from bench.workloads import Jobs, prompt, random_model, with_quire
 from quire import LLM, SamplingParams
+from quire.tensors.attention.base import LayerPlace, StepInputs, TableInputs
+from quire.tensors.attention.native import NativeAttention
+from quire.tensors.codec import row_format
 
 
 def run(layers: int, cached_prompt: int = 4096) -> Bench:
     """Prints each comparison and returns its figures."""
     model, rng = random_model(layers, torch.bfloat16), random.Random(1)
     print(f"cache: Qwen3-0.6B's shape with {layers} layers, bf16, random weights")
-    results: Bench = {"layers": layers, "forks": forks(model, rng), "layouts": layouts(model, rng)}
+    results: Bench = {"layers": layers, "forks": forks(model, rng), "layouts": layouts(model, rng), "deferral": deferral()}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model")
         del model
@@ -61,6 +65,33 @@ def layouts(model: object, rng: random.Random) -> Bench:
         figures[layout] = {"seconds": result.seconds, "extra_mb": result.extra_mb}
         print(f"  {layout:<8} {result.seconds:6.2f} s for 16 requests of 48 tokens, {result.extra_mb:+.0f} MB at peak")
     return figures
+
+
+def deferral() -> Bench:
+    """One decode step of 32 sequences of 512 tokens over 28 layers: rows written layer by layer, or all at the step's end as Quire does."""
+    count, length, num_layers, row = 32, 512, 28, row_format(None, torch.bfloat16, D)
+    attention, block = NativeAttention(torch.get_num_threads()), HKV * B * row.num_bytes
+    places = [LayerPlace(i, 0, B, HKV, row, row, 2 * i * block, (2 * i + 1) * block) for i in range(num_layers)]
+    per_sequence = length // B
+    pages = torch.zeros(count * per_sequence, 2 * num_layers * block, dtype=torch.uint8)
+    ids = torch.randperm(len(pages), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    starts = torch.arange(0, len(ids) + 1, per_sequence, dtype=torch.int32)
+    step = StepInputs(torch.arange(count + 1, dtype=torch.int32), torch.full((count,), length - 1, dtype=torch.int32), (TableInputs(ids, starts),))
+    slots = ids[starts[1:].long() - 1].long() * B + B - 1
+    q, k, v = (torch.randn(count, heads, D).to(torch.bfloat16) for heads in (HQ, HKV, HKV))
+    k, v = attention.encode(k, row), attention.encode(v, row)
+
+    def run(deferred: bool) -> None:
+        for place in places:
+            attention.attend(q, k, v, pages, place, step, MASK)
+            if not deferred:
+                attention.commit(k, v, pages, place, slots)
+        for place in places if deferred else ():
+            attention.commit(k, v, pages, place, slots)
+
+    taken = {name: best(lambda deferred=deferred: run(deferred), 4.0) for name, deferred in (("layer by layer", False), ("deferred", True))}
+    print(f"  a decode step's attention and writes: {', '.join(f'{name} {seconds * 1e3:.2f} ms' for name, seconds in taken.items())}")
+    return dict(taken)
 
 
 def disk(model: str, store: str, ids: list[int]) -> Bench:

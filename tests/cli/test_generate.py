@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -157,7 +158,8 @@ def test_ctrl_c_cancels_what_was_submitted(quire: Quire, monkeypatch: pytest.Mon
 
 def test_ctrl_c_for_real(model: str) -> None:
     args = [sys.executable, "-m", "quire", "generate", "the quick", "-m", model, "--max-tokens", "none", "--ignore-eos"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background of a script is told to ignore it
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         assert process.stdout is not None and process.stderr is not None
         os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
