@@ -149,7 +149,7 @@ def _tier(config: EngineConfig, model: CausalModel, cache: PageCache, store: Pag
         raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None with prefix_sharing=False, which nothing stored could serve")
     if model.live:
         raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None for a live model, whose weights may change without a trace")
-    folder = Path(config.cache_dir)
+    folder = Path(config.cache_dir).expanduser()
     capacity = config.cache_dir_bytes
     if capacity is None:
         there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))

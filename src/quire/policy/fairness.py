@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from quire.policy.sequence import Rank, Sequence
 
+MAX_ENDS = 1024  # namespaces remembered beyond those that are owed or owe something
 MAX_GIVEN_WAY = 3  # a sequence preempted this often gives way no more to those that are not running
 
 
@@ -25,6 +26,8 @@ class FairShares:
     def rank(self, arrival: int, namespace: str, priority: int, num_tokens: int) -> Rank:
         """The rank of a new sequence that will take `num_tokens` tokens of work."""
         tag = max(self._now, self._ends.get(namespace, 0))
+        if len(self._ends) >= MAX_ENDS:  # what lies in the past says nothing
+            self._ends = {name: end for name, end in self._ends.items() if end > self._now}
         self._ends[namespace] = tag + max(1, num_tokens)
         return Rank(-priority, tag, arrival)
 
