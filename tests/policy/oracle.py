@@ -282,7 +282,9 @@ class Driver:
             for position in range(seq.num_committed, seq.num_committed + num_tokens):
                 page_id = table[position // group.page_size]
                 if page_id >= 0:
+                    # Copies and pins hold the part that is indexed; who fills the page goes on behind it.
                     holders = self.cache.pool.references(page_id) - sum(copy.source == page_id for copy in self.cache._copies_in_step)
+                    holders -= self.cache.pool._aside[page_id]
                     assert holders == 1, "a shared page is written"
                     key = self.cache.index._pages.get(page_id)  # it may be indexed under the part it had when its prompt ended
                     assert key is None or len(key.tokens) // 4 <= position % group.page_size, "an indexed slot is written"

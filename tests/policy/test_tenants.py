@@ -286,3 +286,15 @@ def test_the_pool_makes_room_for_others_and_takes_it_again(monkeypatch: pytest.M
     driver.add(tokens(40 * B, 1), 1)
     assert usable_when(0) == 40, "never below what is open may need"
     driver.run(10)
+
+
+def test_a_pinned_part_of_a_page_may_still_be_filled_by_its_owner() -> None:
+    driver = Driver(FULL, 40, vocab=1000)
+    driver.add(tokens(B + 2), 10)
+    driver.step()
+    pin = driver.keeper.pin(tokens(B + 2), "", None)
+    assert pin is not None and pin.num_tokens == B + 2
+    driver.run(100)
+    assert run(driver, tokens(B + 2)).num_hit == B + 1
+    driver.keeper.unpin(pin.pin_id)
+    driver.check()
