@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("--workload", default="", help="only workloads whose name holds this")
     parser.add_argument("--text", nargs="+", default=[], help="books the demo checkpoint was made of; codecs are judged on their held-out ends")
     args = parser.parse_args()
-    results: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "args": vars(args), "machine": machine.run()}
+    results: machine.Bench = {"date": time.strftime("%Y-%m-%d"), "args": vars(args), "machine": machine.run()}
     if args.only in (None, "attention"):
-        results["attention"] = attention.run(results["machine"])  # type: ignore[arg-type]
+        results["attention"] = attention.run(results["machine"])
     if args.only in (None, "codecs"):
         results["codecs"] = codecs.run(args.text)
     if args.only in (None, "cache"):

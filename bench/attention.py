@@ -37,7 +37,7 @@ def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int, 
 
 def run(machine: Bench) -> Bench:
     """Measure and print."""
-    threads, bandwidth, limit = torch.get_num_threads(), float(machine["read_gb_s"]), float(machine["matrix_limit_gflop_s"])  # type: ignore[arg-type]
+    threads, bandwidth, limit = torch.get_num_threads(), float(machine["read_gb_s"]), float(machine["matrix_limit_gflop_s"])
     results: Bench = {}
     print("attention alone, 16 query and 8 KV heads of 128, bf16, pages of 16")
     for count, length in ((32, 1024), (1, 8192), (8, 4096)):

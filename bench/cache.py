@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from bench.attention import HKV, HQ, MASK, B, D
 from bench.machine import Bench, best
@@ -31,12 +32,12 @@ def run(layers: int, cached_prompt: int = 4096) -> Bench:
     return results
 
 
-def forks(model: object, rng: random.Random) -> Bench:
+def forks(model: PreTrainedModel, rng: random.Random) -> Bench:
     """Eight samples of 64 after a prompt of 512: one request of n=8, against eight requests that share nothing."""
     ids = prompt(rng, 512)
     figures: Bench = {}
     for name, sharing in (("n=8", True), ("apart", False)):
-        with LLM(model, prefix_sharing=sharing, cache_bytes=2**30) as llm:  # type: ignore[arg-type]
+        with LLM(model, prefix_sharing=sharing, cache_bytes=2**30) as llm:
             params = SamplingParams(max_tokens=64, seed=1, ignore_eos=True, n=8 if sharing else 1)
             most, done = 0, threading.Event()
 
@@ -56,12 +57,12 @@ def forks(model: object, rng: random.Random) -> Bench:
     return figures
 
 
-def layouts(model: object, rng: random.Random) -> Bench:
+def layouts(model: PreTrainedModel, rng: random.Random) -> Bench:
     """The same ragged requests on pages of 16 and on one slot of 2,048 tokens a sequence."""
     jobs: Jobs = [(prompt(rng, rng.choice([32, 128, 512])), 48) for _ in range(16)]
     figures: Bench = {}
     for layout in ("paged", "stacked"):
-        result, _ = with_quire(model, jobs, cache_layout=layout, max_sequences=16, max_model_len=2048, prefix_sharing=False)  # type: ignore[arg-type]
+        result, _ = with_quire(model, jobs, cache_layout=layout, max_sequences=16, max_model_len=2048, prefix_sharing=False)
         figures[layout] = {"seconds": result.seconds, "extra_mb": result.extra_mb}
         print(f"  {layout:<8} {result.seconds:6.2f} s for 16 requests of 48 tokens, {result.extra_mb:+.0f} MB at peak")
     return figures
@@ -105,6 +106,6 @@ def disk(model: str, store: str, ids: list[int]) -> Bench:
             taken = time.perf_counter() - start
             figures[name] = {"first_token_s": taken, "cached_tokens": output.receipt.cached_tokens}
             print(f"  {name:<9} first token of {len(ids)} after {taken:6.2f} s, {output.receipt.cached_tokens} tokens cached")
-    cold, restored = (figures[name]["first_token_s"] for name in ("cold", "restored"))  # type: ignore[index]
+    cold, restored = (figures[name]["first_token_s"] for name in ("cold", "restored"))
     print(f"  the disk is {cold / restored:.1f} times as fast as computing")
     return figures

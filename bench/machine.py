@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from quire.tensors.native_products import NativeProducts
 
-Bench = dict[str, object]
+Bench = dict[str, Any]
 
 
 def best(function: Callable[[], object], seconds: float = 1.0, least: int = 3) -> float:

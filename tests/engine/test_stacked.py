@@ -23,7 +23,8 @@ def test_slots_give_the_same_bits_as_pages(checkpoint: Checkpoint, family: str, 
             assert llm.info.num_pages % max_sequences == 0
             assert together(llm, work) == expected
             assert together(llm, work) == expected
-            assert (llm.stats()["num_cached_tokens"] > 0) == (sharing and family == "llama") or family != "llama"
+            if family == "llama":  # with several kinds of layers a part of a page is no hit
+                assert (llm.stats()["num_cached_tokens"] > 0) == sharing
 
 
 def test_slots_that_memory_has_no_room_for_are_refused(checkpoint: Checkpoint) -> None:

@@ -51,15 +51,19 @@ def test_a_namespace_is_found_again_and_no_other(checkpoint: Checkpoint, tmp_pat
 
 
 def test_what_preemption_pushed_out_comes_back_from_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A pool for little more than one request: pages of those that gave way are evicted, and read again instead of computed."""
-    folder = checkpoint("llama")
-    params = [dataclasses.replace(one, max_tokens=40) for one in DRAWN]
+    """One of higher priority needs nearly the whole pool: the pages of the one that gave way are evicted, and read again instead of computed."""
+    folder, params = checkpoint("llama"), dataclasses.replace(DRAWN[0], max_tokens=60)
     with LLM(folder, page_size=4) as llm:
-        alone, page_bytes = bits(llm.generate(PROMPTS, params)), llm.info.page_bytes
-    with LLM(folder, page_size=4, cache_bytes=page_bytes * 32, cache_dir=tmp_path, max_tokens_per_step=16) as llm:
-        outputs = llm.generate(PROMPTS, params)
-        assert bits(outputs) == alone
-        assert llm.stats()["num_preemptions"] > 0
+        alone, page_bytes = bits(llm.generate(PROMPTS[0], params)), llm.info.page_bytes
+    with LLM(folder, page_size=4, cache_bytes=page_bytes * 32, cache_dir=tmp_path) as llm:
+        low = llm.submit(PROMPTS[0], params)
+        next(iter(low))
+        high = llm.submit([3 + (i * i + i) % 150 for i in range(115)], dataclasses.replace(params, max_tokens=12), priority=1)
+        assert high.wait(60).error is None
+        output = low.wait(60)
+        assert bits([output]) == alone and output.receipt.num_preemptions == 1
+        assert llm.stats()["num_fetched_pages"] > 8
+        assert output.receipt.computed_tokens < len(PROMPTS[0]) + 60 + 16, "all but a little was read"
         llm.check_integrity()
 
 
@@ -105,7 +109,7 @@ def test_a_slow_disk_keeps_nobody_else_waiting(checkpoint: Checkpoint, tmp_path:
         assert bits([output]) == cold and output.receipt.cached_tokens == 48 and output.receipt.waited_for == "disk"
 
 
-def test_a_reset_does_not_store_old_values(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_reset_waits_for_the_disk_and_holds_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_bytes=2**18) as llm:
         llm.generate(PROMPTS, DRAWN)
         llm.pin(PROMPTS[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quire import LLM, EngineDeadError, QueueFullError, SamplingParams, TokenEvent
+from quire import LLM, EngineDeadError, InvalidRequestError, QueueFullError, SamplingParams, TokenEvent
 from quire.engine.stream import RequestStream
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import VOCAB
@@ -173,3 +173,12 @@ def test_an_idle_engine_uses_no_processor(llm: LLM) -> None:
     time.sleep(0.3)
     with open(f"/proc/self/task/{thread.native_id}/stat") as file:
         assert file.read().split()[13:15] == before
+
+
+def test_an_id_is_one_open_request_s_alone(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama")) as llm:
+        first = llm.submit([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True), request_id="x")
+        with pytest.raises(InvalidRequestError, match="request_id='x': must be one that no open request has"):
+            llm.submit([5, 6, 7], request_id="x")
+        assert first.wait(60).error is None
+        assert llm.submit([5, 6, 7], SamplingParams(max_tokens=1), request_id="x").wait(60).error is None

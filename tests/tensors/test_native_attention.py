@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,14 +17,6 @@ from quire.tensors.codec import RowFormat, decode, encode, row_format  # noqa: E
 
 NAN = float("nan")
 POISON = 255  # NaN in every dtype and for every scale
-
-
-@pytest.fixture(params=native.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 @dataclasses.dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from quire.tensors.attention.native import NativeAttention  # noqa: E402
 from quire.tensors.codec import RowFormat, decode, encode  # noqa: E402
 from tests.tensors.test_codec import DIMS, DTYPES, sample  # noqa: E402
 from tests.tensors.test_native_attention import NAN, Geometry, assert_close, compute_alone, make_sequence, run_ragged  # noqa: E402
-
-
-@pytest.fixture(params=native.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,14 +20,6 @@ from quire.tensors.native_products import NativeProducts  # noqa: E402
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
 Product = Callable[..., torch.Tensor]
-
-
-@pytest.fixture(params=native.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

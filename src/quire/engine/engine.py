@@ -45,7 +45,7 @@ class Engine:
         state = RequestState(request, sink)
         prompt, cache = request.prompt_token_ids, self.scheduler.cache
         # Sisters share their prompt even where nobody else shares anything.
-        own_root = request.request_id if request.num_branches > 1 and not cache.sharing else ""
+        own_root = f"request {self._arrivals}" if request.num_branches > 1 and not cache.sharing else ""
         sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root)
         self._arrivals += request.num_branches
         num_tokens = request.num_tokens_at_most - 1  # the last token drawn is never fed back

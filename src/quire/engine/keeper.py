@@ -23,7 +23,7 @@ class CacheKeeper:
     """One scheduler's cache and the store under it. Used on the engine's thread."""
 
     def __init__(self, scheduler: Scheduler, store: PageStore, tokenizer: TextTokenizer | None, reserve_bytes: int = 0) -> None:
-        """`reserve_bytes`: memory that `adapt` leaves to others."""
+        """`reserve_bytes`: bytes of memory that `tend` leaves to others."""
         self._scheduler, self._cache, self._store, self._tokenizer = scheduler, scheduler.cache, store, tokenizer
         self._pins = Pins(scheduler.cache)
         self._reserve_bytes, self._next_look_s = reserve_bytes, 0.0

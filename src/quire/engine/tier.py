@@ -102,24 +102,26 @@ class DiskTier:
     def fetch(self, seq: Sequence) -> bool:
         if seq.arrival in self._fetches:
             return True
-        if seq.asked_below or not self._disk.usable or seq.own_root:
+        if not self._disk.usable or seq.own_root:
             return False
-        seq.asked_below = True
-        missing, num_tokens = self._missing(seq)
+        _, have = self._cache.finder.longest(seq, seq.num_known - 1)
+        if have >= seq.asked_below:
+            return False
+        missing, num_tokens = self._missing(seq, have)
+        if len(missing) > self._cache.pool.num_available:
+            return False
+        seq.asked_below = have
         if not missing or self._compute_s_per_token and len(missing) * self._read_s_per_page > num_tokens * self._compute_s_per_token:
             return False
-        places = self._cache.pool.take_aside(len(missing)) if len(missing) <= self._cache.pool.num_available else []
-        if not places:
-            return False
+        places = self._cache.pool.take_aside(len(missing))
         future = self._reader.submit(self._read, missing, places)
         self._fetches[seq.arrival] = _Fetch(missing, places, future, time.perf_counter())
         future.add_done_callback(lambda _: self._news.set())
         return True
 
-    def _missing(self, seq: Sequence) -> tuple[list[_Page], int]:
-        """(stored pages that would lengthen what the sequence hits, heads first; by how many tokens)."""
+    def _missing(self, seq: Sequence, have: int) -> tuple[list[_Page], int]:
+        """(stored pages that would lengthen the `have` tokens that the sequence hits, heads first; by how many tokens)."""
         cache, limit = self._cache, seq.num_known - 1
-        _, have = cache.finder.longest(seq, limit)
         length = limit - limit % cache.unit
         for size, group_ids in cache.ids_by_size.items():
             full_ids = [g for g in group_ids if cache.groups[g].kind == "full"] or group_ids[:1]

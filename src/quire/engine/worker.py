@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from quire.engine.engine import Engine
 from quire.engine.stream import RequestStream
-from quire.errors import EngineDeadError, QueueFullError
+from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.outputs import FinishReason, TokenEvent
 from quire.request import Request
 from quire.tensors.device import one_torch_thread_here
@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, engine: Engine, *, max_open: int) -> None:
         self._engine = engine
         self._max_open = max_open
-        self._num_open = 0
+        self._open: set[str] = set()
         self._mail: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -44,6 +44,7 @@ class Worker:
         """Queue a checked request; its events come on the stream returned.
 
         Raises:
+            InvalidRequestError: an open request has its id.
             QueueFullError: too many requests are open already.
             EngineDeadError: the engine has ended.
         """
@@ -52,14 +53,16 @@ class Worker:
         def sink(event: TokenEvent) -> None:
             if event.output is not None:
                 with self._wake:
-                    self._num_open -= 1
+                    self._open.remove(request.request_id)
             stream.put(event)
 
         with self._wake:
             self._refuse_if_dead()
-            if self._num_open >= self._max_open:
-                raise QueueFullError(f"{self._num_open} requests are open, the most there may be (max_waiting + max_sequences)")
-            self._num_open += 1
+            if request.request_id in self._open:
+                raise InvalidRequestError("request_id", request.request_id, "one that no open request has")
+            if len(self._open) >= self._max_open:
+                raise QueueFullError(f"{len(self._open)} requests are open, the most there may be (max_waiting + max_sequences)")
+            self._open.add(request.request_id)
             self._mail.append(lambda: self._engine.add(request, sink))
             self._wake.notify()
         return stream

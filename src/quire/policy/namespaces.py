@@ -40,9 +40,9 @@ class Namespaces:
             self._roots.move_to_end(namespace)
         return root
 
-    def own_root(self, request_id: str) -> PrefixKey:
-        """A root for one request alone."""
-        return self._make(b"request " + request_id.encode())
+    def own_root(self, name: str) -> PrefixKey:
+        """A root for one request alone, whose name no other has had."""
+        return self._make(name.encode())
 
     def share(self, tokens: Tokens[int]) -> int:
         """Declare a prefix that all namespaces share; returns how many of its tokens, a multiple of `unit`. The oldest of too many is dropped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -32,11 +33,12 @@ class Pins:
         self._cache, self._clock = cache, clock
         self._names = itertools.count(1)
         self._pins: dict[int, tuple[Pin, list[int]]] = {}
+        self._holders: Counter[int] = Counter()
 
     @property
     def num_pages(self) -> int:
-        """Distinct pages that are pinned."""
-        return len({page_id for _, pages in self._pins.values() for page_id in pages})
+        """Distinct pages that are pinned. May be read on any thread."""
+        return len(self._holders)
 
     def pin(self, seq: Sequence, ttl_s: float | None, num_pages_kept_free: int) -> Pin | None:
         """Pin all whole pages of a sequence's prompt, and the last part of one; None if the cache does not hold them now.
@@ -49,13 +51,12 @@ class Pins:
         if num_tokens < seq.num_prompt - seq.num_prompt % self._cache.unit:
             return None
         pool = self._cache.pool
-        pinned = {page_id for _, held in self._pins.values() for page_id in held} | set(pages)
+        num_pinned = len(self._holders.keys() | set(pages))
         limit = min(int(pool.num_usable * MAX_PINNED_SHARE), pool.num_usable - num_pages_kept_free)
-        if len(pinned) > limit:
-            raise InvalidRequestError(
-                "prompt", f"{len(pages)} pages", f"such that at most {max(0, limit)} pages are pinned in all, not {len(pinned)}"
-            )
+        if num_pinned > limit:
+            raise InvalidRequestError("prompt", f"{len(pages)} pages", f"such that at most {max(0, limit)} pages are pinned in all, not {num_pinned}")
         pool.set_aside(pages)
+        self._holders.update(pages)
         expires_s = None if ttl_s is None else self._clock() + ttl_s
         pin = Pin(next(self._names), seq.namespace, num_tokens, len(pages), expires_s)
         self._pins[pin.pin_id] = (pin, pages)
@@ -70,25 +71,28 @@ class Pins:
         self.expire()
         if pin_id not in self._pins:
             raise InvalidRequestError("pin", pin_id, "a pin that has been neither unpinned nor expired")
-        self._cache.pool.put_back(self._pins.pop(pin_id)[1])
+        self._drop(pin_id)
 
     def expire(self) -> None:
         """Unpin what has had its time."""
         now = self._clock()
-        for pin, pages in [held for held in self._pins.values() if held[0].expires_s is not None and held[0].expires_s <= now]:
-            del self._pins[pin.pin_id]
-            self._cache.pool.put_back(pages)
+        for pin in [pin for pin, _ in self._pins.values() if pin.expires_s is not None and pin.expires_s <= now]:
+            self._drop(pin.pin_id)
 
     def clear(self) -> None:
         """Unpin everything."""
-        for _, pages in self._pins.values():
-            self._cache.pool.put_back(pages)
-        self._pins.clear()
+        for pin_id in list(self._pins):
+            self._drop(pin_id)
 
     def all(self) -> list[Pin]:
         """The pins there are, oldest first."""
         self.expire()
         return [pin for pin, _ in self._pins.values()]
+
+    def _drop(self, pin_id: int) -> None:
+        _, pages = self._pins.pop(pin_id)
+        self._holders -= Counter(pages)
+        self._cache.pool.put_back(pages)
 
     def _find(self, seq: Sequence) -> tuple[list[int], int]:
         """(pages, tails first; number of tokens): what the cache holds of the prompt and a sequence that continues it would hit."""

@@ -229,7 +229,7 @@ class Scheduler:
         seq.num_preemptions += 1
         self.num_preemptions += 1
         seq.waits_for = "pages"
-        seq.asked_below = False
+        seq.asked_below = seq.num_known
         self._waiting.add(seq)
 
     def _admit(self, draft: Draft) -> None:

@@ -29,7 +29,7 @@ class Sequence:
     `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
     have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
     found in whole cached pages when it last started. `pages_at_most` is what it may need to finish, alone. `waits_for` says why it has not started,
-    `asked_below` that the tier below has been asked for its prefix since it last held pages.
+    `asked_below` is how many tokens it hit when the tier below was last asked for more; it is asked again when they have become fewer.
     """
 
     __slots__ = (
@@ -79,7 +79,7 @@ class Sequence:
         self.num_preemptions = 0
         self.peak_pages = self.pages_at_most = 0
         self.waits_for = ""
-        self.asked_below = False
+        self.asked_below = self.num_prompt
         self.chains: dict[int, list[PrefixKey]] = {}
         self.bridges: dict[int, PrefixKey] = {}
         self.clear_tables(0)
