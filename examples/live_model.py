@@ -29,4 +29,3 @@ with LLM(model) as llm:
             model(input_ids=lesson, labels=lesson).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        llm.reset_cache()  # what was cached came from the old weights

@@ -20,6 +20,8 @@ class EngineConfig:
     Fields:
         dtype: of weights and cache; "auto" takes the checkpoint's own. A live model keeps its own.
         max_tokens_per_step: the token budget, the most tokens one step may compute, >= 1.
+        workspace_bytes: the most bytes that a step's tensors may take beside weights and cache; fewer tokens are computed in a step where
+            `max_tokens_per_step` would take more. `None` sets no bound.
         max_sequences: the most sequences that run at once, >= 1.
         max_waiting: the most requests that may wait, >= 1; one more is refused.
         cache_bytes: bytes of the page pool; `None` takes what `max_sequences` full contexts need, at most 40 % of the memory available.
@@ -42,6 +44,7 @@ class EngineConfig:
 
     dtype: str = "auto"
     max_tokens_per_step: int = 512
+    workspace_bytes: int | None = None
     max_sequences: int = 64
     max_waiting: int = 100_000
     cache_bytes: int | None = None
@@ -65,7 +68,13 @@ class EngineConfig:
         _choice("cache_layout", self.cache_layout, LAYOUTS)
         for name, high in (("max_tokens_per_step", 2**20), ("max_sequences", 2**16), ("max_waiting", 2**31), ("page_size", 2**20)):
             _integer(name, getattr(self, name), high)
-        for name, high in (("cache_bytes", 2**50), ("cache_dir_bytes", 2**60), ("max_model_len", 2**31), ("num_threads", 4096)):
+        for name, high in (
+            ("workspace_bytes", 2**50),
+            ("cache_bytes", 2**50),
+            ("cache_dir_bytes", 2**60),
+            ("max_model_len", 2**31),
+            ("num_threads", 4096),
+        ):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), high)
         _integer("reserve_bytes", self.reserve_bytes, 2**50, low=0)

@@ -13,6 +13,7 @@
     │   ├── StepError                         the model's forward raised in a step it took part in
     │   └── NonFiniteLogitsError              the model gave NaN for it
     ├── QueueFullError         (RuntimeError) too many requests wait; try again later
+    ├── OutOfPagesError        (RuntimeError) the caller of slots holds all pages; free some
     ├── EngineDeadError        (RuntimeError) the engine's loop has ended, nothing will run any more
     └── IntegrityError         (RuntimeError) an invariant of the cache does not hold: a bug in Quire
 
@@ -93,6 +94,14 @@ class NonFiniteLogitsError(RequestFailedError):
 
 class QueueFullError(QuireError, RuntimeError):
     """Too many requests wait already."""
+
+
+class OutOfPagesError(QuireError, RuntimeError):
+    """A step over slots needs more pages than are free; nothing of it has happened. Free a slot, or make the cache larger."""
+
+    def __init__(self, pages_needed: int, num_available: int) -> None:
+        self.pages_needed, self.num_available = pages_needed, num_available
+        super().__init__(f"{pages_needed} more pages needed, {num_available} to be had: free a slot or let a prefix go (or raise cache_bytes)")
 
 
 class EngineDeadError(QuireError, RuntimeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -23,7 +23,8 @@ class Receipt:
     committed (again after a preemption), `rejected_tokens` were staged in a step that failed, `staged_tokens` are both together.
     `peak_cache_bytes` is the most page memory its tables named at once (shared pages counted whole). Times in seconds: `queued_s` until first
     admission, `prefill_s` from there to the first token, `decode_s` from there to the end. `waited_for` is what kept it from starting:
-    "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix), "disk", or None if it started at once.
+    "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix), "disk", "logits" (others' prompts were being
+    scored), or None if it started at once.
 
     Where the prompt could have hit more than it did, `miss_index` is its first token that was not found, `miss_text` that token's text and
     `miss_reason` "never seen", "evicted" or "other namespace". Doors to callers that must not learn of each other leave the reason out.
@@ -71,7 +72,7 @@ class Completion:
 
     `logprobs` (one float a token) and `top_logprobs` (one list a token, most likely first) are None unless asked for. `stop_reason` is the
     stop string or stop token id that ended it, None for end-of-sequence or another finish reason. `cumulative_logprob` is the sum of the
-    tokens' logprobs where they were computed (`logprobs` or `best_of`).
+    tokens' logprobs where they were computed (`logprobs` or `best_of`). `logits` is a float32 tensor [tokens, V] with `return_logits`.
     """
 
     index: int
@@ -82,11 +83,16 @@ class Completion:
     logprobs: list[float] | None = None
     top_logprobs: list[list[TopLogprob]] | None = None
     cumulative_logprob: float | None = None
+    logits: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request that has ended: its prompt, its completions in order, its error if it failed, and its receipt."""
+    """A request that has ended: its prompt, its completions in order, its error if it failed, and its receipt.
+
+    `prompt_logprobs` and `prompt_top_logprobs` have one entry for each token of the prompt, None for the first, and are None unless asked for
+    and complete.
+    """
 
     request_id: str
     prompt: str | None
@@ -94,6 +100,8 @@ class RequestOutput:
     outputs: list[Completion]
     receipt: Receipt
     error: Exception | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[TopLogprob] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

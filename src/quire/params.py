@@ -24,7 +24,7 @@ class SamplingParams:
     then one draw whose noise depends on (seed, sequence, position, token) alone.
 
     Fields:
-        max_tokens: the most tokens to generate, >= 1. `None` means as many as the model's context has room for.
+        max_tokens: the most tokens to generate, >= 1, or 0 with `prompt_logprobs`. `None` means as many as the model's context has room for.
         min_tokens: before this many tokens no end-of-sequence or stop token is drawn and no stop string ends the request.
         temperature: 0 takes the argmax of the (penalised) logits, ties to the lowest id; at most 100.
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -42,6 +42,9 @@ class SamplingParams:
         best_of: generate this many sequences, at least n, and give back the n of the highest cumulative logprob, best first; not for streaming.
         logprobs: `None` for none, 0 for the chosen tokens' logprobs, k > 0 also for the k most likely tokens'. They are the fp32
             log-softmax of the raw logits, before penalties, bias and temperature.
+        prompt_logprobs: the same for the tokens of the prompt after the first; nothing of such a prompt is taken from the cache.
+        scaled_logprobs: all logprobs are of the raw logits over the temperature (greedy: of the raw logits), as trainers score.
+        return_logits: give back the raw logits that each token was drawn from, float32 [tokens, V] a sequence.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
@@ -67,11 +70,14 @@ class SamplingParams:
     n: int = 1
     best_of: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    scaled_logprobs: bool = False
+    return_logits: bool = False
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31)
+            _integer("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, 2**31)
         _integer("min_tokens", self.min_tokens, 0, 2**31)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
@@ -87,9 +93,10 @@ class SamplingParams:
             _integer("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**64 - 1)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
-        for name in ("ignore_eos", "include_stop_in_output", "skip_special_tokens"):
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_TOP_LOGPROBS)
+        for name in ("ignore_eos", "include_stop_in_output", "skip_special_tokens", "scaled_logprobs", "return_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "True or False")
         # Kept as immutable values of one type each, so that nobody can change a request that is already running.

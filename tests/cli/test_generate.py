@@ -57,6 +57,13 @@ def test_json(quire: Quire, model: str, expected: list[RequestOutput]) -> None:
         assert line["receipt"]["prompt_tokens"] == output.receipt.prompt_tokens > 0
 
 
+def test_json_of_a_scored_prompt(quire: Quire, model: str) -> None:
+    line = json.loads(quire("generate", "--json", PROMPTS[0], "--max-tokens", "0", "--prompt-logprobs", "1", "-m", model).stdout)
+    assert line["text"] == "" and line["token_ids"] == [] and line["prompt_logprobs"][0] is None is line["prompt_top_logprobs"][0]
+    assert len(line["prompt_logprobs"]) == line["receipt"]["prompt_tokens"] and all(x < 0 for x in line["prompt_logprobs"][1:])
+    assert all(len(top) == 1 for top in line["prompt_top_logprobs"][1:])
+
+
 def test_json_of_several_sequences(quire: Quire, model: str) -> None:
     result = quire("generate", "--json", *PROMPTS, "-n", "2", "--seed", "5", "--max-tokens", "4", "-m", model)
     lines = [json.loads(line) for line in result.stdout.splitlines()]

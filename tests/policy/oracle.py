@@ -14,7 +14,8 @@ from typing import Any, cast
 from hypothesis import settings
 
 from quire.engine.keeper import CacheKeeper
-from quire.policy.cache import Copy, PageCache
+from quire.policy.cache import PageCache
+from quire.policy.copies import Copy
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
 from quire.policy.prefix import PrefixKey, blake2b_128, pack
@@ -283,7 +284,7 @@ class Driver:
                 page_id = table[position // group.page_size]
                 if page_id >= 0:
                     # Copies and pins hold the part that is indexed; who fills the page goes on behind it.
-                    holders = self.cache.pool.references(page_id) - sum(copy.source == page_id for copy in self.cache._copies_in_step)
+                    holders = self.cache.pool.references(page_id) - self.cache.copies.sources(in_step=True).count(page_id)
                     holders -= self.cache.pool._aside[page_id]
                     assert holders == 1, "a shared page is written"
                     key = self.cache.index._pages.get(page_id)  # it may be indexed under the part it had when its prompt ended

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,14 +249,38 @@ def test_logprobs_are_those_of_the_raw_logits(backend: str, vocab_size: int) -> 
                 assert all(t.logprob == drawn.logprob for t in drawn.top if t.token_id == drawn.token_id)
 
 
-def test_score_gives_the_bits_that_sample_gives(backend: str) -> None:
+def test_a_given_token_is_scored_with_the_bits_of_one_drawn(backend: str) -> None:
     rng = random.Random(12)
     logits = random_logits(rng, 10, 600, torch.bfloat16)
     drawn = draw(backend, logits, [row(600, seed=i, logprobs=4) for i in range(10)])
-    assert Sampler(600, backend, 2).score(logits, [d.token_id for d in drawn], 4) == drawn
+    assert draw(backend, logits, [replace(row(600, logprobs=4), given=d.token_id) for d in drawn]) == drawn
     logits[0, 5], logits[1, 6] = math.nan, -math.inf
-    scored = Sampler(600, backend, 1).score(logits, [6] * 10)
+    scored = draw(backend, logits, [replace(row(600, logprobs=0), given=6)] * 10)
     assert scored[0] == Sampled(-1, failure="not_finite") and scored[1].logprob == -math.inf and scored[1].top is None
+
+
+def test_scaled_logprobs_are_those_of_the_logits_over_the_temperature(backend: str) -> None:
+    logits = random_logits(random.Random(13), 6, 300, torch.bfloat16)
+    temperatures = [0.0, 1e-30, 0.1, 0.7, 1.0, 3.0]
+    rows = [row(300, seed=i, logprobs=3, temperature=t, scaled_logprobs=True) for i, t in enumerate(temperatures)]
+    drawn = draw(backend, logits, rows)
+    for one, raw, t in zip(drawn, logits.float(), temperatures, strict=True):
+        assert one.logprob is not None and one.top is not None
+        expected = torch.log_softmax((raw.double() - raw.max()) / (t or 1.0), dim=-1)
+        assert one.logprob == pytest.approx(float(expected[one.token_id]), rel=1e-5, abs=1e-5)
+        assert [top.token_id for top in one.top] == torch.sort(raw, descending=True, stable=True).indices[: len(one.top)].tolist()
+    given = [replace(one, given=token.token_id) for one, token in zip(rows, drawn, strict=True)]
+    assert draw(backend, logits.flip(0), given[::-1]) == drawn[::-1]
+
+
+def test_returned_logits_are_the_raw_ones(backend: str) -> None:
+    logits = random_logits(random.Random(14), 3, 100, torch.bfloat16)
+    rows = [row(100, return_logits=True, logit_bias={3: 5.0}), row(100), row(100, return_logits=True)]
+    drawn = draw(backend, logits, rows)
+    assert drawn[1].logits is None
+    for i in (0, 2):
+        kept = drawn[i].logits
+        assert kept is not None and kept.dtype == torch.float32 and torch.equal(kept, logits[i].float())
 
 
 def test_mistakes_are_named(backend: str) -> None:
@@ -267,8 +292,8 @@ def test_mistakes_are_named(backend: str) -> None:
         sampler.sample(torch.zeros(1, 10), [Row(row(10).state, -1)])
     with pytest.raises(ValueError, match="vocabulary"):
         sampler.sample(torch.zeros(1, 10), [row(11)])
-    with pytest.raises(ValueError, match="token ids"):
-        sampler.score(torch.zeros(1, 10), [10])
+    with pytest.raises(ValueError, match="given"):
+        sampler.sample(torch.zeros(1, 10), [replace(row(10), given=10)])
     with pytest.raises(ValueError, match="seed"):
         row(10, seed=2**64)
     for params in ({"logit_bias": {10: 1.0}}, {"allowed_token_ids": [10]}, {"stop_token_ids": [10]}):

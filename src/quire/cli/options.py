@@ -40,11 +40,15 @@ SAMPLING = {
     "n": "Sequences to generate for each prompt.",
     "best_of": "Generate this many and keep the n most likely (with --json).",
     "logprobs": "0 for the logprobs of the chosen tokens, k also for the k most likely (with --json).",
+    "prompt_logprobs": "The same for the prompt's tokens (with --json); with --max-tokens 0 nothing is generated.",
+    "scaled_logprobs": "Logprobs of the logits over the temperature.",
     "skip_special_tokens": "Keep special tokens in the text.",
 }
+LIBRARY_ONLY = ("return_logits",)  # fields of which nothing could be printed
 ENGINE = {
     "dtype": f"Of weights and cache: {', '.join(DTYPES)} (the checkpoint's own).",
     "max_tokens_per_step": "The most tokens one step may compute.",
+    "workspace_bytes": "The most memory a step's tensors may take; fewer tokens are computed in a step for it.",
     "max_sequences": "The most sequences that run at once.",
     "max_waiting": "The most requests that may wait.",
     "cache_bytes": "Size of the page pool, such as 512MB or 2GiB.",
@@ -65,6 +69,7 @@ ALIASES = {"n": ("-n",), "num_threads": ("--threads",)}
 MODEL = typer.Option("--model", "-m", metavar="PATH_OR_ID", help="A local folder or a hub id.", show_default="the demo checkpoint")
 UNSET = {
     "seed": "from the system",
+    "workspace_bytes": "no bound",
     "cache_bytes": "max-sequences full contexts, at most 40% of memory",
     "cache_dir_bytes": "half of what is free",
     "max_model_len": "the checkpoint's own",
@@ -95,7 +100,7 @@ def expand(run: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(run)
     def expanded(**given: Any) -> None:
         for name, kind in kinds.items():
-            given[name] = build(kind, {f.name: given.pop(f.name) for f in fields(kind)})
+            given[name] = build(kind, {f.name: given.pop(f.name) for f in fields(kind) if f.name not in LIBRARY_ONLY})
         run(**given)
 
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -111,7 +116,7 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
     """
     hints = get_type_hints(kind)
     values = {}
-    for f in fields(kind):
+    for f in [f for f in fields(kind) if f.name in given]:
         values[f.name] = value = given[f.name]
         if isinstance(value, bool):
             values[f.name] = not value if f.default is True else value
@@ -141,7 +146,7 @@ def parse_size(text: str) -> int:
 def _options(kind: Any) -> list[inspect.Parameter]:
     helps, panel = (SAMPLING, "Sampling") if kind is SamplingParams else (ENGINE, "Engine")
     hints = get_type_hints(kind)
-    return [_option(f.name, hints[f.name], f.default, helps[f.name], panel) for f in fields(kind)]
+    return [_option(f.name, hints[f.name], f.default, helps[f.name], panel) for f in fields(kind) if f.name not in LIBRARY_ONLY]
 
 
 def _option(name: str, hint: Any, default: Any, text: str, panel: str) -> inspect.Parameter:
@@ -185,6 +190,7 @@ SPECIAL = {
     "stop_token_ids": Kind("ID,...", _ids, "token ids, such as '2,13'"),
     "cache_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
     "reserve_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
+    "workspace_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
     "cache_dir": Kind("FOLDER", str, "a folder"),
     "cache_dir_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
 }

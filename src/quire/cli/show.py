@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from quire.cli.lanes import Lane
+from quire.outputs import TopLogprob
 
 
 class Quiet:
@@ -137,8 +138,12 @@ def record(lane: Lane) -> dict[str, Any]:
     }
     if done.logprobs is not None:
         told["logprobs"] = [_finite(x) for x in done.logprobs]
+    if lane.output.prompt_logprobs is not None:
+        told["prompt_logprobs"] = [None if x is None else _finite(x) for x in lane.output.prompt_logprobs]
+    if lane.output.prompt_top_logprobs is not None:
+        told["prompt_top_logprobs"] = [top and _top(top) for top in lane.output.prompt_top_logprobs]
     if done.top_logprobs is not None:
-        told["top_logprobs"] = [[{"token_id": t.token_id, "logprob": _finite(t.logprob)} for t in top] for top in done.top_logprobs]
+        told["top_logprobs"] = [_top(top) for top in done.top_logprobs]
     return told
 
 
@@ -146,6 +151,10 @@ def one_line(text: str, width: int) -> str:
     """The start of `text` on one line of at most `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _top(top: list[TopLogprob]) -> list[dict[str, Any]]:
+    return [{"token_id": t.token_id, "logprob": _finite(t.logprob)} for t in top]
 
 
 def _finite(x: float) -> float | None:

@@ -3,7 +3,7 @@
 plan: a 3 tokens (a prompt's chunk), b 1 token (decoding), c 2 tokens
 
 input_ids     a a a b c c      positions   6 7 8 40 0 1      logits_at   2 3 5   (a, b and c each draw after their last token)
-query_start   0 3 4 6          num_committed   6 40 0
+query_start   0 3 4 6          num_committed   6 40 0      (a work that scores its prompt gives logits after earlier tokens, too)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from quire.tensors.attention.base import StepInputs, TableInputs
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`input_ids`, `positions` int64 [T]; `logits_at` int64 [R], the packed index of each drawing work's last token, in the plan's order;
-    `slots[g]` int64 [T], where group g's keys and values go."""
+    """`input_ids`, `positions` int64 [T]; `logits_at` int64 [R], the packed index of each token behind which logits are wanted, in the plan's
+    order; `slots[g]` int64 [T], where group g's keys and values go."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -33,21 +33,22 @@ class Batch:
 
 def build(plan: StepPlan, groups: Sequence[Group]) -> Batch:
     """The batch of a plan, on CPU."""
-    ids, starts, committed, draws = array("q"), array("i", [0]), array("i"), array("q")
+    ids, starts, committed, logits_at = array("q"), array("i", [0]), array("i"), array("q")
     for work in plan.works:
         seq, first = work.sequence, work.sequence.num_committed
+        logits_at.extend(range(len(ids), len(ids) + work.num_scored))
         ids.extend(seq.tokens[first : first + work.num_tokens])
         starts.append(len(ids))
         committed.append(first)
         if work.draws:
-            draws.append(len(ids) - 1)
+            logits_at.append(len(ids) - 1)
     query_start, num_committed = _tensor(starts, torch.int32), _tensor(committed, torch.int32)
     counts = query_start.diff().long()
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)  # packed token -> place of its work in the plan
     positions = torch.arange(len(ids)) - query_start[owner] + num_committed[owner]
     tables = tuple(_table(plan, group) for group in groups)
     slots = tuple(_slots(table, group, owner, positions) for table, group in zip(tables, groups, strict=True))
-    return Batch(_tensor(ids, torch.int64), positions, _tensor(draws, torch.int64), StepInputs(query_start, num_committed, tables), slots)
+    return Batch(_tensor(ids, torch.int64), positions, _tensor(logits_at, torch.int64), StepInputs(query_start, num_committed, tables), slots)
 
 
 def _table(plan: StepPlan, group: Group) -> TableInputs:

@@ -21,7 +21,7 @@ from quire.engine.tier import DiskTier
 from quire.errors import ConfigError
 from quire.policy.cache import PageCache
 from quire.policy.groups import Arrangement, Group, arrange
-from quire.policy.scheduler import Scheduler
+from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.attention.base import AttentionBackend, Products
 from quire.tensors.attention.reference import ReferenceAttention
@@ -30,11 +30,13 @@ from quire.tensors.disk import DiskStore
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe
+from quire.tensors.models.workspace import Workspace, measure
 from quire.tensors.products import ReferenceProducts
 from quire.tensors.sampler import Sampler
 from quire.tensors.store import PageStore, cached_layers, layer_places
 from quire.text.tokenizer import TextTokenizer, load_tokenizer
 
+LEAST_TOKENS_PER_STEP = 16
 MEMORY_SHARE = 0.4  # of what is available, when the pool's size is left to us
 
 
@@ -42,7 +44,8 @@ MEMORY_SHARE = 0.4  # of what is available, when the pool's size is left to us
 class EngineInfo:
     """What the options resolved to for this model on this machine.
 
-    Sizes in bytes. `max_cached_tokens` is what a full pool holds of one long sequence; `bytes_per_token` is before any window has moved on.
+    Sizes in bytes. A step computes at most `max_tokens_per_step` tokens, whose tensors take about `workspace_bytes`. `max_cached_tokens` is what a
+    full pool holds of one long sequence; `bytes_per_token` is before any window has moved on.
     """
 
     model: str
@@ -53,6 +56,8 @@ class EngineInfo:
     context_len: int
     vocab_size: int
     weight_bytes: int
+    max_tokens_per_step: int
+    workspace_bytes: int
     page_size: int
     kv_codec: str
     page_bytes: int
@@ -114,7 +119,7 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     """
     num_threads = config.num_threads or torch.get_num_threads()
     kernels = choose_kernels(config.backend, num_threads)
-    model = load_model(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code, revision=config.revision, products=kernels.products)
+    model = open_model(source, config, kernels)
     try:
         return _lay_out(source, model, config, kernels, num_threads)
     except BaseException:
@@ -122,11 +127,24 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
         raise
 
 
+def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Kernels) -> CausalModel:
+    """A model that has been probed. Raises as `build_engine`."""
+    model = load_model(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code, revision=config.revision, products=kernels.products)
+    try:
+        _context_len(config, model)  # refused before the probe takes its time
+        probe(model)
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
 def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
     context_len = _context_len(config, model)
-    probe(model)
     if config.cache_layout == "stacked":
         config = replace(config, page_size=context_len)
+    workspace = measure(model)
+    config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     codec = split_codec(config.kv_codec)
     layers = cached_layers(model.layers, model.dtype, *codec)
     arrangement = arrange(layers, config.page_size)
@@ -139,8 +157,21 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
     tokenizer = _tokenizer(source, config)
     engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes)
-    info = _info(model, arrangement, store, kernels, num_threads, context_len, config.kv_codec or "none")
+    info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace)
     return Built(engine, model, tokenizer, Limits(model.vocab_size, context_len), info, tier)
+
+
+def _max_tokens_per_step(config: EngineConfig, workspace: Workspace) -> int:
+    if config.workspace_bytes is None:
+        return config.max_tokens_per_step
+    num_rows = config.max_sequences + MAX_SCORED
+    num_tokens = workspace.most_tokens(config.workspace_bytes, config.max_tokens_per_step, num_rows)
+    least = min(LEAST_TOKENS_PER_STEP, config.max_tokens_per_step)
+    if num_tokens < least:
+        raise ConfigError(
+            f"workspace_bytes={config.workspace_bytes}: must be at least {workspace.bytes(least, min(least, num_rows))}, what {least} tokens take"
+        )
+    return num_tokens
 
 
 def _tier(config: EngineConfig, model: CausalModel, cache: PageCache, store: PageStore, identity: str) -> DiskTier:
@@ -192,8 +223,16 @@ def _num_pages(config: EngineConfig, arrangement: Arrangement, context_len: int)
 
 
 def _info(
-    model: CausalModel, arrangement: Arrangement, store: PageStore, kernels: Kernels, num_threads: int, context_len: int, kv_codec: str
+    model: CausalModel,
+    arrangement: Arrangement,
+    store: PageStore,
+    kernels: Kernels,
+    num_threads: int,
+    context_len: int,
+    config: EngineConfig,
+    workspace: Workspace,
 ) -> EngineInfo:
+    num_tokens = config.max_tokens_per_step
     num_pages = store.pages.shape[0]
     # Windows stop growing, so only full groups bound how long a sequence may become.
     full = [g for g in arrangement.groups if g.kind == "full"] or list(arrangement.groups)
@@ -206,8 +245,10 @@ def _info(
         context_len=context_len,
         vocab_size=model.vocab_size,
         weight_bytes=model.weight_bytes,
+        max_tokens_per_step=num_tokens,
+        workspace_bytes=workspace.bytes(num_tokens, min(num_tokens, config.max_sequences + MAX_SCORED)),
         page_size=arrangement.groups[0].page_size,
-        kv_codec=kv_codec,
+        kv_codec=config.kv_codec or "none",
         page_bytes=store.page_bytes,
         num_pages=num_pages,
         cache_bytes=num_pages * store.page_bytes,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from quire.engine.keeper import CacheKeeper
 from quire.engine.runner import Runner
-from quire.engine.state import Branch, RequestState, Sink
+from quire.engine.state import Branch, PromptToken, RequestState, Sink
 from quire.errors import CacheTooSmallError, NonFiniteLogitsError, RequestFailedError, StepError
 from quire.outputs import FinishReason, TokenEvent
 from quire.policy.lookup import find_miss
-from quire.policy.plan import StepPlan
+from quire.policy.plan import StepPlan, Work
 from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence
 from quire.request import Request
@@ -44,9 +45,14 @@ class Engine:
         """Queue a checked request."""
         state = RequestState(request, sink)
         prompt, cache = request.prompt_token_ids, self.scheduler.cache
-        # Sisters share their prompt even where nobody else shares anything.
-        own_root = f"request {self._arrivals}" if request.num_branches > 1 and not cache.sharing else ""
-        sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root)
+        if request.max_tokens == 0:
+            prompt = prompt[:-1]  # the last one is scored and never computed
+        scores = request.params.prompt_logprobs is not None
+        if scores:
+            state.score_prompt(self.runner.model.vocab_size)
+        # Sisters share their prompt even where nobody else shares anything, and logits of pages that others computed are not kept.
+        own_root = f"request {self._arrivals}" if scores or request.num_branches > 1 and not cache.sharing else ""
+        sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root, scores=scores)
         self._arrivals += request.num_branches
         num_tokens = request.num_tokens_at_most - 1  # the last token drawn is never fed back
         sequence.pages_at_most = cache.pages_to_finish(num_tokens)
@@ -84,10 +90,10 @@ class Engine:
             self.scheduler.tier.wait()
             return
         self._note_start(plan)
-        drawing = [self._drawn_together(work.sequence) for work in plan.works if work.draws]
+        wanted = [together for work in plan.works for together in self._wanted(work)]
         began = time.perf_counter()
         try:
-            drawn = self.runner.run(plan, [[branch.next_row() for branch in branches] for _, branches in drawing])
+            drawn = self.runner.run(plan, [[one.next_row() for one in together] for _, together in wanted])
         except Exception as error:
             self._fail(plan, error)
             return
@@ -95,17 +101,35 @@ class Engine:
         self.scheduler.tier.note_step(plan.num_tokens, time.perf_counter() - began)
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
-        for (state, branches), tokens in zip(drawing, drawn, strict=True):
-            for branch, token in zip(branches, tokens, strict=True):
-                self._deliver(state, branch, token)
+        for (state, together), tokens in zip(wanted, drawn, strict=True):
+            for one, token in zip(together, tokens, strict=True):
+                if isinstance(one, PromptToken):
+                    self._note_score(state, one, token)
+                else:
+                    self._deliver(state, one, token)
 
-    def _drawn_together(self, sequence: Sequence) -> tuple[RequestState, list[Branch]]:
-        """Whose tokens are drawn from a sequence's logits: its own, and at the end of a prompt also its sisters'."""
-        state, branch = self._branches[sequence.arrival]
-        if len(state.branches) == state.request.num_branches:
-            return state, [branch]
-        self._fork(state)
-        return state, list(state.branches)
+    def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken]]]:
+        """For each row of logits that a work gives: what is drawn from it, for a sequence and, behind a prompt, its sisters; or what it scores."""
+        state, branch = self._branches[work.sequence.arrival]
+        first = work.sequence.num_committed + 1
+        for position in range(first, first + work.num_scored):
+            yield state, [state.prompt_token(position)]
+        if work.draws and state.request.max_tokens == 0:
+            yield state, [state.prompt_token(first + work.num_tokens - 1)]
+        elif work.draws and len(state.branches) == state.request.num_branches:
+            yield state, [branch]
+        elif work.draws:
+            self._fork(state)
+            yield state, [*state.branches]
+
+    def _note_score(self, state: RequestState, one: PromptToken, token: Sampled) -> None:
+        request_id = state.request.request_id
+        if not token.ok:
+            self._end_request(request_id, "error", _failure(request_id, token))
+            return
+        state.prompt_scores[one.position] = token
+        if state.request.max_tokens == 0 and one.position == len(state.request.prompt_token_ids) - 1:
+            self._end_request(request_id, "length", None)
 
     def _deliver(self, state: RequestState, branch: Branch, token: Sampled) -> None:
         if branch.finish_reason is not None:  # a sister's NaN has ended the request within this step

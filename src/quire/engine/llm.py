@@ -37,8 +37,9 @@ class LLM:
                 print(event.text, end="")
 
     Args:
-        model: a hub id, a local folder in Hugging Face format, or a live `PreTrainedModel` on CPU. A live model is not copied and not changed;
-            after changing its weights call `reset_cache`.
+        model: a hub id, a local folder in Hugging Face format, or a live `PreTrainedModel` on CPU. A live model is not copied and not changed.
+            Change its weights only while no request is open; what was cached is then forgotten by itself, except after writes through `.data`,
+            which leave no trace: call `reset_cache` after these.
         **options: fields of `EngineConfig`.
 
     Raises:
@@ -51,6 +52,7 @@ class LLM:
         self._built = build_engine(source, config)
         self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
         self._names = itertools.count()
+        self._weights_stamp = self._built.model.weights_stamp()
         # Also at interpreter exit: a thread inside a kernel must not outlive the runtime under it.
         self._close = weakref.finalize(self, _shut_down, self._worker, self._built)
 
@@ -219,7 +221,7 @@ class LLM:
         return self._worker.call(self._built.engine.stacked)
 
     def reset_cache(self) -> None:
-        """Forget all cached pages and pins. Call it after changing a live model's weights; requests that run are computed again."""
+        """Forget all cached pages and pins. Requests that run are computed again."""
         self._worker.call(self._keeper.reset)
 
     def close(self) -> None:
@@ -236,8 +238,16 @@ class LLM:
     def _keeper(self) -> CacheKeeper:
         return self._built.engine.keeper
 
+    def _forget_old_weights(self) -> None:
+        """Old keys with new weights would be wrong tokens: whoever comes next to a model in training finds nothing of what was."""
+        stamp = self._built.model.weights_stamp()
+        if stamp != self._weights_stamp:
+            self.reset_cache()
+            self._weights_stamp = stamp
+
     def _checked(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's token ids, of which something could be cached."""
+        self._forget_old_weights()
         token_ids = tuple(self._encode(prompt))
         check_prompt(token_ids, SamplingParams(max_tokens=1), self._built.limits)
         return token_ids
@@ -247,6 +257,7 @@ class LLM:
     ) -> Request:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("params", params, "a SamplingParams")
+        self._forget_old_weights()
         whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))

@@ -21,7 +21,7 @@ class Runner:
         self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
 
     def run(self, plan: StepPlan, rows: Sequence[Sequence[Row]]) -> list[list[Sampled]]:
-        """Compute the plan and draw a token for each of `rows[i]`, all from the logits of the plan's i-th drawing work."""
+        """Compute the plan and draw or score a token for each of `rows[i]`, all from the i-th row of logits that its works give."""
         self.store.copy_pages(plan.copies)
         batch = build(plan, self.groups)
         step = StagedStep(self.store, batch.inputs, batch.slots)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from quire.outputs import Completion, FinishReason, Receipt, RequestOutput, TokenEvent, TopLogprob
 from quire.policy.lookup import Miss
 from quire.policy.sequence import Sequence
@@ -17,6 +19,19 @@ from quire.text.stops import StopMatcher
 from quire.text.tokenizer import TextTokenizer
 
 Sink = Callable[[TokenEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of a prompt whose logprob is wanted."""
+
+    scoring: SequenceState
+    position: int
+    token_id: int
+
+    def next_row(self) -> Row:
+        """What the sampler must know to score it."""
+        return Row(self.scoring, self.position, given=self.token_id)
 
 
 class Branch:
@@ -32,6 +47,7 @@ class Branch:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[TopLogprob]] = []
+        self.logits: list[torch.Tensor] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._text: list[str] = []
@@ -56,6 +72,8 @@ class Branch:
             self.logprobs.append(drawn.logprob)
         if drawn.top is not None:
             self.top_logprobs.append(drawn.top)
+        if drawn.logits is not None:
+            self.logits.append(drawn.logits)
         if token_id in self.stop_ids:
             text = self._end("stop", None if token_id in self.eos_token_ids else token_id)
         else:
@@ -90,6 +108,7 @@ class Branch:
             None if params.logprobs is None else list(self.logprobs),
             list(self.top_logprobs) if params.logprobs else None,
             self.cumulative_logprob if self.logprobs else None,
+            torch.stack(self.logits) if self.logits else None,
         )
 
     @property
@@ -130,6 +149,18 @@ class RequestState:
     rejected_tokens: int = 0
     waited_for: str | None = None
     miss: Miss | None = None
+    scoring: SequenceState | None = None
+    prompt_scores: dict[int, Sampled] = field(default_factory=dict)
+
+    def score_prompt(self, vocab_size: int) -> None:
+        """Make ready for `prompt_token`."""
+        params = replace(self.request.params, logprobs=self.request.params.prompt_logprobs)
+        self.scoring = SequenceState(params, self.request.seed, vocab_size)
+
+    def prompt_token(self, position: int) -> PromptToken:
+        """The token to be scored at a position."""
+        assert self.scoring is not None
+        return PromptToken(self.scoring, position, self.request.prompt_token_ids[position])
 
     @property
     def ended(self) -> bool:
@@ -159,4 +190,22 @@ class RequestState:
         if self.request.params.best_of is not None:
             branches = sorted(branches, key=lambda branch: -branch.cumulative_logprob)[: self.request.params.n]
         completions = [replace(branch.completion(), index=i) for i, branch in enumerate(branches)]
-        return RequestOutput(self.request.request_id, self.request.prompt, list(self.request.prompt_token_ids), completions, receipt, self.error)
+        logprobs, top_logprobs = self._prompt_logprobs()
+        return RequestOutput(
+            self.request.request_id,
+            self.request.prompt,
+            list(self.request.prompt_token_ids),
+            completions,
+            receipt,
+            self.error,
+            logprobs,
+            top_logprobs,
+        )
+
+    def _prompt_logprobs(self) -> tuple[list[float | None] | None, list[list[TopLogprob] | None] | None]:
+        num_scored = len(self.request.prompt_token_ids) - 1
+        if self.scoring is None or len(self.prompt_scores) < num_scored:
+            return None, None
+        scores = [self.prompt_scores[position] for position in range(1, num_scored + 1)]
+        top = [None, *(score.top for score in scores)] if self.request.params.prompt_logprobs else None
+        return [None, *(score.logprob for score in scores)], top

@@ -73,7 +73,7 @@ def content_id(key: PrefixKey) -> bytes:
 
 
 class DiskTier:
-    """See `policy.scheduler.Tier`. All methods are called on the engine's thread; two threads of its own read and write."""
+    """See `policy.tier.Tier`. All methods are called on the engine's thread; two threads of its own read and write."""
 
     def __init__(self, cache: PageCache, store: PageStore, disk: DiskStore) -> None:
         self._cache, self._store, self._disk = cache, store, disk

@@ -10,24 +10,15 @@ Nothing here is computed or copied; a hit that ends inside a page is returned as
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
 from quire.errors import IntegrityError
+from quire.policy.copies import Copies
 from quire.policy.groups import Group
 from quire.policy.hits import HitFinder
 from quire.policy.namespaces import Namespaces
 from quire.policy.pages import PagePool
 from quire.policy.prefix import Hash, PrefixIndex, PrefixKey, blake2b_128, pack
 from quire.policy.sequence import Sequence
-
-
-class Copy(NamedTuple):
-    """Copy the first `num_tokens` tokens of page `source` of a group to page `target` before the step. The source is held until `copied`."""
-
-    source: int
-    target: int
-    group_id: int
-    num_tokens: int
 
 
 class PageCache:
@@ -40,8 +31,7 @@ class PageCache:
         self.sharing = sharing
         self.hash_bytes = hash_bytes
         self._open: dict[int, Sequence] = {}
-        self._copies: list[Copy] = []
-        self._copies_in_step: list[Copy] = []
+        self.copies = Copies(self.pool)
         self.finder = HitFinder(self.groups, self.index, hash_bytes)
         self.unit, self.ids_by_size = self.finder.unit, self.finder.ids_by_size
         self._one_size = len(self.ids_by_size) == 1
@@ -101,27 +91,41 @@ class PageCache:
             return
         for group_id, (source, target) in enumerate(zip(sources, self.pool.take(len(sources)), strict=True)):
             seq.tables[group_id].append(target)
-            self._copies.append(Copy(source, target, group_id, num_tokens))
+            self.copies.ask(source, target, group_id, num_tokens)
         seq.num_pages += len(sources)
         seq.num_committed += num_tokens
+
+    def fork(self, seq: Sequence, sister: Sequence) -> bool:
+        """Give a sister that holds nothing all that `seq` has committed: whole pages shared, the page it is in the middle of as a copy.
+
+        False, with nothing taken, where there is no room for the copies.
+        """
+        in_part = [g for g in self.groups if seq.num_committed % g.page_size]
+        if self.pool.num_available < len(in_part):
+            return False
+        sister.clear_tables(len(self.groups))
+        self._open[sister.arrival] = sister
+        targets = iter(self.pool.take(len(in_part)))
+        for group, table, own in zip(self.groups, seq.tables, sister.tables, strict=True):
+            full, part = divmod(seq.num_committed, group.page_size)
+            own.extend(table[:full])
+            self.pool.retain([page_id for page_id in own if page_id >= 0])
+            if part:
+                own.append(next(targets))
+                self.copies.ask(table[full], own[full], group.group_id, part)
+                self.pool.retain([table[full]])
+            sister.num_pages += sum(page_id >= 0 for page_id in own)
+        sister.first_page = list(seq.first_page)
+        sister.num_committed = sister.num_hit = seq.num_committed
+        sister.num_indexed = seq.num_indexed
+        self._set_capacity(sister)
+        return True
 
     def part(self, seq: Sequence, start: int, limit: int) -> tuple[list[int], int]:
         """(pages, n): an indexed page of every group whose first n tokens are the sequence's own from `start`, the end of a page, on."""
         size = self.unit
         rest = pack(seq.tokens[start : min(start + size, limit)])
         return self.index.longest_start(seq.parent_of(size, start // size, self.hash_bytes), rest) if self._one_size else ([], 0)
-
-    def take_copies(self) -> tuple[Copy, ...]:
-        """The copies asked for since the last call; their sources stay held until `copied` is called with them."""
-        copies, self._copies = self._copies, []
-        self._copies_in_step += copies
-        return tuple(copies)
-
-    def copied(self, copies: Seq[Copy]) -> None:
-        """The copies were made, or will never be: let their sources go."""
-        for copy in copies:
-            self._copies_in_step.remove(copy)
-        self.pool.release([copy.source for copy in copies])
 
     # -- growth and commit ----------------------------------------------------------------------------------------------------------------
 
@@ -258,7 +262,8 @@ class PageCache:
         if self._open.pop(seq.arrival, None) is None:
             return
         seq.peak_pages = max(seq.peak_pages, seq.num_pages)
-        self._cancel_copies(seq)
+        if self.copies.cancel(seq.tables):  # the page one was for holds nothing and must not be indexed
+            seq.num_committed -= seq.num_committed % self.unit
         if keep:
             self.index_complete(seq)
             self._index_part(seq)
@@ -268,14 +273,6 @@ class PageCache:
             self.index.forget(page_id for page_id in pages if self.pool.references(page_id) == 1)
         self.pool.release(pages)
         seq.clear_tables(len(self.groups))
-
-    def _cancel_copies(self, seq: Sequence) -> None:
-        """Copies asked for it and not taken yet are void; the page they were for then holds nothing and must not be indexed."""
-        void = [copy for copy in self._copies if any(copy.target in table for table in seq.tables)]
-        if void:
-            self._copies = [copy for copy in self._copies if copy not in void]
-            self.pool.release([copy.source for copy in void])
-            seq.num_committed -= seq.num_committed % self.unit
 
     def _index_part(self, seq: Sequence) -> None:
         """Index the last, incomplete page under the tokens it has, so that a continuation can copy them; its owner may go on filling it."""
@@ -308,8 +305,8 @@ class PageCache:
                 first, end = group.first_kept(seq.num_committed, self.unit), -(-seq.num_committed // group.page_size)
                 if -1 in table[first:end]:
                     raise IntegrityError(f"{name} has lost a page it may still need, in group {group.group_id}")
-        for copy in self._copies + self._copies_in_step:
-            holders[copy.source] += 1
+        for source in self.copies.sources():
+            holders[source] += 1
         self.index.check_integrity()
         self.pool.check_integrity(holders)
         if any(page_id not in self.index for page_id in self.pool.cached_pages()):

@@ -110,6 +110,15 @@ def arrange(layers: Sequence[LayerShape], page_size: int) -> Arrangement:
     return Arrangement(tuple(groups), page_bytes)
 
 
+def in_one_group(layers: Sequence[LayerShape], page_size: int) -> Arrangement:
+    """All layers under one page table that keeps every page, whatever their windows: for a caller who keeps the table."""
+    places, offset = [], 0
+    for layer in layers:
+        places.append(Place(layer.layer_idx, offset, offset + _rows_bytes(layer, layer.k_bytes, page_size)))
+        offset += _layer_bytes(layer, page_size)
+    return Arrangement((Group(0, page_size, 0, 0, tuple(places)),), offset)
+
+
 def _rows_bytes(layer: LayerShape, row_bytes: int, tokens: int) -> int:
     """Bytes of all heads' rows of that many tokens, rounded up so that plain elements of any dtype are aligned behind them."""
     return -(-tokens * layer.num_kv_heads * row_bytes // ALIGNMENT) * ALIGNMENT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quire.policy.cache import Copy
+from quire.policy.copies import Copy
 from quire.policy.sequence import Sequence
 
 
@@ -14,6 +14,12 @@ class Work(NamedTuple):
 
     sequence: Sequence
     num_tokens: int
+
+    @property
+    def num_scored(self) -> int:
+        """After how many of its first tokens the next one, of the prompt, is scored."""
+        seq = self.sequence
+        return max(0, min(self.num_tokens, seq.num_prompt - 1 - seq.num_committed)) if seq.scores else 0
 
     @property
     def draws(self) -> bool:

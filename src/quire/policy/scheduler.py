@@ -10,79 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Protocol
 
 from quire.errors import IntegrityError
 from quire.policy.cache import PageCache
 from quire.policy.fairness import FairShares, Line, to_give_way
 from quire.policy.plan import StepPlan, Work
 from quire.policy.sequence import Rank, Sequence
+from quire.policy.tier import NoTier, Tier
 
 MAX_DEFERRED = 64  # bounds a plan: never linear in the queue
-
-
-class Tier(Protocol):
-    """Where pages may be that are not in the pool."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether it holds pages of the pool that will come back by themselves."""
-        ...
-
-    def fetch(self, seq: Sequence) -> bool:
-        """Bring what is known of a waiting sequence's prefix into the cache; True while that is under way."""
-        ...
-
-    def offer(self, seq: Sequence) -> None:
-        """A sequence is about to let its pages go; those that are complete may be stored."""
-        ...
-
-    def note_step(self, num_tokens: int, seconds: float) -> None:
-        """A step computed so many tokens in so many seconds."""
-        ...
-
-    def poll(self) -> None:
-        """Take note of what has been fetched and stored. Called between steps."""
-        ...
-
-    def wait(self) -> None:
-        """Wait a moment for something to be fetched or stored; return at once if nothing is under way."""
-        ...
-
-    def drain(self) -> None:
-        """Wait until nothing is under way; nothing that was offered is stored later."""
-        ...
-
-    def stats(self) -> dict[str, int]:
-        """Counters."""
-        ...
-
-
-class NoTier:
-    """Nothing below the pool. See `Tier`."""
-
-    busy = False
-
-    def fetch(self, seq: Sequence) -> bool:
-        return False
-
-    def offer(self, seq: Sequence) -> None:
-        pass
-
-    def note_step(self, num_tokens: int, seconds: float) -> None:
-        pass
-
-    def poll(self) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def drain(self) -> None:
-        pass
-
-    def stats(self) -> dict[str, int]:
-        return {}
+MAX_SCORED = 128  # prompt tokens scored in a step: each takes a row of logits
 
 
 class Draft:
@@ -91,16 +28,24 @@ class Draft:
     def __init__(self, budget: int) -> None:
         self.works: dict[int, Work] = {}
         self.budget = budget
+        self.scores_left = MAX_SCORED
+
+    def most(self, seq: Sequence) -> int:
+        """How many of the tokens that a sequence has in hand this step may compute."""
+        num_tokens = min(seq.num_remaining, self.budget)
+        return min(num_tokens, self.scores_left) if seq.scores and seq.num_committed < seq.num_prompt - 1 else num_tokens
 
     def put(self, seq: Sequence, num_tokens: int) -> Work:
         work = self.works[seq.arrival] = Work(seq, num_tokens)
         self.budget -= num_tokens
+        self.scores_left -= work.num_scored
         return work
 
     def drop(self, seq: Sequence) -> None:
         work = self.works.pop(seq.arrival, None)
         if work is not None:
             self.budget += work.num_tokens
+            self.scores_left += work.num_scored
 
 
 class Scheduler:
@@ -162,20 +107,20 @@ class Scheduler:
         if draft.budget and self._waiting and len(draft.works) == len(self._running) and not self._no_room_yet():
             self._admit(draft)
         if draft.works:
-            return StepPlan(tuple(draft.works.values()), self.cache.take_copies())
+            return StepPlan(tuple(draft.works.values()), self.cache.copies.take())
         if (self._running or self._waiting) and not self.tier.busy:
             raise IntegrityError(f"no progress with {self.num_running} sequences running and {self.num_waiting} waiting")
         return None
 
     def commit(self, plan: StepPlan) -> None:
         """Every work of the plan was computed and its keys and values are in their pages."""
-        self.cache.copied(plan.copies)
+        self.cache.copies.done(plan.copies)
         for seq, num_tokens in plan.works:
             self.cache.commit(seq, num_tokens)
 
     def abandon(self, plan: StepPlan) -> None:
         """The step failed: nothing of it was committed, and all its sequences end. What they had committed before stays cached."""
-        self.cache.copied(plan.copies)
+        self.cache.copies.done(plan.copies)
         unsure = {copy.target for copy in plan.copies}  # the failure may have come before the copy
         for seq, _ in plan.works:
             self.finish(seq, keep=all(unsure.isdisjoint(table) for table in seq.tables))
@@ -210,8 +155,8 @@ class Scheduler:
         for seq in ready[: self._budget]:
             draft.put(seq, 1)
         for seq in sorted(ending, key=_rank) + sorted(longer, key=_rank):
-            if draft.budget and seq.arrival in self._running:
-                self._plan_with_room(seq, min(seq.num_remaining, draft.budget), draft)
+            if draft.most(seq) and seq.arrival in self._running:
+                self._plan_with_room(seq, draft.most(seq), draft)
 
     def _plan_with_room(self, seq: Sequence, num_tokens: int, draft: Draft) -> None:
         """Grow and plan it, preempting those of worse rank while there is no room; the worst itself just waits a step."""
@@ -240,6 +185,9 @@ class Scheduler:
             seq = self._waiting[place]
             if coming and self._would_compute(seq, coming):
                 seq.waits_for = "prefix"
+                place += 1
+            elif not draft.most(seq):
+                seq.waits_for = "logits"
                 place += 1
             elif self.tier.fetch(seq):
                 seq.waits_for = "disk"
@@ -273,12 +221,12 @@ class Scheduler:
             self.cache.match(seq, partial=partial)
             hit = seq.num_committed
             fits = not headroom or self.cache.pages_wanted(seq, seq.num_known) + headroom <= pool.num_available
-            if fits and self.cache.grow(seq, min(seq.num_remaining, draft.budget)):
+            if fits and self.cache.grow(seq, draft.most(seq)):
                 self._waiting.remove(seq)
                 self._running[seq.arrival] = seq
                 self._shares.started(seq.rank)
                 self.num_cached_tokens += hit
-                draft.put(seq, min(seq.num_remaining, draft.budget))
+                draft.put(seq, draft.most(seq))
                 return True
             self.cache.release(seq)
         seq.waits_for = "pages"

@@ -25,7 +25,7 @@ class Sequence:
 
     `arrival` names it; `rank` orders it among others. `chain(B)[j + 1]` is the prefix key of its page j of B tokens, `chain(B)[0]` the root.
     The first `num_shared` tokens are in the region that all namespaces share, under `shared_root`; what follows is under `root`.
-    `own_root`: nobody but its sisters has its root, so its pages are forgotten with it.
+    `own_root`: nobody but its sisters has its root, so its pages are forgotten with it. `scores`: the logprobs of its prompt's tokens are wanted.
     `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
     have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
     found in whole cached pages when it last started. `pages_at_most` is what it may need to finish, alone. `waits_for` says why it has not started,
@@ -53,6 +53,7 @@ class Sequence:
         "peak_pages",
         "rank",
         "root",
+        "scores",
         "shared_root",
         "tables",
         "tokens",
@@ -68,6 +69,7 @@ class Sequence:
         namespace: str = "",
         own_root: bool = False,
         shared: tuple[PrefixKey, int] | None = None,
+        scores: bool = False,
     ) -> None:
         self.arrival = arrival
         self.rank = Rank(0, 0, arrival)
@@ -78,6 +80,7 @@ class Sequence:
         self.num_committed = 0
         self.num_preemptions = 0
         self.peak_pages = self.pages_at_most = 0
+        self.scores = scores
         self.waits_for = ""
         self.asked_below = self.num_prompt
         self.chains: dict[int, list[PrefixKey]] = {}

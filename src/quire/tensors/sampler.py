@@ -8,12 +8,13 @@ threads. Meanings and order of operations are those of `SamplingParams`; in part
 - the tokens that survive top-k, top-p and min-p are a first part of all in the order (logit descending, id ascending), never empty;
 - the token drawn has the highest logit / temperature + Gumbel noise, and the noise is a function of (seed, position, token) (E. Gumbel 1954; the
   generator is Threefry-2x32-20, Salmon et al. 2011). Noise has 32 bits, so events rarer than 2**-32 are not told apart;
-- logprobs are the log-softmax of the raw logits in float32.
+- logprobs are the log-softmax of the raw logits in float32, or of these over the temperature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, Literal, Protocol
 
 import torch
@@ -36,8 +37,6 @@ def _native(vocab_size: int, num_threads: int) -> _Backend:
 class _Backend(Protocol):
     def run(self, logits: Tensor, rows: Sequence[Row]) -> list[Sampled]: ...
 
-    def score(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Sampled]: ...
-
 
 class Sampler:
     """Draws tokens for a model with `vocab_size` logits. One call at a time: its scratch is shared between calls."""
@@ -49,7 +48,7 @@ class Sampler:
         self._backend: _Backend = ReferenceSampler() if backend == "reference" else _native(vocab_size, num_threads)
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
-        """Draw one token for each row.
+        """Draw one token for each row, or score the one it is given; a token's logprob has the same bits either way.
 
         Args:
             logits: [R, V] in float32, bfloat16 or float16, not changed; on CPU for the native backend.
@@ -67,17 +66,26 @@ class Sampler:
                 raise ValueError(f"a row for a vocabulary of {row.state.vocab_size}: must be {self.vocab_size}")
             if not 0 <= row.position < 2**31:
                 raise ValueError(f"position={row.position}: must be from 0 to 2**31 - 1")
-        return self._backend.run(logits, rows)
+            if row.given >= self.vocab_size:
+                raise ValueError(f"given={row.given}: must be below {self.vocab_size}, or -1")
+        drawn = self._backend.run(logits, rows)
+        self._score_scaled(logits, rows, drawn)
+        for i, row in enumerate(rows):
+            if row.state.params.return_logits and row.given < 0:
+                drawn[i] = drawn[i]._replace(logits=logits[i].to(torch.float32, copy=True))
+        return drawn
 
-    def score(self, logits: Tensor, token_ids: Sequence[int], num_top: int = 0) -> list[Sampled]:
-        """Logprobs of given tokens: row i of logits [R, V] scores token_ids[i], and tells its `num_top` most likely tokens.
-
-        The bits are those `sample` gives for the same row and token. Fails and raises as `sample` does.
-        """
-        self._check(logits, len(token_ids))
-        if num_top < 0 or any(not 0 <= token_id < self.vocab_size for token_id in token_ids):
-            raise ValueError(f"num_top={num_top} and all token ids must be at least 0, the ids below {self.vocab_size}")
-        return self._backend.score(logits, token_ids, num_top)
+    def _score_scaled(self, logits: Tensor, rows: Sequence[Row], drawn: list[Sampled]) -> None:
+        """Put the logprobs of logits over the temperature in their place, for the rows that want these."""
+        places = [i for i, row in enumerate(rows) if row.state.scales_logprobs and drawn[i].ok]
+        if not places:
+            return
+        raw = logits[places].float()
+        factors = torch.tensor([rows[i].state.inverse_temperature for i in places], dtype=torch.float32, device=raw.device)
+        scaled = (raw - raw.amax(dim=1, keepdim=True)) * factors[:, None]  # never above 0, however low the temperature
+        scores = self._backend.run(scaled, [replace(rows[i], given=drawn[i].token_id) for i in places])
+        for i, score in zip(places, scores, strict=True):
+            drawn[i] = score
 
     def _check(self, logits: Tensor, num_rows: int) -> None:
         if logits.shape != (num_rows, self.vocab_size) or logits.dtype not in _DTYPES:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from quire.outputs import TopLogprob
-from quire.params import SamplingParams
 from quire.tensors import native
 from quire.tensors.sampler_state import Failure, Row, Sampled, SequenceState
 
@@ -28,20 +27,14 @@ class NativeSampler:
         assert _OF_SEQUENCE.size + _OF_STEP.size == native.lib.sample_row_bytes, "sampler_native.py and sampling_args.h disagree"
         self._vocab_size, self._num_threads = vocab_size, num_threads
         self._scratch = torch.empty(num_threads * native.lib.sample_scratch_floats(vocab_size), dtype=torch.float32)
-        self._scoring = SequenceState(SamplingParams(), 0, vocab_size)
 
     def run(self, logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
         banned = [array("i", row.banned_ids) for row in rows]  # kept until the call returns
-        packed = [self._of_sequence(row.state, row.state.params.logprobs) + _of_step(row, ids) for row, ids in zip(rows, banned, strict=True)]
+        packed = [self._of_sequence(row.state) + _of_step(row, ids) for row, ids in zip(rows, banned, strict=True)]
         return self._call(logits, packed, [row.state.params.logprobs for row in rows])
 
-    def score(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Sampled]:
-        of_sequence = self._of_sequence(self._scoring, num_top)
-        packed = [of_sequence + _OF_STEP.pack(0, 0, 0, 0, 0, 0, token_id) for token_id in token_ids]
-        return self._call(logits, packed, [num_top] * len(packed))
-
-    def _of_sequence(self, state: SequenceState, num_top: int | None) -> bytes:
-        params, allowed = state.params, state.allowed_ids
+    def _of_sequence(self, state: SequenceState) -> bytes:
+        params, allowed, num_top = state.params, state.allowed_ids, state.params.logprobs
         return _OF_SEQUENCE.pack(
             state.seed,
             _address(state.bias_ids),
@@ -79,7 +72,7 @@ class NativeSampler:
 def _of_step(row: Row, banned: array[int]) -> bytes:
     state = row.state
     return _OF_STEP.pack(
-        _address(state.penalised_ids), _address(state.output_counts), _address(banned), len(state.penalised_ids), len(banned), row.position, -1
+        _address(state.penalised_ids), _address(state.output_counts), _address(banned), len(state.penalised_ids), len(banned), row.position, row.given
     )
 
 

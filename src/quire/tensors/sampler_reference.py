@@ -60,13 +60,6 @@ class ReferenceSampler:
     def run(self, logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
         return [_sample(logits[i].float(), row) for i, row in enumerate(rows)]
 
-    def score(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Sampled]:
-        results = []
-        for i, token_id in enumerate(token_ids):
-            raw = logits[i].float()
-            results.append(_failure(raw) or _with_logprobs(raw, token_id, num_top))
-        return results
-
 
 def _failure(logits: Tensor) -> Sampled | None:
     if not bool((logits < math.inf).all()):  # false for NaN
@@ -78,6 +71,8 @@ def _sample(raw: Tensor, row: Row) -> Sampled:
     failed = _failure(raw)
     if failed is not None:
         return failed
+    if row.given >= 0:
+        return _told(raw, row, row.given)
     logits = edited_logits(raw, row)
     if bool((logits == -math.inf).all()):
         return Sampled(-1, failure="nothing_left")
@@ -86,12 +81,14 @@ def _sample(raw: Tensor, row: Row) -> Sampled:
         relative = _relative(logits, row)[token_ids].double()
         score = relative + gumbel(noise_words(row.state.seed, row.position, token_ids))
         token_ids = token_ids[score == score.max()].amin()
-    token_id = int(token_ids)
+    return _told(raw, row, int(token_ids))
+
+
+def _told(raw: Tensor, row: Row, token_id: int) -> Sampled:
+    """A token with as much of the logprobs as its row asks for."""
     num_top = row.state.params.logprobs
-    return Sampled(token_id) if num_top is None else _with_logprobs(raw, token_id, num_top)
-
-
-def _with_logprobs(raw: Tensor, token_id: int, num_top: int) -> Sampled:
+    if num_top is None:
+        return Sampled(token_id)
     logprobs = torch.log_softmax(raw.double(), dim=-1)
     order = torch.sort(raw, descending=True, stable=True).indices[:num_top]
     top = [TopLogprob(int(i), _rounded(logprobs[i])) for i in order if raw[i] > -math.inf] if num_top > 0 else None

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
+
 from quire.errors import InvalidRequestError
 from quire.outputs import TopLogprob
 from quire.params import SamplingParams
@@ -20,14 +22,16 @@ Failure = Literal["not_finite", "nothing_left"]
 class Sampled(NamedTuple):
     """A token drawn from a row, or why there is none.
 
-    `logprob` is None unless asked for, `top` (most likely first; fewer than asked for where fewer tokens have any mass) likewise. On `failure`
-    the token is -1: "not_finite" when the row's logits hold NaN or +inf, "nothing_left" when masks and -inf logits leave no token to draw.
+    `logprob`, `top` (most likely first; fewer than asked for where fewer tokens have any mass) and `logits` (raw, float32 [V]) are None unless
+    asked for. On `failure` the token is -1: "not_finite" when the row's logits hold NaN or +inf, "nothing_left" when masks and -inf logits leave
+    no token to draw.
     """
 
     token_id: int
     logprob: float | None = None
     top: list[TopLogprob] | None = None
     failure: Failure | None = None
+    logits: torch.Tensor | None = None
 
     @property
     def ok(self) -> bool:
@@ -95,6 +99,12 @@ class SequenceState:
         return 1.0 / max(temperature, LOWEST_TEMPERATURE) if temperature > 0.0 else 0.0
 
     @property
+    def scales_logprobs(self) -> bool:
+        """Whether logprobs are wanted of other logits than the raw ones."""
+        params = self.params
+        return params.scaled_logprobs and params.logprobs is not None and params.temperature not in (0.0, 1.0)
+
+    @property
     def min_relative(self) -> float:
         """log(min_p), or -inf: a token survives min-p if (logit - max logit) / temperature is no lower."""
         return math.log(self.params.min_p) if self.params.min_p > 0.0 else -math.inf
@@ -105,12 +115,14 @@ class Row:
     """One row of logits to draw from: a sequence in this step.
 
     `position` is the absolute position of the token to be drawn (prompt length + tokens generated so far), in [0, 2**31). `banned_ids` must not
-    be drawn now: the tokens that would end the sequence, while it is shorter than `min_tokens`.
+    be drawn now: the tokens that would end the sequence, while it is shorter than `min_tokens`. A row with a `given` token draws nothing and tells
+    that token's logprob.
     """
 
     state: SequenceState
     position: int
     banned_ids: Sequence[int] = ()
+    given: int = -1
 
 
 def _check(field: str, token_id: int, vocab_size: int) -> None:

@@ -102,6 +102,14 @@ class CausalModel:
             logits = logits[logits_at]
         return logits[:num_rows].contiguous()
 
+    def weights_stamp(self) -> int:
+        """A number that changes when a live model's weights do: replaced, loaded, or changed in place by an optimizer. Writes through `.data` to a
+        tensor that stays where it is leave no trace. 0 for a model of our own, whose weights nobody changes."""
+        if not self.live:
+            return 0
+        model, _ = self._open()
+        return hash(tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters()))
+
     @property
     def transformers_model(self) -> PreTrainedModel:
         """The model itself, nothing of ours on it. Raises RuntimeError after close()."""
@@ -117,11 +125,16 @@ class CausalModel:
     @contextmanager
     def with_float_activations(self) -> Iterator[None]:
         """Inside, this model's forwards and its own run with fp32 activations, whatever its weights are (see precise.py)."""
+        with self.with_products(WidenedProducts(self._products)), WithFloatActivations():
+            yield
+
+    @contextmanager
+    def with_products(self, products: Products) -> Iterator[None]:
+        """Inside, this model's forwards take these products."""
         model, before = self._open()
-        self._surgery = Surgery(model, WidenedProducts(self._products), live=self.live)
+        self._surgery = Surgery(model, products, live=self.live)
         try:
-            with WithFloatActivations():
-                yield
+            yield
         finally:
             self._surgery = before
 

@@ -1,0 +1,114 @@
+"""How much memory a step's tensors take at once, found by watching two forwards of different lengths in which nothing is multiplied."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from quire.tensors.attention.base import Mask
+from quire.tensors.models.model import CausalModel, ordinary_tokens
+
+NUM_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Bytes that the tensors of a forward take at their most: `fixed`, and `per_token` of its packed tokens, keys and values staged included, and
+    `per_row` of logits."""
+
+    fixed: int
+    per_token: int
+    per_row: int
+
+    def bytes(self, num_tokens: int, num_rows: int) -> int:
+        """For a step of so many tokens that gives so many rows of logits."""
+        return self.fixed + self.per_token * num_tokens + self.per_row * num_rows
+
+    def most_tokens(self, num_bytes: int, num_tokens: int, num_rows: int) -> int:
+        """The most tokens, up to `num_tokens`, that a step may have within `num_bytes`, when each of the first `num_rows` gives logits; may be 0."""
+        low, high = 0, num_tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.bytes(middle, min(middle, num_rows)) <= num_bytes else (low, middle - 1)
+        return low
+
+
+class LiveBytes(TorchDispatchMode):
+    """While on, counts the bytes of storages that operators make. `peak` is the most that were alive at once.
+
+    What an operator takes and gives back within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._tensors: dict[int, int] = {}  # storage address -> tensors on it that are alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self._note(x, given)
+        return out
+
+    def _note(self, x: torch.Tensor, given: set[int]) -> None:
+        storage = x.untyped_storage()
+        address, num_bytes = storage.data_ptr(), storage.nbytes()
+        if address not in self._tensors:
+            if address in given or not num_bytes:  # a view of what was there before
+                return
+            self._tensors[address] = 0
+            self.now += num_bytes
+            self.peak = max(self.peak, self.now)
+        self._tensors[address] += 1
+        weakref.finalize(x, self._gone, address, num_bytes).atexit = False
+
+    def _gone(self, address: int, num_bytes: int) -> None:
+        self._tensors[address] -= 1
+        if not self._tensors[address]:
+            del self._tensors[address]
+            self.now -= num_bytes
+
+
+def measure(model: CausalModel) -> Workspace:
+    """The workspace of a model's forwards."""
+    with model.with_products(_NoProducts()):
+        short, long = _peak(model, NUM_TOKENS), _peak(model, 2 * NUM_TOKENS)
+    per_token = -(-(long - short) // NUM_TOKENS)
+    return Workspace(max(0, short - per_token * NUM_TOKENS), per_token, model.vocab_size * model.dtype.itemsize)
+
+
+def _peak(model: CausalModel, num_tokens: int) -> int:
+    token = ordinary_tokens(model.transformers_model.config, 64)[0]
+    positions = torch.arange(num_tokens) % model.context_len
+    live = LiveBytes()
+    with live:
+        model.forward(_Staging(), torch.full((num_tokens,), token), positions, torch.empty(0, dtype=torch.int64))
+    return live.peak
+
+
+class _Staging:
+    """An `AttentionStep` that keeps keys and values as a real one does, and computes nothing."""
+
+    def __init__(self) -> None:
+        self._staged: list[torch.Tensor] = []
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+        self._staged += [k.clone(), v.clone()]
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+
+
+class _NoProducts:
+    """`Products` of the right shapes, all zero."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], weight.shape[1])

@@ -1,0 +1,70 @@
+"""A step's tensors stay within their bound, whatever it is, and the bound changes no bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quire import LLM, ConfigError, SamplingParams
+from quire.tensors.models.model import CausalModel
+from quire.tensors.models.workspace import LiveBytes, Workspace
+from tests.engine.conftest import Checkpoint
+
+PROMPTS = [[3 + (i * i * 7 + n) % 150 for i in range(n)] for n in (600, 40)]
+PARAMS = SamplingParams(max_tokens=4, temperature=0.0, logprobs=1, ignore_eos=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_steps_stay_within_what_was_foreseen(checkpoint: Checkpoint, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, peaks = CausalModel.forward, [0]
+
+    def watched(self: CausalModel, step: Any, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        live = LiveBytes()
+        with live:
+            logits = forward(self, step, ids, *args)
+        peaks.append(live.peak)
+        return logits
+
+    folder = checkpoint(family, dtype, max_position_embeddings=1024) if family != "gpt2" else checkpoint(family, dtype, n_positions=1024)
+    with LLM(folder, max_tokens_per_step=300, backend="native") as llm:
+        monkeypatch.setattr(CausalModel, "forward", watched)
+        whole = llm.generate(PROMPTS, PARAMS)
+        bound = llm.info.workspace_bytes
+        assert 0.4 * bound < max(peaks) <= bound, (max(peaks), bound)
+    with LLM(folder, workspace_bytes=bound // 3, backend="native") as llm:
+        peaks.clear()  # the probe's
+        assert [one.outputs for one in llm.generate(PROMPTS, PARAMS)] == [one.outputs for one in whole]
+        assert llm.info.max_tokens_per_step < 300 and max(peaks) <= llm.info.workspace_bytes <= bound // 3
+
+
+def test_a_bound_that_nothing_fits_in_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=r"workspace_bytes=1000: must be at least \d+, what 16 tokens take"):
+        LLM(checkpoint(), workspace_bytes=1000)
+    with pytest.raises(ConfigError, match="workspace_bytes=0"):
+        LLM(checkpoint(), workspace_bytes=0)
+
+
+def test_the_most_tokens_are_the_most() -> None:
+    workspace = Workspace(fixed=100, per_token=7, per_row=50)
+    for num_bytes in range(0, 3000, 13):
+        most = workspace.most_tokens(num_bytes, 64, 10)
+        fits = [n for n in range(1, 65) if workspace.bytes(n, min(n, 10)) <= num_bytes]
+        assert most == max(fits, default=0)
+
+
+def test_live_bytes_are_counted_once_and_go() -> None:
+    base = torch.zeros(1000)
+    live = LiveBytes()
+    with live:
+        view = base[10:]
+        assert live.now == 0, "what was there before is nobody's"
+        one = view + 1
+        again = one.view(-1, 2)
+        assert live.now == 3960
+        del one
+        assert live.now == 3960
+        del again
+        assert live.now == 0 and live.peak == 3960
