@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 
-from bench import attention, cache, codecs, machine, workloads
+from bench import attention, cache, codecs, faces, machine, workloads
 
 
 def main() -> None:
@@ -19,8 +19,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48, help="ragged requests")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the long prompt")
     parser.add_argument("--no-peers", action="store_true", help="Quire alone")
-    parser.add_argument("--only", choices=["machine", "attention", "codecs", "cache", "workloads"], help="one part (the machine is always measured)")
+    parts = ["machine", "attention", "codecs", "cache", "faces", "workloads"]
+    parser.add_argument("--only", choices=parts, help="one part (the machine is always measured)")
     parser.add_argument("--workload", default="", help="only workloads whose name holds this")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16, 32], help="padded batches")
+    parser.add_argument("--new", type=int, default=256, help="new tokens of each row of a padded batch")
     parser.add_argument("--text", nargs="+", default=[], help="books the demo checkpoint was made of; codecs are judged on their held-out ends")
     args = parser.parse_args()
     results: machine.Bench = {"date": time.strftime("%Y-%m-%d"), "args": vars(args), "machine": machine.run()}
@@ -30,6 +33,8 @@ def main() -> None:
         results["codecs"] = codecs.run(args.text)
     if args.only in (None, "cache"):
         results["cache"] = cache.run(args.layers)
+    if args.only in (None, "faces"):
+        results["faces"] = faces.run(args.layers, args.batches, args.new, 2 * args.long, not args.no_peers)
     if args.only in (None, "workloads"):
         results["workloads"] = workloads.run(args.layers, args.scale, args.requests, args.long, not args.no_peers, args.workload)
     print(json.dumps(results))

@@ -55,14 +55,14 @@ def ragged(rng: random.Random, count: int, scale: float) -> Jobs:
     return [(prompt(rng, length(16, 512)), length(16, 256)) for _ in range(count)]
 
 
-def measured(function: Callable[[], float | None]) -> Result:
+def measured(function: Callable[[], object]) -> Result:
     """Time and peak memory of a call that returns its time to first token, if it knows."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
     before, start = _status_mb("VmRSS"), time.perf_counter()
     first = function()
     taken = time.perf_counter() - start
-    return Result(taken, first, _status_mb("VmHWM") - before)
+    return Result(taken, first if isinstance(first, float) else None, _status_mb("VmHWM") - before)
 
 
 def with_quire(model: PreTrainedModel, jobs: Jobs, **options: object) -> tuple[Result, Bench]:
@@ -143,12 +143,12 @@ def run(layers: int, scale: float, count: int, long_prompt: int, peers: bool, on
         tokens_in, tokens_out = sum(len(p) for p, _ in jobs), sum(n for _, n in jobs)
         print(f" {name}: {tokens_in} tokens in, {tokens_out} out")
         quire, counters = with_quire(model, jobs, cache_bytes=2 * 2**30, max_sequences=32)
-        entry: Bench = {"tokens_in": tokens_in, "tokens_out": tokens_out, "quire": _line("quire", quire, tokens_out, None), "counters": counters}
+        entry: Bench = {"tokens_in": tokens_in, "tokens_out": tokens_out, "quire": line("quire", quire, tokens_out, None), "counters": counters}
         print(f"    {counters}")
         if peers:
-            entry["generate"] = _line("generate", with_generate(model, jobs), tokens_out, quire)
+            entry["generate"] = line("generate", with_generate(model, jobs), tokens_out, quire)
             try:
-                entry["generate_batch"] = _line("generate_batch", with_generate_batch(model, jobs), tokens_out, quire)
+                entry["generate_batch"] = line("generate_batch", with_generate_batch(model, jobs), tokens_out, quire)
             except Exception as error:
                 print(f"    generate_batch    failed: {type(error).__name__}: {error}")
                 entry["generate_batch"] = {"failed": str(error)}
@@ -156,7 +156,7 @@ def run(layers: int, scale: float, count: int, long_prompt: int, peers: bool, on
     return {"layers": layers, **results}
 
 
-def _line(name: str, result: Result, tokens_out: int, quire: Result | None) -> Bench:
+def line(name: str, result: Result, tokens_out: int, quire: Result | None) -> Bench:
     ratio = result.seconds / quire.seconds if quire else None
     first = f", first token {result.first_token_s:.2f} s" if result.first_token_s is not None else ""
     print(

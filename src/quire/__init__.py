@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from quire.config import EngineConfig
@@ -15,6 +16,7 @@ from quire.errors import (
     ModelError,
     ModelNotFoundError,
     NonFiniteLogitsError,
+    OutOfPagesError,
     ProbeMismatchError,
     QueueFullError,
     QuireError,
@@ -28,6 +30,12 @@ from quire.params import SamplingParams
 if TYPE_CHECKING:
     from quire.engine.llm import LLM
     from quire.engine.stream import RequestStream
+    from quire.faces.hf import Generator
+    from quire.faces.padding import causal_mask, left_pad, position_ids
+    from quire.faces.pages import PagedCache
+    from quire.faces.slots import Prefix, Slots
+    from quire.faces.tensors import generate, score
+    from quire.faces.trl import QuireRollouts
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,34 +46,50 @@ __all__ = [
     "ContextLengthError",
     "EngineConfig",
     "EngineDeadError",
+    "Generator",
     "IntegrityError",
     "InvalidRequestError",
     "ModelError",
     "ModelNotFoundError",
     "NonFiniteLogitsError",
+    "OutOfPagesError",
+    "PagedCache",
+    "Prefix",
     "ProbeMismatchError",
     "QueueFullError",
     "QuireError",
+    "QuireRollouts",
     "Receipt",
     "RequestFailedError",
     "RequestOutput",
     "RequestStream",
     "SamplingParams",
+    "Slots",
     "StepError",
     "TokenEvent",
     "TopLogprob",
     "UnsupportedModelError",
+    "causal_mask",
+    "generate",
+    "left_pad",
+    "position_ids",
+    "score",
 ]
+
+# torch and transformers take seconds to import: only those who ask for a model wait for them, not `quire --help` or the policy's tests.
+_LATER = {
+    "LLM": "quire.engine.llm",
+    "RequestStream": "quire.engine.stream",
+    "Generator": "quire.faces.hf",
+    **dict.fromkeys(("causal_mask", "left_pad", "position_ids"), "quire.faces.padding"),
+    "PagedCache": "quire.faces.pages",
+    **dict.fromkeys(("Prefix", "Slots"), "quire.faces.slots"),
+    **dict.fromkeys(("generate", "score"), "quire.faces.tensors"),
+    "QuireRollouts": "quire.faces.trl",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import: only those who ask for a model wait for them, not `quire --help` or the policy's tests.
-    if name == "LLM":
-        from quire.engine.llm import LLM
-
-        return LLM
-    if name == "RequestStream":
-        from quire.engine.stream import RequestStream
-
-        return RequestStream
-    raise AttributeError(f"module 'quire' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'quire' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

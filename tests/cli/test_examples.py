@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent.parent / "examples").glob("*.py"))
-SAYS = {"offline.py": "'num_steps'", "stream.py": "cancelled: cancelled", "live_model.py": "step 2: "}
+SAYS = {
+    "offline.py": "'num_steps'",
+    "stream.py": "cancelled: cancelled",
+    "live_model.py": "step 2: ",
+    "grpo.py": "step 2: ",
+    "slots.py": "slot 1: ",
+    "pages.py": "step 7: ",
+    "bounded_prefill.py": "{'workspace_bytes': 1048576}: ",
+    "hf_generate.py": "nats: ",
+    "trl_rollouts.py": "rollout",
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -180,6 +180,8 @@ def test_a_model_without_tokenizer_takes_ids_only() -> None:
         assert llm.generate([[5, 6]], GREEDY)[0].outputs[0].text == ""
         with pytest.raises(InvalidRequestError, match="without a tokenizer"):
             llm.generate("text", GREEDY)
+        with pytest.raises(InvalidRequestError, match="stop=.*without a tokenizer"):
+            llm.generate([[5, 6]], SamplingParams(stop="x"))
 
 
 def test_a_live_model_is_served_as_it_is_and_left_as_it_was() -> None:

@@ -62,6 +62,11 @@ class LLM:
         return self._built.info
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model that is served, nothing of ours on it between two steps."""
+        return self._built.model.transformers_model
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer as Hugging Face made it, or None."""
         return self._built.tokenizer.hf if self._built.tokenizer else None
@@ -257,6 +262,8 @@ class LLM:
     ) -> Request:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("params", params, "a SamplingParams")
+        if params.stop_strings and self._built.tokenizer is None:
+            raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
         self._forget_old_weights()
         whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None

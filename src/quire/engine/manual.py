@@ -1,0 +1,166 @@
+"""Steps that the caller decides: no queue and no budget, only the cache, the forward and the sampler, each call a transaction.
+
+All runs on one thread of its own: callers may come from any, and the forward must find torch on one thread of its own (promise 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from quire.config import EngineConfig
+from quire.engine.build import build_engine
+from quire.errors import InvalidRequestError, NonFiniteLogitsError, OutOfPagesError, RequestFailedError, StepError
+from quire.params import SamplingParams
+from quire.policy import sequence as policy
+from quire.policy.plan import StepPlan, Work
+from quire.tensors.device import one_torch_thread_here
+from quire.tensors.sampler import Row, Sampled, SequenceState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A sequence that holds pages, and what its draws depend on."""
+
+    sequence: policy.Sequence
+    state: SequenceState
+
+    @property
+    def next_row(self) -> Row:
+        """What the sampler must know to draw its next token."""
+        return Row(self.state, len(self.sequence.tokens))
+
+    def take(self, token: Sampled) -> int:
+        """Append a drawn token, and return it."""
+        self.sequence.tokens.append(token.token_id)
+        self.state.append(token.token_id)
+        return token.token_id
+
+
+class ManualEngine:
+    """One model and its cache, moved by hand. Methods may be called from any thread; one runs at a time."""
+
+    def __init__(self, source: str | PreTrainedModel, config: EngineConfig) -> None:
+        self.built = build_engine(source, config)
+        self._cache, self._runner = self.built.engine.scheduler.cache, self.built.engine.runner
+        self._max_tokens = self.built.info.max_tokens_per_step
+        self._arrivals = itertools.count()
+        self._stamp = self.built.model.weights_stamp()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-manual", initializer=one_torch_thread_here)
+        self._open = True
+
+    def prefill(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[Held, Sampled]:
+        """A prompt, computed in chunks, and the token drawn after it, with its logits. Raises OutOfPagesError, StepError; then nothing is held."""
+        return self._run(lambda: self._prefill(prompt, params))
+
+    def fork(self, held: Held, logits: object, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
+        """Sisters that share a computed prompt, one for each seed, each with the token drawn for it. Raises OutOfPagesError; then none is held."""
+        return self._run(lambda: self._fork(held, logits, seeds))
+
+    def step(self, many: Sequence[Held]) -> list[Sampled]:
+        """Compute the last token of each sequence and draw its next, not yet appended. Raises OutOfPagesError, StepError, NonFiniteLogitsError;
+        then nothing has happened."""
+        return self._run(lambda: self._step_on(many))
+
+    def release(self, held: Held) -> None:
+        """Let a sequence's pages go; the complete ones stay cached."""
+        self._run(lambda: self._cache.release(held.sequence))
+
+    def release_later(self, held: Held) -> None:
+        """`release`, from where nothing may be waited for or raised."""
+        if self._open:
+            self._thread.submit(self._cache.release, held.sequence)
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if an invariant of the cache does not hold."""
+        self._run(self._cache.check_integrity)
+
+    def close(self) -> None:
+        """End the thread and leave a live model as it was."""
+        self._open = False
+        self._thread.shutdown()
+        self.built.model.close()
+
+    # -- on the thread --------------------------------------------------------------------------------------------------------------------
+
+    def _run(self, function: Callable[[], T]) -> T:
+        return self._thread.submit(function).result()
+
+    def _prefill(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[Held, Sampled]:
+        self._forget_old_weights()
+        seq = self.built.engine.keeper.sequence(prompt, "", arrival=next(self._arrivals))
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        held = Held(seq, SequenceState(replace(params, seed=seed), seed, self.built.model.vocab_size, prompt))
+        wants_logits = SequenceState(replace(params, return_logits=True), seed, self.built.model.vocab_size, prompt)
+        try:
+            self._cache.match(seq)
+            self._copy()
+            while True:
+                num_tokens = min(seq.num_remaining, self._max_tokens)
+                if not self._cache.grow(seq, num_tokens):
+                    raise OutOfPagesError(self._cache.pages_wanted(seq, seq.num_known), self._cache.pool.num_available)
+                drawn = self._step([Work(seq, num_tokens)], [Row(wants_logits, len(prompt))])
+                if drawn:
+                    return held, drawn[0]
+        except BaseException:
+            self._cache.release(seq)
+            raise
+
+    def _fork(self, held: Held, logits: object, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
+        sisters: list[Held] = []
+        try:
+            for seed in seeds:
+                seq = held.sequence.fork(next(self._arrivals))
+                state = SequenceState(held.state.params, seed, held.state.vocab_size, seq.tokens)
+                if not self._cache.fork(held.sequence, seq):
+                    raise OutOfPagesError(len(self._cache.groups), self._cache.pool.num_available)
+                sisters.append(Held(seq, state))
+            drawn = self._runner.sampler.sample(logits.expand(len(seeds), -1), [sister.next_row for sister in sisters])  # type: ignore[attr-defined]
+        except BaseException:
+            for sister in sisters:
+                self._cache.release(sister.sequence, keep=False)
+            raise
+        self._copy()
+        return list(zip(sisters, drawn, strict=True))
+
+    def _step_on(self, many: Sequence[Held]) -> list[Sampled]:
+        wanted = sum(self._cache.pages_wanted(held.sequence, held.sequence.num_known) for held in many)
+        if not all(self._cache.grow(held.sequence, 1) for held in many):
+            raise OutOfPagesError(wanted, self._cache.pool.num_available)
+        return self._step([Work(held.sequence, 1) for held in many], [held.next_row for held in many])
+
+    def _step(self, works: list[Work], rows: list[Row]) -> list[Sampled]:
+        try:
+            drawn = self._runner.run(StepPlan(tuple(works), ()), [[row] for row, work in zip(rows, works, strict=True) if work.draws])
+        except Exception as error:
+            raise StepError(f"the model's forward failed: {type(error).__name__}: {error}") from error
+        flat = [token for together in drawn for token in together]
+        if any(token.failure == "not_finite" for token in flat):
+            raise NonFiniteLogitsError("the model's logits hold NaN or infinity")
+        if not all(token.ok for token in flat):
+            raise RequestFailedError("allowed_token_ids and logit_bias together leave no token to draw")
+        for work in works:
+            self._cache.commit(*work)
+        return flat
+
+    def _copy(self) -> None:
+        copies = self._cache.copies.take()
+        self._runner.store.copy_pages(copies)
+        self._cache.copies.done(copies)
+
+    def _forget_old_weights(self) -> None:
+        stamp = self.built.model.weights_stamp()
+        if stamp == self._stamp:
+            return
+        if self._cache.pool.num_held:
+            raise InvalidRequestError("model", "other weights", "what it was while sequences are held")
+        self._cache.reset()
+        self._stamp = stamp

@@ -1,0 +1,1 @@
+"""Thin public faces on the one engine: tensors, slots, pages, and the shapes that other libraries call."""

@@ -1,0 +1,159 @@
+"""The slot face: prefill, insert, generate, free, for whoever brings a scheduler of their own (the verbs are JetStream's).
+
+    prefill(ids) ──> Prefix ──insert──> slot 0  [ p0 | p1 | c2 ]     p: the prefix's own pages, shared by every slot it is put in
+                       │                                             c: its last, incomplete page, a copy that the slot goes on filling
+                       └───────insert──> slot 3  [ p0 | p1 | d2 ]
+
+Every token comes out once: a slot's first one from `prefill` or `insert`, each later one from `generate`, which moves all slots one token on.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from quire.config import EngineConfig
+from quire.engine.build import EngineInfo
+from quire.engine.manual import Held, ManualEngine
+from quire.errors import InvalidRequestError
+from quire.params import SamplingParams
+from quire.request import check_fits, check_prompt
+from quire.tensors.sampler import Sampled
+
+MAX_SLOTS = 2**15
+GREEDY = SamplingParams(temperature=0.0)
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids")
+SAMPLING_FIELDS = frozenset(("temperature", "top_k", "top_p", "min_p", "seed", *PENALTIES))
+
+
+class Prefix:
+    """A computed prompt. Its pages are held for as long as the object lives.
+
+    Attributes: `token_ids`, and `next_token`, drawn with the params' seed.
+    """
+
+    def __init__(self, held: Held, drawn: Sampled) -> None:
+        self.token_ids = tuple(held.sequence.tokens)
+        self.next_token = drawn.token_id
+        self._held, self._logits = held, drawn.logits
+
+
+class Slots:
+    """A model with a fixed number of places for sequences, moved on one token at a time by the caller.
+
+    Args:
+        model: a hub id, a local folder or a live `PreTrainedModel`, whose weights may change only while nothing is held.
+        num_slots: how many sequences there may be, >= 1.
+        **options: fields of `EngineConfig`; not those that belong to its queue or its disk.
+
+    Raises:
+        ConfigError, ModelError: as `LLM`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, num_slots: int, **options: Any) -> None:
+        for name in ("max_sequences", "max_waiting", "cache_dir", "cache_dir_bytes", "cache_layout", "reserve_bytes"):
+            if name in options:
+                raise InvalidRequestError(name, options[name], "left out: the caller of slots decides what runs, and what is held")
+        if isinstance(num_slots, bool) or not isinstance(num_slots, int) or not 1 <= num_slots <= MAX_SLOTS:
+            raise InvalidRequestError("num_slots", num_slots, f"an integer from 1 to {MAX_SLOTS}")
+        config = EngineConfig(max_sequences=2 * num_slots, **options)  # room for as many prefixes
+        self._engine = ManualEngine(model if isinstance(model, PreTrainedModel) else os.fspath(model), config)
+        self._num_slots = num_slots
+        self._slots: dict[int, Held] = {}
+        self._close = weakref.finalize(self, self._engine.close)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the options resolved to."""
+        return self._engine.built.info
+
+    @property
+    def active(self) -> list[int]:
+        """The slots that hold a sequence, lowest first."""
+        return sorted(self._slots)
+
+    def prefill(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> Prefix:
+        """Compute a prompt, in chunks of `max_tokens_per_step`; slots stay where they are. What is cached of it is not computed again.
+
+        params: how this prefix and its slots draw; `None` is greedy. Fields that end a sequence, or ask for more than tokens, are refused.
+
+        Raises:
+            InvalidRequestError: a prompt or params that cannot be. OutOfPagesError: slots and prefixes leave too few pages. StepError: the
+            model's forward failed. Nothing has changed then.
+        """
+        params = GREEDY if params is None else params
+        _refuse_other_fields(params)
+        prompt = tuple(int(token) for token in token_ids)
+        check_prompt(prompt, SamplingParams(max_tokens=1), self._engine.built.limits)
+        cache = self._engine.built.engine.scheduler.cache
+        check_fits(len(prompt), cache.pages_to_finish(len(prompt)), cache.pool.num_usable)
+        held, drawn = self._engine.prefill(prompt, params)
+        prefix = Prefix(held, drawn)
+        weakref.finalize(prefix, self._engine.release_later, held).atexit = False
+        return prefix
+
+    def insert(self, prefix: Prefix, slot: int, *, seed: int | None = None) -> int:
+        """Put a prefix into a free slot and return the slot's first token: `prefix.next_token`, or with a seed one drawn anew.
+
+        From here on the slot draws with that seed, or the prefix's.
+
+        Raises:
+            InvalidRequestError: there is no such slot, or it is taken. OutOfPagesError: there is no page for its copy of the last one.
+        """
+        return self.bulk_insert(prefix, [slot], seeds=None if seed is None else [seed])[slot]
+
+    def bulk_insert(self, prefix: Prefix, slots: Sequence[int], *, seeds: Sequence[int] | None = None) -> dict[int, int]:
+        """`insert` one prefix into several slots, all or none; returns each slot's first token. Raises as `insert`."""
+        if len(set(slots)) != len(slots) or any(not 0 <= slot < self._num_slots or slot in self._slots for slot in slots):
+            raise InvalidRequestError("slots", list(slots), f"different free ones from 0 to {self._num_slots - 1}; {self.active} are taken")
+        if seeds is not None and len(seeds) != len(slots):
+            raise InvalidRequestError("seeds", list(seeds), f"one for each of the {len(slots)} slots")
+        sisters = self._engine.fork(prefix._held, prefix._logits, seeds or [prefix._held.state.seed] * len(slots))
+        self._slots.update({slot: held for slot, (held, _) in zip(slots, sisters, strict=True)})
+        return {slot: held.take(token) for slot, (held, token) in zip(slots, sisters, strict=True)}
+
+    def generate(self) -> dict[int, int]:
+        """Move every slot one token on: {slot: its next token}. One forward, and one copy of what was drawn to the host, serve all.
+
+        Raises:
+            OutOfPagesError: free a slot first. InvalidRequestError: a slot is at the context's end. StepError, NonFiniteLogitsError: the forward
+            failed. Nothing has happened then, and the same call may be made again.
+        """
+        slots, context_len = self.active, self._engine.built.limits.context_len
+        for slot in slots:
+            if len(self._slots[slot].sequence.tokens) >= context_len:
+                raise InvalidRequestError("slot", slot, f"freed: it is at the end of the model's context of {context_len} tokens")
+        drawn = self._engine.step([self._slots[slot] for slot in slots]) if slots else []
+        return {slot: self._slots[slot].take(token) for slot, token in zip(slots, drawn, strict=True)}
+
+    def free(self, slot: int) -> None:
+        """Let a slot's sequence go; its complete pages stay cached until something else needs room. Raises InvalidRequestError if it is free."""
+        if slot not in self._slots:
+            raise InvalidRequestError("slot", slot, f"one that is taken: {self.active}")
+        self._engine.release(self._slots.pop(slot))
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if an invariant of the cache does not hold."""
+        self._engine.check_integrity()
+
+    def close(self) -> None:
+        """Let everything go and leave a live model as it was. A second call does nothing."""
+        self._close()
+
+    def __enter__(self) -> Slots:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _refuse_other_fields(params: SamplingParams) -> None:
+    for field in fields(SamplingParams):
+        value = getattr(params, field.name)
+        if field.name not in SAMPLING_FIELDS and value != (() if field.name in ("stop", "stop_token_ids") else field.default):
+            raise InvalidRequestError(field.name, value, "left out: slots draw tokens, and their caller decides when to stop")
