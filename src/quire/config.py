@@ -35,6 +35,8 @@ class EngineConfig:
         max_model_len: the context, at most the checkpoint's own; `None` takes that.
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
         num_threads: CPU threads of a step; `None` takes torch's number.
+        compile: compile decoder layers with torch's Inductor, which needs a C++ compiler and a minute at the first start with a model. Its output
+            keeps every promise, but its bits are not those without it.
         trust_remote_code: run Python code that comes with a checkpoint. Off by default.
         revision: of a hub id.
 
@@ -58,6 +60,7 @@ class EngineConfig:
     max_model_len: int | None = None
     backend: str = "auto"
     num_threads: int | None = None
+    compile: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
 
@@ -78,7 +81,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), high)
         _integer("reserve_bytes", self.reserve_bytes, 2**50, low=0)
-        for name in ("prefix_sharing", "trust_remote_code"):
+        for name in ("prefix_sharing", "compile", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False")
         if self.cache_dir is not None and not isinstance(self.cache_dir, str | PathLike):

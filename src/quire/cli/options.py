@@ -62,6 +62,7 @@ ENGINE = {
     "max_model_len": "The context.",
     "backend": f"Attention and products: {', '.join(BACKENDS)} (native where it loads).",
     "num_threads": "CPU threads of a step.",
+    "compile": "Compile decoder layers; slow at the first start, needs a C++ compiler.",
     "trust_remote_code": "Run Python code that comes with the checkpoint.",
     "revision": "Of a hub id.",
 }

@@ -119,6 +119,8 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     """
     num_threads = config.num_threads or torch.get_num_threads()
     kernels = choose_kernels(config.backend, num_threads)
+    if config.compile:
+        kernels = replace(kernels, name=f"{kernels.name}, compiled layers")
     model = open_model(source, config, kernels)
     try:
         return _lay_out(source, model, config, kernels, num_threads)
@@ -131,7 +133,9 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
     """A model that has been probed. Raises as `build_engine`."""
     model = load_model(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code, revision=config.revision, products=kernels.products)
     try:
-        _context_len(config, model)  # refused before the probe takes its time
+        _context_len(config, model)  # refused before compiling and probing take their time
+        if config.compile:
+            model.compile()
         probe(model)
     except BaseException:
         model.close()

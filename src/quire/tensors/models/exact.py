@@ -27,6 +27,8 @@ Handler = Callable[[Products, Callable[..., Any], tuple[Any, ...], dict[str, Any
 
 def in_whole_vectors(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """function(x) for an elementwise `function` of a float tensor of any shape; no element is computed by a vector loop's remainder."""
+    if isinstance(x.numel(), torch.SymInt):  # traced for the compiler, whose loops are its own; the tokens it runs on are padded (compiled.py)
+        return function(x)
     # Rows of whole vectors with unit stride need nothing; neither does a contiguous tensor that is whole in total.
     if (x.is_contiguous() and x.numel() % VECTOR == 0) or (x.dim() and x.shape[-1] % VECTOR == 0 and x.stride(-1) == 1):
         return function(x)
@@ -40,14 +42,14 @@ class ExactMode(TorchFunctionMode):
 
     def __init__(self, products: Products) -> None:
         super().__init__()
-        self._products = products
+        self.products = products
         self._paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = None if self._paused else HANDLERS.get(func)
         if handler is None:
             return func(*args, **(kwargs or {}))
-        return handler(self._products, func, args, kwargs or {})
+        return handler(self.products, func, args, kwargs or {})
 
     @contextmanager
     def paused(self) -> Iterator[None]:

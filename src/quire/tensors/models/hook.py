@@ -55,7 +55,8 @@ class QueryScale:
 class Running:
     """One forward in progress: its step, its positions [T], the mode that is paused while the step computes, layers with a query scale.
 
-    `chunks` [layer_idx] outlives the forward: layers that were met and found servable, with their chunk (0 none).
+    `chunks` [layer_idx] outlives the forward: layers that were met and found servable, with their chunk (0 none). `padded`: positions of all rows
+    that the model is given, where those are more. `layer_idx`: the layer that runs, where it is a compiled one.
     """
 
     step: AttentionStep
@@ -63,6 +64,8 @@ class Running:
     mode: ExactMode
     query_scales: dict[int, QueryScale]
     chunks: dict[int, int]
+    padded: torch.Tensor
+    layer_idx: int = -1
     scale_cache: dict[QueryScale, torch.Tensor] = field(default_factory=dict)
 
 
@@ -79,6 +82,12 @@ def running(forward: Running) -> Iterator[None]:
         yield
     finally:
         _thread.forward = before
+
+
+def current() -> Running:
+    """The forward in progress on this thread."""
+    forward: Running = _thread.forward
+    return forward
 
 
 def attention(

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products
+from quire.tensors.models.compiled import GRANULE, compile_layers
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.geometry import DryRun, check_layers
 from quire.tensors.models.hook import AttentionStep, Running, running
@@ -37,6 +38,7 @@ class CausalModel:
         identity: changes whenever the logits may: weights, config, dtype, versions. A live model's is new each time it is wrapped.
         weight_bytes: of parameters and buffers, shared ones once. live: whether the caller owns the model.
         everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py).
+        compiled: whether its layers are compiled code (see compiled.py), which gives other bits than plain ones do.
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be served.
     """
@@ -51,7 +53,7 @@ class CausalModel:
         self.eos_token_ids = _eos_token_ids(model)
         self.context_len = _context_len(config)
         self.weight_bytes = _weight_bytes(model)
-        self.everywhere = False
+        self.everywhere = self.compiled = False
         self._model: PreTrainedModel | None = model
         self._products = products
         self._surgery: Surgery | None = Surgery(model, products, live=live)
@@ -84,7 +86,10 @@ class CausalModel:
         num_rows = logits_at.shape[0]
         if num_rows % self._logits_multiple:
             logits_at = torch.cat([logits_at, logits_at[-1:].expand(-num_rows % self._logits_multiple)])
-        inputs = {"input_ids": input_ids.unsqueeze(0), "position_ids": positions.unsqueeze(0), "use_cache": False}
+        padded = positions
+        if self.compiled and (padding := -positions.shape[0] % GRANULE):
+            input_ids, padded = (torch.cat([x, x[-1:].expand(padding)]) for x in (input_ids, positions))
+        inputs = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
         if self._takes_logits_at:
             inputs["logits_to_keep"] = logits_at
         model, surgery = self._open()
@@ -93,7 +98,7 @@ class CausalModel:
             torch.inference_mode(not self.live),
             torch.no_grad(),
             _without_autocast(),
-            running(Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks)),
+            running(Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks, padded)),
             surgery.installed(),
             surgery.mode if self.everywhere else nullcontext(),
         ):
@@ -109,6 +114,21 @@ class CausalModel:
             return 0
         model, _ = self._open()
         return hash(tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters()))
+
+    def compile(self) -> None:
+        """Compile the decoder layers; every forward from now on runs the compiled ones. Takes a minute the first time, seconds from torch's cache.
+
+        Raises ConfigError without a C++ compiler, UnsupportedModelError for a model that cannot be compiled; then nothing has changed. Call it
+        before anything is computed: the logits' bits, and `identity` with them, are others afterwards.
+        """
+        model, surgery = self._open()
+        token = ordinary_tokens(model.config, 64)[0]
+
+        def run(step: AttentionStep, num_tokens: int) -> None:
+            self.forward(step, torch.full((num_tokens,), token), torch.arange(num_tokens), torch.zeros(1, dtype=torch.long))
+
+        code = compile_layers(model, surgery, run, live=self.live, geometry=self.layers)
+        self.compiled, self.identity = True, f"{self.identity} {code}"
 
     @property
     def transformers_model(self) -> PreTrainedModel:

@@ -59,6 +59,12 @@ class Surgery:
             # The other experts implementations choose between kernels by the batch; the eager one calls plain products, expert by expert.
             self._settings.append((config.__dict__, "_experts_implementation_internal", "eager"))
 
+    def replace(self, module: nn.Module, forward: Forward) -> None:
+        """From now on `module` as a whole gets `forward`, and nothing inside it is changed."""
+        inside = {id(inner.__dict__) for inner in module.modules()}
+        self._forwards = [(state, given) for state, given in self._forwards if id(state) not in inside]
+        self._forwards.append((module.__dict__, forward))
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Everything in place inside, everything as before outside."""
