@@ -57,6 +57,7 @@ ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "max_model_len": ("512", 512),
     "backend": ("reference", "reference"),
     "num_threads": ("3", 3),
+    "compile": (True, True),
     "trust_remote_code": (True, True),
     "revision": ("main", "main"),
 }
