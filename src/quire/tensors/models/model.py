@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products
-from quire.tensors.models.compiled import GRANULE, compile_layers
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.geometry import DryRun, check_layers
 from quire.tensors.models.hook import AttentionStep, Running, running
@@ -58,7 +57,7 @@ class CausalModel:
         self._products = products
         self._surgery: Surgery | None = Surgery(model, products, live=live)
         self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self._logits_multiple = 1
+        self._logits_multiple = self._tokens_multiple = 1
         dry = DryRun()
         token, zero = torch.tensor(ordinary_tokens(model.config, 64)[:1]), torch.zeros(1, dtype=torch.long)
         try:
@@ -87,7 +86,7 @@ class CausalModel:
         if num_rows % self._logits_multiple:
             logits_at = torch.cat([logits_at, logits_at[-1:].expand(-num_rows % self._logits_multiple)])
         padded = positions
-        if self.compiled and (padding := -positions.shape[0] % GRANULE):
+        if padding := -positions.shape[0] % self._tokens_multiple:
             input_ids, padded = (torch.cat([x, x[-1:].expand(padding)]) for x in (input_ids, positions))
         inputs = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
         if self._takes_logits_at:
@@ -121,6 +120,8 @@ class CausalModel:
         Raises ConfigError without a C++ compiler, UnsupportedModelError for a model that cannot be compiled; then nothing has changed. Call it
         before anything is computed: the logits' bits, and `identity` with them, are others afterwards.
         """
+        from quire.tensors.models.compiled import GRANULE, compile_layers  # the tracer behind it takes a second to import
+
         model, surgery = self._open()
         token = ordinary_tokens(model.config, 64)[0]
 
@@ -128,6 +129,7 @@ class CausalModel:
             self.forward(step, torch.full((num_tokens,), token), torch.arange(num_tokens), torch.zeros(1, dtype=torch.long))
 
         code = compile_layers(model, surgery, run, live=self.live, geometry=self.layers)
+        self._tokens_multiple = GRANULE
         self.compiled, self.identity = True, f"{self.identity} {code}"
 
     @property

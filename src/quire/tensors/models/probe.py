@@ -51,6 +51,7 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
     errors = _errors(packed, _own_logits(model, sequences))
     if not model.compiled and not bool((errors <= tolerance).all()) and bool(errors.median() <= tolerance) and model.dtype != torch.float32:
         # Most tokens agree and some do not: a mistake, or experts chosen by a rounding. In fp32 the two look different.
+        # Compiled layers have their dtype in the code, and no experts: of them there is no second opinion.
         tolerance = TOLERANCE[torch.float32]
         with model.with_float_activations():
             errors = _errors(_packed(model, RowByRow, sequences), _own_logits(model, sequences))
