@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from quire import __version__
+from quire.cli.batch import batch
 from quire.cli.bench import bench
 from quire.cli.check import check
 from quire.cli.demo import demo
 from quire.cli.door import door
 from quire.cli.generate import generate
+from quire.cli.serve import serve
 
 app = typer.Typer(
     name="quire",
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, check, bench, demo):
+for command in (generate, batch, serve, check, bench, demo):
     app.command()(door(command))
 
 

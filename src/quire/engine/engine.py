@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from quire.engine.keeper import CacheKeeper
@@ -83,6 +83,7 @@ class Engine:
 
     def step(self) -> None:
         """Plan, run, commit, deliver. A forward that raises commits nothing and ends only the requests that were in the step."""
+        self.runner.log.begin()
         self.keeper.tend()
         self.scheduler.tier.poll()
         plan = self.scheduler.plan()
@@ -91,6 +92,7 @@ class Engine:
             return
         self._note_start(plan)
         wanted = [together for work in plan.works for together in self._wanted(work)]
+        self.runner.log.mark("plan")
         began = time.perf_counter()
         try:
             drawn = self.runner.run(plan, [[one.next_row() for one in together] for _, together in wanted])
@@ -101,12 +103,14 @@ class Engine:
         self.scheduler.tier.note_step(plan.num_tokens, time.perf_counter() - began)
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
+        self.runner.log.mark("commit")
         for (state, together), tokens in zip(wanted, drawn, strict=True):
             for one, token in zip(together, tokens, strict=True):
                 if isinstance(one, PromptToken):
                     self._note_score(state, one, token)
                 else:
                     self._deliver(state, one, token)
+        self.runner.log.mark("deliver")
 
     def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken]]]:
         """For each row of logits that a work gives: what is drawn from it, for a sequence and, behind a prompt, its sisters; or what it scores."""
@@ -199,6 +203,8 @@ class Engine:
                 state.waited_for = seq.waits_for or None
                 state.miss = find_miss(self.scheduler.cache, seq, seq.num_committed)
             state.computed_tokens += num_tokens
+            if state.first_token_s is None:
+                self.runner.log.note_chunk(state.request.request_id, num_tokens)
 
     def stacked(self) -> StackedView:
         """See `LLM.stacked`."""
@@ -208,6 +214,10 @@ class Engine:
             if branch.sequence.num_committed
         }
         return stacked_view(self.runner.store, slots)
+
+    def branches(self) -> Iterable[tuple[RequestState, Branch]]:
+        """Every open sequence and its request."""
+        return self._branches.values()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the state of the pool now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 from typing import Any
 
 from quire.errors import InvalidRequestError
@@ -70,6 +71,10 @@ class CacheKeeper:
     def pins(self) -> list[Pin]:
         """The pins there are."""
         return self._pins.all()
+
+    def pinned_pages(self) -> Set[int]:
+        """The pages of all pins."""
+        return self._pins._holders.keys()
 
     def share(self, prompt: Seq[int]) -> int:
         """See `LLM.share`."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -14,17 +12,19 @@ from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
 from quire.engine.build import Built, EngineInfo, build_engine
+from quire.engine.cache_map import CacheMap, PageContent, page_content, take_map
+from quire.engine.intake import Intake, Prompt
 from quire.engine.keeper import CacheKeeper
+from quire.engine.steps import StepLog
 from quire.engine.stream import RequestStream
 from quire.engine.worker import Worker
 from quire.errors import ConfigError, InvalidRequestError
 from quire.outputs import Explanation, RequestOutput, TokenEvent
 from quire.params import SamplingParams
 from quire.policy.pins import Pin
-from quire.request import Request, check_fits, check_namespace, check_priority, check_prompt
+from quire.request import Request, check_namespace
 from quire.tensors.stacked import StackedView
 
-Prompt = str | Sequence[int]
 MAX_PIN_ATTEMPTS = 3
 
 
@@ -51,7 +51,7 @@ class LLM:
         source = model if isinstance(model, PreTrainedModel) else os.fspath(model)
         self._built = build_engine(source, config)
         self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
-        self._names = itertools.count()
+        self._intake = Intake(self._built)
         self._weights_stamp = self._built.model.weights_stamp()
         # Also at interpreter exit: a thread inside a kernel must not outlive the runtime under it.
         self._close = weakref.finalize(self, _shut_down, self._worker, self._built)
@@ -70,6 +70,11 @@ class LLM:
     def tokenizer(self) -> Any:
         """The model's tokenizer as Hugging Face made it, or None."""
         return self._built.tokenizer.hf if self._built.tokenizer else None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine, None while nothing has. Then every open request has failed, and so does every later one."""
+        return self._worker.death
 
     def generate(
         self,
@@ -149,6 +154,20 @@ class LLM:
         """Counters since the start and the state of the pool now, taken between two steps."""
         info = self.info
         return {**self._worker.call(self._built.engine.stats), "bytes_per_token": info.bytes_per_token, "cache_bytes": info.cache_bytes}
+
+    def cache_map(self) -> CacheMap:
+        """The state of every page and the way of every open sequence through them, taken between two steps."""
+        return self._worker.call(lambda: take_map(self._built.engine))
+
+    def page(self, page_id: int, *, namespace: str | None = None) -> PageContent:
+        """What one page of the cache holds, as far as this namespace may know. Raises InvalidRequestError where there is no such page."""
+        space = check_namespace(namespace)
+        return self._worker.call(lambda: page_content(self._built.engine, page_id, space))
+
+    @property
+    def step_log(self) -> StepLog:
+        """Where the time of steps goes, and when the last requests' prompts were computed."""
+        return self._built.engine.runner.log
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if an invariant of the cache does not hold. Callable at any time."""
@@ -253,36 +272,11 @@ class LLM:
     def _checked(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's token ids, of which something could be cached."""
         self._forget_old_weights()
-        token_ids = tuple(self._encode(prompt))
-        check_prompt(token_ids, SamplingParams(max_tokens=1), self._built.limits)
-        return token_ids
+        return self._intake.token_ids(prompt)
 
-    def _request(
-        self, prompt: Prompt, params: SamplingParams, namespace: str | None = None, priority: int = 0, request_id: str | None = None
-    ) -> Request:
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError("params", params, "a SamplingParams")
-        if params.stop_strings and self._built.tokenizer is None:
-            raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
+    def _request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None = None) -> Request:
         self._forget_old_weights()
-        whose = check_namespace(namespace), check_priority(priority)
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = tuple(self._encode(prompt))
-        max_tokens = check_prompt(token_ids, params, self._built.limits)
-        num_committed = len(token_ids) + max_tokens - 1  # the last token drawn is never fed back
-        check_fits(num_committed, self._built.engine.scheduler.cache.pages_to_finish(num_committed), self._keeper.num_pages_for_requests)
-        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
-        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose)
-
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            try:
-                return [token if isinstance(token, bool) else operator.index(token) for token in prompt]
-            except TypeError:
-                raise InvalidRequestError("prompt", prompt, "text or a list of token ids") from None
-        if self._built.tokenizer is None:
-            raise InvalidRequestError("prompt", prompt, "a list of token ids: this model came without a tokenizer")
-        return self._built.tokenizer.encode(prompt)
+        return self._intake.request(prompt, params, namespace, priority, request_id)
 
 
 def _config(options: dict[str, Any]) -> EngineConfig:

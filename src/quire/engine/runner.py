@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from quire.engine.batch import build
+from quire.engine.steps import StepLog
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
 from quire.tensors.models.model import CausalModel
@@ -19,6 +20,7 @@ class Runner:
 
     def __init__(self, model: CausalModel, store: PageStore, sampler: Sampler, groups: Sequence[Group]) -> None:
         self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
+        self.log = StepLog()
 
     def run(self, plan: StepPlan, rows: Sequence[Sequence[Row]]) -> list[list[Sampled]]:
         """Compute the plan and draw or score a token for each of `rows[i]`, all from the i-th row of logits that its works give."""
@@ -26,9 +28,11 @@ class Runner:
         batch = build(plan, self.groups)
         step = StagedStep(self.store, batch.inputs, batch.slots)
         logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at)
+        self.log.mark("forward")
         flat = [row for together in rows for row in together]
         if len(flat) != len(rows):
             logits = logits[torch.tensor([i for i, together in enumerate(rows) for _ in together])]
         drawn = iter(self.sampler.sample(logits, flat))
+        self.log.mark("sample")
         step.commit()
         return [[next(drawn) for _ in together] for together in rows]

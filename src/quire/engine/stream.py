@@ -28,6 +28,7 @@ class RequestStream:
         self._events: list[TokenEvent] = []
         self._output: RequestOutput | None = None
         self._waker: Callable[[], None] | None = None
+        self._at_end: Callable[[], None] | None = None
 
     def put(self, event: TokenEvent) -> None:
         """Called by the engine's thread. Never blocks."""
@@ -37,8 +38,11 @@ class RequestStream:
                 self._output = event.output
             self._ready.notify_all()
             waker, self._waker = self._waker, None
+            at_end = self._at_end if event.output is not None else None
         if waker is not None:
             waker()
+        if at_end is not None:
+            at_end()
 
     def cancel(self) -> None:
         """Ask the engine to end the request; the stream then ends with finish_reason `cancelled`. Harmless when it has ended."""
@@ -56,6 +60,17 @@ class RequestStream:
             self._events = []
             assert self._output is not None
             return self._output
+
+    async def result(self) -> RequestOutput:
+        """`wait` for a coroutine: its loop is woken once, at the end."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        with self._ready:
+            if self._output is None:
+                self._at_end = lambda: _call_in(loop, ended.set)
+            else:
+                ended.set()
+        await ended.wait()
+        return self.wait()
 
     def __iter__(self) -> Iterator[TokenEvent]:
         done = False

@@ -103,6 +103,11 @@ class Worker:
         """Whether requests are still taken."""
         return not self._stopping and self._death is None
 
+    @property
+    def death(self) -> BaseException | None:
+        """What ended the loop, None while nothing has."""
+        return self._death
+
     def _refuse_if_dead(self) -> None:
         if self._death is not None:
             raise EngineDeadError(f"the engine has failed: {type(self._death).__name__}: {self._death}") from self._death

@@ -1,0 +1,179 @@
+"""A picture of the cache between two steps: the state of every page, and which sequences go through which pages.
+
+It is taken on the engine's thread and must be cheap there, so states are made by passes over bytes; what has changed since the last picture, and
+what of it somebody may see, is worked out elsewhere.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quire.errors import InvalidRequestError
+from quire.policy.cache import PageCache
+from quire.policy.prefix import PrefixKey
+
+if TYPE_CHECKING:
+    from quire.engine.engine import Engine  # brings torch, which a server listens without
+
+STATES = ("free", "held", "shared", "cached", "pinned", "moving", "retired")
+FREE, HELD, SHARED, CACHED, PINNED, MOVING, RETIRED = range(len(STATES))
+MAX_WAITING = 64  # are shown: the queue may be long
+PIN_MARK = 0x08  # beside any state of a page that is pinned
+_STATE = 0x07
+
+
+@dataclass(frozen=True, slots=True)
+class MappedSequence:
+    """A sequence that runs or waits. `tables[g]` are its pages in group g, -1 where there is none; all are empty while it waits."""
+
+    arrival: int
+    request_id: str
+    namespace: str
+    index: int
+    num_prompt: int
+    num_known: int
+    num_committed: int
+    waits_for: str
+    tables: tuple[array[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMap:
+    """One picture. `states[p]` is page p's place in `STATES`, with PIN_MARK where it is pinned.
+
+    A page is `held` by one sequence or `shared` by several; else `pinned`, or `moving` to or from the tier below; else `cached`, `free`, or
+    `retired`: given back to the system. `stats` are those of `LLM.stats` at the same moment; `step_seconds` is where the time of steps went.
+    """
+
+    states: bytes
+    sequences: tuple[MappedSequence, ...]
+    stats: dict[str, Any]
+    step_seconds: dict[str, float]
+
+    def counts(self) -> dict[str, int]:
+        """Pages in each state; every page is in one."""
+        return {name: self.states.count(state) + self.states.count(state | PIN_MARK) for state, name in enumerate(STATES)}
+
+
+@dataclass(frozen=True, slots=True)
+class PageContent:
+    """What one page holds, as far as a namespace may know: `token_ids` are None where its content belongs to others or is not known.
+
+    `num_holders` counts sequences, `request_ids` are those of this namespace; the tokens begin at `position` of the prompt, and belong to the
+    layers of group `group_id`.
+    """
+
+    page_id: int
+    state: str
+    pinned: bool
+    num_holders: int
+    request_ids: tuple[str, ...]
+    group_id: int | None = None
+    position: int | None = None
+    token_ids: tuple[int, ...] | None = None
+
+
+def take_map(engine: Engine) -> CacheMap:
+    """The picture now. On the engine's thread, between two steps."""
+    return CacheMap(page_states(engine), tuple(_sequences(engine)), engine.stats(), dict(engine.runner.log.seconds))
+
+
+def _sequences(engine: Engine) -> Iterator[MappedSequence]:
+    """All that run, and the first of those that wait."""
+    num_running, num_waiting = engine.scheduler.num_running, MAX_WAITING
+    for state, branch in engine.branches():
+        seq = branch.sequence
+        if seq.num_pages:
+            num_running -= 1
+        else:
+            num_waiting -= 1
+            if num_waiting < 0:
+                if not num_running:
+                    return
+                continue
+        yield MappedSequence(
+            seq.arrival,
+            state.request.request_id,
+            seq.namespace,
+            branch.index,
+            seq.num_prompt,
+            seq.num_known,
+            seq.num_committed,
+            seq.waits_for,
+            tuple(table[:] for table in seq.tables) if seq.num_pages else (),
+        )
+
+
+def page_states(engine: Engine) -> bytes:
+    """The state of every page. Reads the pool's own fields: asking it page by page takes longer than all of this."""
+    pool, pinned = engine.scheduler.cache.pool, engine.keeper.pinned_pages()
+    references, free, cached = pool._references, pool._free, pool._cached
+    try:
+        counts = bytes(references)
+    except ValueError:  # one page with more than 255 holders
+        counts = bytes(min(count, 255) for count in references)
+    # Nobody holds a free or a cached page; what is written one by one are those of which there are fewer.
+    base, rarer, others = (CACHED, FREE, free) if len(free) < len(cached) else (FREE, CACHED, cached)
+    states = bytearray(counts.translate(bytes([base, HELD]) + bytes([SHARED]) * 254))
+    for page_id in others:
+        states[page_id] = rarer
+    for page_id in pool._retired:
+        states[page_id] = RETIRED
+    for page_id, aside in pool._aside.items():
+        holders = references[page_id] - aside
+        is_pinned = page_id in pinned
+        alone = PINNED if is_pinned else MOVING
+        states[page_id] = (alone if holders == 0 else HELD if holders == 1 else SHARED) | (PIN_MARK if is_pinned else 0)
+    return bytes(states)
+
+
+def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
+    """What a namespace may know of a page: of its own content the tokens, of others' only the state. On the engine's thread.
+
+    Raises:
+        InvalidRequestError: there is no such page.
+    """
+    cache = engine.scheduler.cache
+    if not 0 <= page_id < cache.pool.num_pages:
+        raise InvalidRequestError("page_id", page_id, f"an integer from 0 to {cache.pool.num_pages - 1}")
+    state = page_states(engine)[page_id]
+    request_ids: list[str] = []
+    place: tuple[int, int, tuple[int, ...]] | None = None
+    for request, branch in engine.branches():
+        seq = branch.sequence
+        for g, table in enumerate(seq.tables):
+            if seq.namespace == namespace and page_id in table:
+                request_ids.append(request.request.request_id)
+                first = table.index(page_id) * cache.groups[g].page_size
+                place = g, first, tuple(seq.tokens[first : min(first + cache.groups[g].page_size, seq.num_committed)])
+    key = cache.index.key_of(page_id)
+    num_before = _pages_before(cache, key, namespace) if key is not None else None
+    if place is None and key is not None and num_before is not None:
+        group_id = key.pages.index(page_id)
+        token_ids = struct.unpack(f"{len(key.tokens) // 4}i", key.tokens)
+        place = group_id, num_before * cache.groups[group_id].page_size, token_ids
+    num_holders = cache.pool.references(page_id) - cache.pool._aside[page_id]
+    return PageContent(page_id, STATES[state & _STATE], bool(state & PIN_MARK), num_holders, tuple(dict.fromkeys(request_ids)), *(place or ()))
+
+
+def _pages_before(cache: PageCache, key: PrefixKey, namespace: str) -> int | None:
+    """How many pages come before this one, if its chain starts at the namespace's root, or leaves the region that all share by its bridge.
+
+    None if it does not: then the content is others', or in the shared region, of which everybody knows already.
+    """
+    names = cache.namespaces
+    own = names.root(namespace).tokens
+    num_pages, bridged = 0, False
+    at = key.parent
+    assert at is not None, "a root stands for no page"
+    while at.parent is not None:
+        if at.tokens == own:
+            bridged = True
+        else:
+            num_pages += 1
+        at = at.parent
+    return num_pages if at.tokens == own or bridged and at is names.shared_root else None

@@ -1,0 +1,59 @@
+"""What callers bring, checked and made into requests, before anything shared is touched."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import os
+from collections.abc import Sequence
+
+from quire.engine.build import Built
+from quire.errors import InvalidRequestError
+from quire.params import SamplingParams
+from quire.request import Request, check_fits, check_namespace, check_priority, check_prompt
+
+Prompt = str | Sequence[int]
+
+
+class Intake:
+    """The checks of one engine. May be used from any thread."""
+
+    def __init__(self, built: Built) -> None:
+        self._built = built
+        self._names = itertools.count()
+
+    def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt's token ids, of which something could be cached.
+
+        Raises:
+            InvalidRequestError: it is no prompt, or one that could never run.
+        """
+        token_ids = tuple(self._encode(prompt))
+        check_prompt(token_ids, SamplingParams(max_tokens=1), self._built.limits)
+        return token_ids
+
+    def request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None) -> Request:
+        """A request that can run. Raises InvalidRequestError as `LLM.submit`."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("params", params, "a SamplingParams")
+        if params.stop_strings and self._built.tokenizer is None:
+            raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
+        whose = check_namespace(namespace), check_priority(priority)
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = tuple(self._encode(prompt))
+        max_tokens = check_prompt(token_ids, params, self._built.limits)
+        num_committed = len(token_ids) + max_tokens - 1  # the last token drawn is never fed back
+        engine = self._built.engine
+        check_fits(num_committed, engine.scheduler.cache.pages_to_finish(num_committed), engine.keeper.num_pages_for_requests)
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose)
+
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            try:
+                return [token if isinstance(token, bool) else operator.index(token) for token in prompt]
+            except TypeError:
+                raise InvalidRequestError("prompt", prompt, "text or a list of token ids") from None
+        if self._built.tokenizer is None:
+            raise InvalidRequestError("prompt", prompt, "a list of token ids: this model came without a tokenizer")
+        return self._built.tokenizer.encode(prompt)

@@ -1,0 +1,79 @@
+"""The application: every door, behind the guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
+
+import quire
+from quire.server import chat, completions, health, metrics, models, page, responses, tokens, traces
+from quire.server.errors import install
+from quire.server.guard import Guard
+from quire.server.serving import Serving
+
+
+class ErrorObject(BaseModel):
+    """What went wrong, for people and for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """The one shape of errors, in a stream too."""
+
+    error: ErrorObject
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorEnvelope, "description": "The request is refused; `param` names the field."},
+    "5XX": {"model": ErrorEnvelope, "description": "503 while the model loads, while the server ends, and when its engine has failed."},
+}
+
+
+class App(FastAPI):
+    """FastAPI, whose document says that there are keys: the guard knows them, no route does."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        document = super().openapi()
+        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        return document
+
+
+def create_app(serving: Serving) -> FastAPI:
+    """The ASGI application over one `Serving`, which is at `app.state.serving`."""
+    summary = "OpenAI-compatible inference on a paged, shared cache"
+    app = App(title="Quire", version=quire.__version__, summary=summary, redoc_url=None, responses=ERRORS)
+    app.state.serving = serving
+    for router in (
+        completions.router,
+        chat.router,
+        responses.router,
+        models.router,
+        tokens.router,
+        health.router,
+        metrics.router,
+        traces.router,
+        page.router,
+    ):
+        app.include_router(router)
+    install(app)
+
+    # What comes last here sees a request first: a browser's question whether it may ask carries no key.
+    app.add_middleware(Guard, serving=serving)
+    if serving.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(serving.settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return app

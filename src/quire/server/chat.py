@@ -1,0 +1,159 @@
+"""POST /v1/chat/completions: the next message of a chat."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from quire.errors import InvalidRequestError
+from quire.outputs import Completion, RequestOutput, TokenEvent
+from quire.params import SamplingParams
+from quire.server.errors import ServerError, as_server_error, refused
+from quire.server.models import check_model
+from quire.server.runs import Job, Run, start_run
+from quire.server.sampling import params_of
+from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, as_template_messages
+from quire.server.serving import Serving, serving_of
+from quire.server.sse import EventStream, answer_at_end, event, new_id
+from quire.server.structure import structure_of
+from quire.server.token_texts import TokenTexts
+from quire.server.usage import chat_logprobs, prompt_logprobs, usage_of
+
+ENDPOINT = "chat/completions"
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", tags=["OpenAI"])
+async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    """Answer a chat, `n` times."""
+    serving = serving_of(request)
+    serving.engine()
+    check_model(serving, asked.model)
+    params = _params(asked)
+    prompt = await chat_prompt(serving, asked, asked.messages, asked.reasoning_effort)
+    job = Job(prompt, params)
+    try:
+        run = await start_run(request, ENDPOINT, new_id("chatcmpl"), [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
+    except InvalidRequestError as error:
+        told_error = as_server_error(error)
+        if told_error.param == "prompt":  # which a chat has not: its messages became one
+            told_error.param = "messages"
+        raise told_error from error
+    told = Told(asked, run, serving.settings.model, serving.texts)
+    return EventStream(run, told.chunks(prompt)) if asked.stream else await answer_at_end(request, run, told.whole)
+
+
+async def chat_prompt(serving: Serving, asked: ChatPrompt, messages: Sequence[Message], reasoning_effort: str | None = None) -> list[int]:
+    """The token ids of a chat, by the model's own template.
+
+    Raises:
+        ServerError: the model has none, or it refuses this chat.
+    """
+    template = serving.template
+    if template is None:
+        raise ServerError(400, "messages: this model has no chat template; ask /v1/completions", param="messages", code="no_chat_template")
+    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools] if asked.tools else None
+    continued = bool(asked.continue_final_message)
+    if continued and asked.add_generation_prompt:
+        raise refused("add_generation_prompt", "must be false with continue_final_message")
+    values = dict(asked.chat_template_kwargs or {})
+    if reasoning_effort is not None:
+        if not template.mentions("reasoning_effort", tools):
+            raise refused("reasoning_effort", "must be left out: this model's chat template has no such variable")
+        values["reasoning_effort"] = reasoning_effort
+
+    def render() -> list[int]:
+        text = template.render(
+            as_template_messages(messages, knows_developer=template.mentions("developer", tools)),
+            tools,
+            add_generation_prompt=not continued if asked.add_generation_prompt is None else asked.add_generation_prompt,
+            continue_final_message=continued,
+            values=values,
+        )
+        return template.encode(text)
+
+    return await asyncio.to_thread(render)
+
+
+def _params(asked: ChatRequest) -> SamplingParams:
+    _check_tools(asked)
+    if asked.max_tokens is not None and asked.max_completion_tokens not in (None, asked.max_tokens):
+        raise refused("max_completion_tokens", "must be left out, or equal, where max_tokens is given")
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise refused("top_logprobs", "must be left out without logprobs: true")
+    if asked.stream and asked.prompt_logprobs is not None:
+        raise refused("stream", "must be false with prompt_logprobs: a prompt's are known when it has run")
+    return params_of(
+        asked,
+        max_tokens=asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        prompt_logprobs=asked.prompt_logprobs,
+        structured=structure_of(asked.response_format, asked.structured_outputs),
+    )
+
+
+def _check_tools(asked: ChatRequest) -> None:
+    """Tools go to the template; calls are not yet told from text, so a request that expects any is refused."""
+    if asked.tools and asked.tool_choice != "none":
+        raise refused("tools", "must be left out, or come with tool_choice 'none': this server does not parse calls")
+    if asked.tool_choice not in (None, "none", "auto"):
+        raise refused("tool_choice", "must be 'none' or left out: this server does not parse calls")
+
+
+class Told:
+    """What is said of one run."""
+
+    def __init__(self, asked: ChatRequest, run: Run, model: str, texts: TokenTexts | None) -> None:
+        self._asked, self._run = asked, run
+        assert texts is not None, "a chat has been encoded"
+        self._texts = texts
+        self._head = {"id": run.name, "created": int(time.time()), "model": model}
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The answer at the end."""
+        (output,) = outputs
+        choices = [self._choice(completion) for completion in output.outputs]
+        told = {**self._head, "object": "chat.completion", "choices": choices, "usage": usage_of(outputs)}
+        if self._asked.prompt_logprobs is not None:
+            told["prompt_logprobs"] = prompt_logprobs(self._texts, output)
+        if self._asked.return_token_ids:
+            told["prompt_token_ids"] = output.prompt_token_ids
+        return told
+
+    async def chunks(self, prompt: Sequence[int]) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+        asked, outputs = self._asked, []
+        head = {**self._head, "object": "chat.completion.chunk"}
+        more = {"usage": None} if asked.include_usage else {}
+        for i in range(asked.num_choices):
+            delta = {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            first = {"prompt_token_ids": list(prompt)} if asked.return_token_ids and i == 0 else {}
+            yield event({**head, **first, "choices": [delta], **more})
+        async for _, news in self._run.events():
+            if news.text or news.token_ids or news.finish_reason:
+                yield event({**head, "choices": [self._delta(news)], **more})
+            if news.output is not None:
+                outputs.append(news.output)
+        if asked.include_usage:
+            yield event({**head, "choices": [], "usage": usage_of(outputs)})
+
+    def _choice(self, completion: Completion) -> dict[str, Any]:
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        told = {"index": completion.index, "message": message, "logprobs": None}
+        return self._with_tokens(told, completion, completion.finish_reason)
+
+    def _delta(self, news: TokenEvent) -> dict[str, Any]:
+        told = {"index": news.index, "delta": {"content": news.text} if news.text else {}, "logprobs": None}
+        return self._with_tokens(told, news, news.finish_reason)
+
+    def _with_tokens(self, told: dict[str, Any], made: Completion | TokenEvent, finish_reason: str | None) -> dict[str, Any]:
+        told |= {"finish_reason": finish_reason, "stop_reason": made.stop_reason}
+        if self._asked.logprobs and made.logprobs is not None and made.token_ids:
+            told["logprobs"] = chat_logprobs(self._texts, made.token_ids, made.logprobs, made.top_logprobs)
+        if self._asked.return_token_ids:
+            told["token_ids"] = made.token_ids
+        return told

@@ -1,0 +1,145 @@
+"""One shape for every error: `{"error": {"message", "type", "param", "code"}}`, whatever it was and wherever it came from.
+
+Messages name fields and limits. They never hold a prompt, a path of this machine or a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from quire.errors import CacheTooSmallError, ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError, RequestFailedError
+from quire.server.limits import RETRY_AFTER_S
+
+log = logging.getLogger("quire.server")
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    431: "invalid_request_error",
+    503: "service_unavailable_error",
+}
+# What a field of the engine's is called here.
+FIELD_NAMES = {"include_stop_in_output": "include_stop_str_in_output", "params": None}
+BRANCH = re.compile(r"^(str|int|float|bool|none|[A-Z]\w*)$|[\[(-]")  # how pydantic calls the kinds of a union
+PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?(?:/[^\s/:'\",;)]+){2,}/?")
+
+
+class ServerError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+        if status in (429, 503):
+            self.headers.setdefault("retry-after", str(RETRY_AFTER_S))
+
+    def body(self) -> dict[str, Any]:
+        """The error object with its envelope."""
+        return {"error": {"message": self.message, "type": TYPES.get(self.status, "server_error"), "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The HTTP answer."""
+        # ASCII: a name that the caller made up may have no UTF-8 form.
+        return Response(json.dumps(self.body()).encode(), self.status, self.headers, "application/json")
+
+
+def refused(param: str, message: str) -> ServerError:
+    """A 400 that names the field."""
+    return ServerError(400, f"{param}: {message}", param=param)
+
+
+def without_paths(text: str) -> str:
+    """`text` with what looks like a path of this machine taken out."""
+    return PATH.sub("<path>", text)
+
+
+def as_server_error(error: BaseException) -> ServerError:
+    """Any exception as what the client is told."""
+    match error:
+        case ServerError():
+            return error
+        case ContextLengthError():
+            return ServerError(400, str(error), param="prompt", code="context_length_exceeded")
+        case CacheTooSmallError():
+            return ServerError(400, str(error), param="prompt", code="cache_too_small")
+        case InvalidRequestError():
+            param = FIELD_NAMES.get(error.field, error.field)
+            shown = "" if param == "prompt" and isinstance(error.value, str) else f"={_short(error.value)}"
+            return ServerError(400, f"{param}{shown}: must be {error.limit}", param=param, code="invalid_value")
+        case QueueFullError():
+            return ServerError(429, str(error), code="queue_full")
+        case EngineDeadError():
+            return ServerError(503, without_paths(str(error)), code="engine_dead")
+        case RequestFailedError():
+            return ServerError(500, without_paths(str(error).split(": ", 1)[-1]), code="request_failed")
+        case RequestValidationError() | ValidationError():
+            return _validation(error)
+        case HTTPException():
+            return _http(error)
+    log.error("an answer failed", exc_info=error)
+    return ServerError(500, f"the server failed ({type(error).__name__}); its log says more", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Have every exception answered in the one shape."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        return as_server_error(error).response()
+
+    for kind in (HTTPException, RequestValidationError, ServerError, InvalidRequestError, QueueFullError, EngineDeadError, RequestFailedError):
+        app.add_exception_handler(kind, answer)
+
+
+def _validation(error: RequestValidationError | ValidationError) -> ServerError:
+    """The first thing that is wrong, under the name of the field it is in."""
+    first = _most_telling(error.errors())
+    if first["type"] == "json_invalid":
+        return ServerError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json")
+    where = [part for part in first["loc"] if part != "body" and not (isinstance(part, str) and BRANCH.search(part))]
+    if not where and first["type"] in ("missing", "model_attributes_type"):
+        return ServerError(400, "the body must be a JSON object, sent with content-type: application/json", code="invalid_json")
+    param = ".".join(str(part)[:64] for part in where) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return ServerError(400, f"{param}: there is no such field", param=param, code="unknown_field")
+    if first["type"] == "missing":
+        return ServerError(400, f"{param}: must be given", param=param, code="missing_field")
+    return ServerError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
+
+
+def _most_telling(found: Sequence[Any]) -> Any:
+    """Of a union each kind that did not match complains: what is not about the kind, or is furthest in, is about what was meant."""
+    about_one_field = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
+    return min(about_one_field, key=lambda one: (one["type"].endswith("_type"), -len(one["loc"])))
+
+
+def _http(error: HTTPException) -> ServerError:
+    match error.status_code:
+        case 404 if error.detail == "Not Found":
+            message = "there is nothing at this address"
+        case 405:
+            message = "this address does not take this method"
+        case 400 if "parsing the body" in str(error.detail):
+            message = "the body is not JSON in UTF-8, or is nested too deep"
+        case _:
+            message = str(error.detail)
+    return ServerError(error.status_code, message, headers=error.headers)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

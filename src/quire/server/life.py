@@ -1,0 +1,170 @@
+"""From the first socket to the exit status: listen at once, load beside it, drain when told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from quire.errors import ConfigError
+from quire.server.app import create_app
+from quire.server.errors import ServerError
+from quire.server.limits import KEEP_ALIVE_S, MAX_HEADER_BYTES
+from quire.server.serving import Serving, start_loading
+from quire.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from quire.engine.llm import LLM
+
+LAST_WORDS_S = 2  # after the grace time: for errors to reach their clients, and for streams without an end to be cut
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(settings: ServerSettings, load: Callable[[], LLM], listening: Callable[[str], None]) -> None:
+    """Serve until a signal ends it. `load` runs on a thread of its own; `listening` is called with the server's address.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+        Exception: what `load` raised, after the server has ended because of it.
+    """
+    sock = bind(settings.host, settings.port)
+    serving = Serving(settings, load)
+    server = Server(create_app(serving), serving)
+    listening(address(sock))
+
+    def loaded() -> None:
+        if serving.load_error is not None:
+            server.stop()
+
+    loading = start_loading(serving, loaded)
+    server.run([sock])
+    if serving.load_error is not None:
+        raise serving.load_error
+    if loading.is_alive():
+        # A thread inside torch cannot be ended, and must not outlive the interpreter under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    serving.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the address is not there or is taken.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(where)
+            sock.listen(2048)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"host={host!r}, port={port}: must be an address that can be listened on ({error.strerror})") from None
+    return sock
+
+
+def address(sock: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its clock: it sleeps until there is a request or a signal, and drains before it ends."""
+
+    def __init__(self, app: FastAPI, serving: Serving) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=LAST_WORDS_S,
+            )
+        )
+        self._serving = serving
+        self._end = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def stop(self) -> None:
+        """Drain and end. Callable from any thread, also before the server runs."""
+        self.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._end.set)
+
+    async def main_loop(self) -> None:
+        """Wait for the end without looking at the clock."""
+        self._loop = asyncio.get_running_loop()
+        if not self.should_exit:
+            await self._end.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """No new connections; running requests have their grace; then what uvicorn does."""
+        for server in self.servers:
+            server.close()
+        await self._serving.drain(self._serving.settings.grace_s)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Both signals mean the same, and neither is raised again afterwards: a drained server has ended well. A second one ends it at once."""
+        loop, ours = asyncio.get_running_loop(), threading.current_thread() is threading.main_thread()
+        for one in SIGNALS if ours else ():
+            loop.add_signal_handler(one, self._signalled)
+        try:
+            yield
+        finally:
+            for one in SIGNALS if ours else ():
+                loop.remove_signal_handler(one)
+
+    def _signalled(self) -> None:
+        if self.should_exit:
+            os._exit(1)
+        self.stop()
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1, with the one shape of errors also for what is not HTTP."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.access_log = False  # it would write addresses as they were sent; guard.py has ours
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what cannot be parsed, or has headers without an end."""
+        error = ServerError(400, msg, code="invalid_http")
+        body = error.response().body
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer may be on its way already
+            for part in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=bytes(body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()
+
+
+logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

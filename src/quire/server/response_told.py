@@ -1,0 +1,153 @@
+"""A response as an object, and as the typed events of a stream."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from quire.outputs import Completion, RequestOutput, TokenEvent
+from quire.server.errors import as_server_error
+from quire.server.runs import Run
+from quire.server.schema_responses import ResponseRequest
+from quire.server.token_texts import TokenTexts
+from quire.server.usage import chat_logprobs
+
+Body = dict[str, Any]
+
+
+class Told:
+    """What is said of one response. Its `body` is what a client sees of it now."""
+
+    def __init__(self, asked: ResponseRequest, model: str, texts: TokenTexts | None) -> None:
+        self._asked = asked
+        assert texts is not None, "a chat has been encoded"
+        self._texts = texts
+        self._item_id = f"msg_{uuid.uuid4().hex}"
+        self.body = _fields(asked) | {"id": f"resp_{uuid.uuid4().hex}", "created_at": int(time.time()), "model": model}
+
+    @property
+    def response_id(self) -> str:
+        """Its name."""
+        return str(self.body["id"])
+
+    def ended(self, outputs: Sequence[RequestOutput]) -> Body:
+        """The whole response, once all has been said."""
+        (output,) = outputs
+        (made,) = output.outputs
+        cut = made.finish_reason == "length"
+        self.body |= {
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "completed_at": None if cut else int(time.time()),
+            "output": [self._item("incomplete" if cut else "completed", [self._part(made.text, self._logprobs(made))])],
+            "usage": _usage(output),
+        }
+        return self.body
+
+    def failed(self, error: BaseException) -> Body:
+        """The response, where something went wrong on the way."""
+        known = as_server_error(error)
+        code = "rate_limit_exceeded" if known.status == 429 else "server_error" if known.status >= 500 else "invalid_prompt"
+        self.body |= {"status": "failed", "error": {"code": code, "message": known.message}}
+        return self.body
+
+    def cancelled(self) -> Body:
+        """The response, where its maker did not want it any more."""
+        self.body |= {"status": "cancelled"}
+        return self.body
+
+    async def events(self, run: Run, keep: Callable[[Body, str], None]) -> AsyncGenerator[bytes, None]:
+        """The events of a stream; one that fails ends with response.failed. `keep` gets the whole response, and its text, before the last."""
+        number = 0
+
+        def say(kind: str, **fields: Any) -> bytes:
+            nonlocal number
+            told = {"type": kind, "sequence_number": number, **fields}
+            number += 1
+            return f"event: {kind}\ndata: {json.dumps(told, separators=(',', ':'))}\n\n".encode()
+
+        item: Body = {"output_index": 0}
+        part: Body = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        yield say("response.created", response=self.body)
+        yield say("response.in_progress", response=self.body)
+        try:
+            yield say("response.output_item.added", **item, item=self._item("in_progress", []))
+            yield say("response.content_part.added", **part, part=self._part("", []))
+            outputs, held = [], list[Body]()
+            async for _, news in run.events():
+                held += self._logprobs(news)
+                if news.text:
+                    yield say("response.output_text.delta", **part, delta=news.text, logprobs=held)
+                    held = []
+                if news.output is not None:
+                    outputs.append(news.output)
+            body = self.ended(outputs)
+            (whole,) = body["output"]
+            (text,) = whole["content"]
+            keep(body, text["text"])
+        except Exception as error:  # the status has been sent: what happened is told by the last event
+            yield say("response.failed", response=self.failed(error))
+            return
+        yield say("response.output_text.done", **part, text=text["text"], logprobs=text["logprobs"])
+        yield say("response.content_part.done", **part, part=text)
+        yield say("response.output_item.done", **item, item=whole)
+        yield say(f"response.{body['status']}", response=body)
+
+    def _item(self, status: str, content: list[Body]) -> Body:
+        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _part(self, text: str, logprobs: list[Body]) -> Body:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+    def _logprobs(self, made: Completion | TokenEvent) -> list[Body]:
+        if made.logprobs is None or not made.token_ids:
+            return []
+        found: list[Body] = chat_logprobs(self._texts, made.token_ids, made.logprobs, made.top_logprobs)["content"]
+        return found
+
+
+def _fields(asked: ResponseRequest) -> Body:
+    """What a response repeats of the request, and what it has nothing to say of."""
+    return {
+        "object": "response",
+        "status": "in_progress",
+        "background": bool(asked.background),
+        "error": None,
+        "incomplete_details": None,
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "max_tool_calls": asked.max_tool_calls,
+        "metadata": asked.metadata or {},
+        "output": [],
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "previous_response_id": asked.previous_response_id,
+        "prompt_cache_key": asked.prompt_cache_key,
+        "reasoning": {"effort": asked.reasoning.effort if asked.reasoning is not None else None, "summary": None},
+        "safety_identifier": asked.safety_identifier,
+        "service_tier": "default",
+        "store": asked.stored,
+        "temperature": 1.0 if asked.temperature is None else asked.temperature,
+        "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
+        "tool_choice": asked.tool_choice or "auto",
+        "tools": [],
+        "top_logprobs": asked.top_logprobs or 0,
+        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": asked.user,
+    }
+
+
+def _usage(output: RequestOutput) -> Body:
+    prompt, cached = output.receipt.prompt_tokens, output.receipt.cached_tokens
+    made = sum(len(completion.token_ids) for completion in output.outputs)
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": prompt - cached},
+        "output_tokens": made,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + made,
+    }

@@ -1,0 +1,175 @@
+"""/v1/responses: chats of which the server remembers what was said, for as long as its memory holds it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.types import Send
+
+from quire.errors import InvalidRequestError
+from quire.params import SamplingParams
+from quire.server.chat import chat_prompt
+from quire.server.errors import ServerError, as_server_error, refused
+from quire.server.limits import MAX_MESSAGES
+from quire.server.models import check_model
+from quire.server.response_store import ResponseStore, Stored, store_of
+from quire.server.response_told import Body, Told
+from quire.server.runs import Job, Run, start_run
+from quire.server.sampling import params_of
+from quire.server.schema_chat import ChatPrompt, Message
+from quire.server.schema_responses import ResponseRequest
+from quire.server.serving import Serving, serving_of
+from quire.server.sse import EventStream, answer_at_end, json_response
+from quire.server.structure import structure_of
+
+ENDPOINT = "responses"
+# Of fields that /v1/chat/completions, whose parts do the work, calls otherwise.
+FIELD_NAMES = {
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.post("/v1/responses")
+async def create(request: Request, asked: ResponseRequest) -> Response:
+    """Answer what was said last."""
+    serving, store, owner = serving_of(request), store_of(request), str(request.state.namespace)
+    serving.engine()
+    check_model(serving, asked.model)
+    _check(asked)
+    messages = [*_before(store, owner, asked.previous_response_id), *asked.messages()]
+    if len(messages) > MAX_MESSAGES:
+        raise refused("previous_response_id", f"must lead to at most {MAX_MESSAGES} messages in all")
+    try:
+        job = Job(await _prompt(serving, asked, messages), _params(asked))
+        told = Told(asked, serving.settings.model, serving.texts)
+        run = await start_run(request, ENDPOINT, told.response_id, [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
+    except (ServerError, InvalidRequestError) as error:
+        raise _renamed(as_server_error(error)) from error
+
+    def keep(body: Body, text: str) -> None:
+        if asked.stored:
+            store.put(owner, Stored(body, [*messages, Message(role="assistant", content=text)]))
+
+    def whole(outputs: Sequence[Any]) -> Body:
+        body = told.ended(outputs)
+        keep(body, outputs[0].outputs[0].text)
+        return body
+
+    if asked.background:
+        store.put(owner, Stored(told.body, messages, run))
+        answer = json_response(told.body, run.name)
+        serving.in_background(_finish(run, told, store, owner, whole))
+        return answer
+    return TypedStream(run, told.events(run, keep)) if asked.stream else await answer_at_end(request, run, whole)
+
+
+@router.get("/v1/responses/{response_id}")
+async def retrieve(request: Request, response_id: str) -> Response:
+    """One that was stored, as it is now."""
+    for name, value in request.query_params.items():
+        if value not in ("", "false"):
+            raise refused(name, "must be left out: a stored response is given back whole")
+    return json_response(store_of(request).get(request.state.namespace, response_id).body)
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel(request: Request, response_id: str) -> Response:
+    """End one that runs in the background. One that has ended stays as it is."""
+    store, owner = store_of(request), str(request.state.namespace)
+    stored = store.get(owner, response_id)
+    if not stored.background:
+        raise refused("response_id", "must be of a response with background: true; others end when their connection is closed")
+    if stored.run is not None:
+        stored.run.cancel()
+        stored = Stored(stored.body | {"status": "cancelled"}, stored.messages)
+        store.put(owner, stored)
+    return json_response(stored.body)
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete(request: Request, response_id: str) -> Response:
+    """Forget one. If it runs in the background it ends."""
+    store, owner = store_of(request), str(request.state.namespace)
+    stored = store.get(owner, response_id)
+    if stored.run is not None:
+        stored.run.cancel()
+    store.drop(owner, response_id)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+class TypedStream(EventStream):
+    """A stream whose events say themselves which is the last, and what went wrong."""
+
+    async def _speak(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with contextlib.aclosing(self._chunks) as chunks:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _finish(run: Run, told: Told, store: ResponseStore, owner: str, whole: Callable[[Sequence[Any]], Body]) -> None:
+    """See a response in the background to its end; `whole` keeps it, in the place of the one that was running."""
+    with run:
+        try:
+            outputs = await run.outputs()
+        except Exception as error:
+            running = store.find(owner, told.response_id)
+            if running is not None and running.run is run:  # neither cancelled nor forgotten
+                store.put(owner, Stored(told.failed(error), running.messages))
+            return
+    running = store.find(owner, told.response_id)
+    if running is not None and running.run is run:
+        whole(outputs)
+
+
+def _check(asked: ResponseRequest) -> None:
+    if asked.background and asked.stream:
+        raise refused("background", "must be false with stream: a response in the background is fetched when it has ended")
+    if asked.background and not asked.stored:
+        raise refused("background", "must be false with store: false: there would be nothing to fetch")
+
+
+def _before(store: ResponseStore, owner: str, response_id: str | None) -> Sequence[Message]:
+    """What was said until that response ended, and by it."""
+    if response_id is None:
+        return ()
+    stored = store.find(owner, response_id)
+    if stored is None:
+        message = "previous_response_id: there is no such response, or no more"
+        raise ServerError(400, message, param="previous_response_id", code="previous_response_not_found")
+    if stored.status not in ("completed", "incomplete"):
+        raise refused("previous_response_id", f"must be of a response that was answered (it is {stored.status})")
+    return stored.messages
+
+
+async def _prompt(serving: Serving, asked: ResponseRequest, messages: list[Message]) -> list[int]:
+    if asked.instructions is not None:
+        messages = [Message(role="system", content=asked.instructions), *messages]
+    effort = asked.reasoning.effort if asked.reasoning is not None else None
+    whole = ChatPrompt(add_generation_prompt=None, continue_final_message=None, chat_template_kwargs=asked.chat_template_kwargs)
+    return await chat_prompt(serving, whole, messages, effort)
+
+
+def _params(asked: ResponseRequest) -> SamplingParams:
+    structured = structure_of(asked.response_format, asked.structured_outputs)
+    return params_of(asked, max_tokens=asked.max_output_tokens, logprobs=asked.logprobs, structured=structured)
+
+
+def _renamed(error: ServerError) -> ServerError:
+    """The same error under the name that this body has for its field."""
+    first, _, rest = (error.param or "").partition(".")
+    name = FIELD_NAMES.get(first)
+    if name is None or error.param is None:
+        return error
+    param = f"{name}.{rest}" if rest else name
+    message = param + error.message.removeprefix(error.param) if error.message.startswith(error.param) else error.message
+    return ServerError(error.status, message, param=param, code=error.code, headers=error.headers)

@@ -1,0 +1,149 @@
+"""A chat as clients send it, and as templates want it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from quire.server.errors import refused
+from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_N, MAX_TOOLS, MAX_TOP_LOGPROBS
+from quire.server.schema import Asked, Label, Part, Sampling
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
+
+
+class TextPart(Part):
+    """A part of a message's content. There are no other kinds: models here read text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Part):
+    """What was called, its arguments a JSON object written out."""
+
+    name: Name
+    arguments: str
+
+
+class ToolCall(Part):
+    """A call an assistant made."""
+
+    id: Label | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Part):
+    """One message. Fields of OpenAI's answers that come back empty are taken as they are."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: Label | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_N)] | None = None
+    tool_call_id: Label | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class Function(Part):
+    """A function that may be called."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Part):
+    """A tool: always a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Part):
+    """A function by its name."""
+
+    name: Name
+
+
+class NamedTool(Part):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ChatPrompt(Asked):
+    """What becomes a prompt."""
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    add_generation_prompt: bool | None = Field(default=None, description="Extension. Begin the assistant's message; true unless continued.")
+    continue_final_message: bool | None = Field(default=None, description="Extension. Go on within the last message.")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Extension. Values for the model's own chat template.")
+
+
+class ChatRequest(ChatPrompt, Sampling):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Messages
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="As many as the context has room for where not given.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="The same under its newer name.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Label | None = Field(default=None, description="For templates that have such a variable; refused by others.")
+    metadata: dict[str, Label] | None = Field(default=None, max_length=16, description="Labels. Nothing depends on them.")
+    store: Literal[False] | None = Field(default=None, description="Nothing is stored.")
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    prompt_cache_key: Label | None = Field(default=None, description="A label: equal beginnings of one key's prompts are found whatever it says.")
+    safety_identifier: Label | None = Field(default=None, description="A label. Nothing depends on it.")
+
+
+def as_template_messages(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:
+    """Messages in the form that transformers' templates are written for: content is text, arguments are objects.
+
+    Raises:
+        ServerError: a message has neither content nor calls, or arguments that are no JSON object.
+    """
+    return [_as_template_message(i, message, knows_developer) for i, message in enumerate(messages)]
+
+
+def _as_template_message(i: int, message: Message, knows_developer: bool) -> dict[str, Any]:
+    if message.content is None and not message.tool_calls:
+        raise refused(f"messages.{i}.content", "must be text, or a list of parts of text")
+    text = message.content
+    if isinstance(text, list):
+        text = "\n".join(part.text for part in text)
+    made = {
+        "role": "system" if message.role == "developer" and not knows_developer else message.role,
+        "content": text,
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "tool_call_id": message.tool_call_id,
+        "tool_calls": [_as_template_call(i, j, call) for j, call in enumerate(message.tool_calls)] if message.tool_calls else None,
+    }
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def _as_template_call(i: int, j: int, call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise refused(f"messages.{i}.tool_calls.{j}.function.arguments", "must be a JSON object written out as a string")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

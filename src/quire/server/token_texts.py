@@ -1,0 +1,95 @@
+"""Single tokens as text and as bytes, for logprobs: a token may be part of a character, or begin with a space that decoding alone drops."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class TokenText(NamedTuple):
+    """A token's text and bytes. The text of one that is not whole characters is its bytes written out, so that two stay two."""
+
+    text: str
+    raw: bytes
+
+
+class TokenTexts:
+    """Texts of one tokenizer's tokens. Each is worked out once."""
+
+    def __init__(self, hf: Any) -> None:
+        self._hf = hf
+        self._known: dict[int, TokenText] = {}
+        self._special = frozenset(hf.all_special_ids)
+        self._letters = _byte_letters() if hf.is_fast and _is_byte_level(hf) else None
+        self._before = _ordinary(hf)
+
+    def of(self, token_id: int) -> TokenText:
+        """One token's."""
+        if token_id not in self._known:
+            raw = self._bytes(token_id)
+            self._known[token_id] = TokenText(f"token_id:{token_id}", b"") if raw is None else TokenText(_shown(raw), raw)
+        return self._known[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is left out of texts without special tokens."""
+        return token_id in self._special
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of several."""
+        return str(self._hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+
+    def _bytes(self, token_id: int) -> bytes | None:
+        token = self._hf.convert_ids_to_tokens(token_id) if token_id < len(self._hf) else None
+        if token is None:  # a row of logits without a token behind it
+            return None
+        if self._letters is not None and all(letter in self._letters for letter in token) and token_id not in self._special:
+            return bytes(self._letters[letter] for letter in token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes((int(token[3:5], 16),))
+        if self._before is None:
+            return self.decode([token_id], False).encode()
+        # What it adds to a text: alone, at the start of one, some decoders drop its space.
+        before, both = self.decode([self._before], False), self.decode([self._before, token_id], False)
+        return (both.removeprefix(before) if both.startswith(before) else self.decode([token_id], False)).encode()
+
+
+class Offsets:
+    """Where in a growing text each of its tokens begins. Special tokens take no room where they are left out."""
+
+    def __init__(self, texts: TokenTexts, start: int, skip_special_tokens: bool) -> None:
+        self._texts, self._at, self._skip = texts, start, skip_special_tokens
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token_id: int) -> int:
+        """That of the next token: how many characters are complete before it."""
+        at = self._at
+        if not (self._skip and self._texts.is_special(token_id)):
+            self._at += len(self._characters.decode(self._texts.of(token_id).raw))
+        return at
+
+
+def _shown(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _is_byte_level(hf: Any) -> bool:
+    decoder = json.loads(hf.backend_tokenizer.to_str()).get("decoder") or {}
+    return "ByteLevel" in {decoder.get("type"), *(inner.get("type") for inner in decoder.get("decoders", []))}
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter by which byte-level vocabularies write each byte: printable ones themselves, the others from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _ordinary(hf: Any) -> int | None:
+    """A token that is a letter wherever it stands."""
+    found = hf.convert_tokens_to_ids("a")
+    return found if isinstance(found, int) and found >= 0 and found != hf.unk_token_id else None

@@ -1,0 +1,91 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from quire.server.chat import chat_prompt
+from quire.server.errors import ServerError, refused
+from quire.server.limits import MAX_LABEL_CHARS
+from quire.server.models import check_model
+from quire.server.schema import Asked, TokenId
+from quire.server.schema_chat import ChatPrompt, Messages
+from quire.server.serving import Serving, serving_of
+from quire.server.sse import json_response
+from quire.server.token_texts import TokenTexts
+
+router = APIRouter(tags=["tokens"])
+ModelName = Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None
+
+
+class TokenizeRequest(ChatPrompt):
+    """A text as `prompt`, or a chat as `messages`."""
+
+    model: ModelName = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(default=None, description="Those that go around every text; true where not given. Not for a chat.")
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Asked):
+    """Tokens."""
+
+    model: ModelName = None
+    tokens: list[TokenId]
+    skip_special_tokens: bool | None = None
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, asked: TokenizeRequest) -> Response:
+    """The token ids that a prompt or a chat comes to."""
+    serving = serving_of(request)
+    info = serving.engine().info
+    check_model(serving, asked.model)
+    if asked.messages is not None:
+        for name in ("prompt", "add_special_tokens"):
+            if getattr(asked, name) is not None:
+                raise refused(name, "must be left out with messages")
+        ids = await chat_prompt(serving, asked, asked.messages)
+    elif asked.prompt is not None:
+        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(asked, name) is not None:
+                raise refused(name, "must be left out without messages")
+        ids = await asyncio.to_thread(_encode, serving, asked.prompt, asked.add_special_tokens is not False)
+    else:
+        raise refused("prompt", "must be given, or messages")
+    strings = [_texts(serving).of(token_id).text for token_id in ids] if asked.return_token_strs else None
+    return json_response({"count": len(ids), "max_model_len": info.context_len, "tokens": ids, "token_strs": strings})
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, asked: DetokenizeRequest) -> Response:
+    """The text of token ids."""
+    serving = serving_of(request)
+    info = serving.engine().info
+    check_model(serving, asked.model)
+    outside = next((token_id for token_id in asked.tokens if token_id >= info.vocab_size), None)
+    if outside is not None:
+        raise refused("tokens", f"must be token ids from 0 to {info.vocab_size - 1}; {outside} is not")
+    text = await asyncio.to_thread(_texts(serving).decode, asked.tokens, bool(asked.skip_special_tokens))
+    return json_response({"prompt": text})
+
+
+def _encode(serving: Serving, text: str, add_special_tokens: bool) -> list[int]:
+    assert serving.llm is not None
+    _texts(serving)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise refused("prompt", "must be text that has a UTF-8 form (there is a lone surrogate)") from None
+    return list(serving.llm.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
+
+
+def _texts(serving: Serving) -> TokenTexts:
+    if serving.texts is None:
+        raise ServerError(400, "this model came without a tokenizer: its prompts are token ids", code="no_tokenizer")
+    return serving.texts

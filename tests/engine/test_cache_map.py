@@ -1,0 +1,151 @@
+"""The picture of the cache: it agrees with the counters under a random load, and nobody sees another namespace's tokens in it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.engine.cache_map import PIN_MARK, STATES, CacheMap
+from quire.errors import InvalidRequestError
+from tests.engine.conftest import Checkpoint
+
+PROMPT = [5 + (i * i * 7 + 3 * i) % 180 for i in range(37)]
+SHORT = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+def agrees(seen: CacheMap, num_pages: int) -> None:
+    counts, stats = seen.counts(), seen.stats
+    assert len(seen.states) == num_pages == sum(counts.values())
+    assert (counts["free"], counts["cached"], counts["retired"]) == (stats["num_free_pages"], stats["num_cached_pages"], stats["num_retired_pages"])
+    assert counts["held"] + counts["shared"] + counts["pinned"] + counts["moving"] == stats["num_held_pages"]
+    assert sum(bool(state & PIN_MARK) for state in seen.states) == stats["num_pinned_pages"]
+    holders = [0] * num_pages
+    for seq in seen.sequences:
+        for page_id in {page_id for table in seq.tables for page_id in table if page_id >= 0}:
+            holders[page_id] += 1
+    for page_id, state in enumerate(seen.states):
+        name = STATES[state & ~PIN_MARK]
+        assert (holders[page_id] > 1) == (name == "shared") and (holders[page_id] == 1) == (name == "held"), (page_id, name, holders[page_id])
+    assert sum(any(seq.tables) for seq in seen.sequences) == stats["num_running"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_states_agree_with_the_counters_under_a_random_load(checkpoint: Checkpoint, tmp_path: Path, family: str, disk: bool) -> None:
+    rng, seen_states = random.Random(5), set()
+    with LLM(checkpoint(family), page_size=4) as llm:
+        page_bytes = llm.info.page_bytes
+    options = {"cache_dir": tmp_path} if disk else {}
+    with LLM(checkpoint(family), page_size=4, max_tokens_per_step=24, max_sequences=6, cache_bytes=page_bytes * 150, **options) as llm:
+        pin = llm.pin(PROMPT, namespace="a")
+
+        def load() -> None:
+            for _ in range(12):
+                streams = [
+                    llm.submit(
+                        PROMPT[: rng.randrange(1, 37)] + [rng.randrange(3, 190) for _ in range(rng.randrange(1, 40))],
+                        SamplingParams(max_tokens=rng.randrange(1, 16), n=rng.choice((1, 1, 3)), ignore_eos=True, seed=rng.randrange(99)),
+                        namespace=rng.choice(("a", "b")),
+                    )
+                    for _ in range(4)
+                ]
+                if rng.random() < 0.3:
+                    streams[0].cancel()
+                for stream in streams:
+                    assert stream.wait(60).error is None
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        while thread.is_alive():
+            seen = llm.cache_map()
+            agrees(seen, llm.info.num_pages)
+            seen_states |= {name for name, count in seen.counts().items() if count}
+            time.sleep(0.002)
+        thread.join()
+        llm.unpin(pin)
+        llm.resize_cache(page_bytes * 100)
+        seen = llm.cache_map()
+        agrees(seen, llm.info.num_pages)
+        assert seen.counts()["retired"] == 50 and not seen.sequences
+        assert seen_states >= {"free", "held", "shared", "cached", "pinned"}
+        llm.check_integrity()
+
+
+def test_more_holders_than_a_byte_counts(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), page_size=4, max_sequences=300, cache_bytes=2**24) as llm:
+        stream = llm.submit(PROMPT, SamplingParams(n=290, max_tokens=200, ignore_eos=True))
+        most = 0
+        while most < 280:
+            seen = llm.cache_map()
+            agrees(seen, llm.info.num_pages)
+            most = max(most, sum(any(seq.tables) for seq in seen.sequences))
+        assert seen.counts()["shared"] >= 9
+        stream.cancel()
+        stream.wait(60)
+
+
+def test_a_long_queue_is_cut(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), page_size=4, max_sequences=2) as llm:
+        streams = [llm.submit(PROMPT, SamplingParams(max_tokens=300, ignore_eos=True)) for _ in range(100)]
+        seen = llm.cache_map()
+        assert len(seen.sequences) <= 66 < seen.stats["num_running"] + seen.stats["num_waiting"] or seen.stats["num_waiting"] <= 64
+        for stream in streams:
+            stream.cancel()
+
+
+def contents(llm: LLM, namespace: str) -> dict[int, tuple[int, ...]]:
+    """What a namespace is told of every page."""
+    pages = [llm.page(page_id, namespace=namespace) for page_id in range(llm.info.num_pages)]
+    return {page.page_id: page.token_ids for page in pages if page.token_ids is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_namespace_sees_its_own_tokens_only(checkpoint: Checkpoint, family: str) -> None:
+    with LLM(checkpoint(family), page_size=4, cache_bytes=2**19) as llm:
+        mine, other = PROMPT[:23], [token + 200 for token in PROMPT]
+        (a,) = llm.generate(mine, SHORT, namespace="a")
+        (b,) = llm.generate(other, SHORT, namespace="b")
+        for namespace, output in (("a", a), ("b", b)):
+            whole = output.prompt_token_ids + output.outputs[0].token_ids
+            told = [llm.page(page_id, namespace=namespace) for page_id in contents(llm, namespace)]
+            assert told and all(page.token_ids == tuple(whole[page.position : page.position + len(page.token_ids)]) for page in told)
+            covered = {i for page in told if page.group_id == told[0].group_id for i in range(page.position, page.position + len(page.token_ids))}
+            assert len(covered) >= len(whole) - 2 if family == "llama" else covered
+        assert not contents(llm, "a").keys() & contents(llm, "b").keys()
+        assert contents(llm, "") == contents(llm, "c") == {}
+
+
+def test_what_runs_is_told_to_its_own_namespace(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), page_size=4) as llm:
+        stream = llm.submit(PROMPT, SamplingParams(max_tokens=800, ignore_eos=True), namespace="a", request_id="mine")
+        next(iter(stream))
+        (seq,) = llm.cache_map().sequences
+        page_id = seq.tables[0][2]
+        own, foreign = llm.page(page_id, namespace="a"), llm.page(page_id, namespace="b")
+        stream.cancel()
+        assert (seq.request_id, seq.namespace, seq.num_prompt) == ("mine", "a", len(PROMPT))
+        assert (own.token_ids, own.position, own.request_ids) == (tuple(PROMPT[8:12]), 8, ("mine",)) and own.state == "held"
+        assert foreign.token_ids is None and foreign.request_ids == () and foreign.num_holders == 1
+
+
+def test_behind_what_all_share_it_is_private_again(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), page_size=4, cache_bytes=2**19) as llm:
+        assert llm.share(PROMPT[:16]) == 16
+        for namespace, tail in (("a", [7, 8, 9, 10, 11]), ("b", [17, 18, 19, 20, 21])):
+            llm.generate(PROMPT[:16] + tail, SHORT, namespace=namespace)
+            told = [llm.page(page_id, namespace=namespace) for page_id in contents(llm, namespace)]
+            assert (16, tuple(tail[:4])) in {(page.position, page.token_ids) for page in told}
+            assert all(page.position >= 16 for page in told), "of the shared region nothing is told: whose request left it there is nobody's business"
+        assert not contents(llm, "a").keys() & contents(llm, "b").keys()
+
+
+def test_no_such_page(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama")) as llm:
+        for page_id in (-1, llm.info.num_pages):
+            with pytest.raises(InvalidRequestError, match=f"page_id={page_id}: must be"):
+                llm.page(page_id)

@@ -1,0 +1,126 @@
+"""Two hundred requests that must be refused, each with what its error must say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+GOOD: dict[str, Any] = {"prompt": "the lazy dog", "max_tokens": 4, "temperature": 0}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+LONE = "\ud800"
+
+
+class Bad(NamedTuple):
+    """A request; `param` is the field its error names, None where it is about the whole."""
+
+    path: str
+    content: bytes
+    status: int = 400
+    param: str | None = None
+    method: str = "POST"
+    headers: tuple[tuple[str, str], ...] = (("content-type", "application/json"),)
+
+
+def _completion(param: str, *values: Any, named: str | None = None) -> list[Bad]:
+    return [Bad(COMPLETIONS, json.dumps(GOOD | {param: value}).encode(), 400, named or param) for value in values]
+
+
+def _chat(param: str, *values: Any, named: str | None = None) -> list[Bad]:
+    return [Bad(CHATS, json.dumps(CHAT | {param: value}).encode(), 400, named or param) for value in values]
+
+
+def _deep(depth: int, opening: bytes = b"[", closing: bytes = b"]") -> bytes:
+    return b'{"prompt": ' + opening * depth + closing * depth + b"}"
+
+
+def _fields(path: str, body: dict[str, Any], param: str, value: Any) -> Bad:
+    return Bad(path, json.dumps(body | {param: value}).encode(), 400, param)
+
+
+NOT_INTEGERS: tuple[Any, ...] = ("5", 1.5, True, [1], {}, -1, 2**63, 10**30)
+NOT_NUMBERS: tuple[Any, ...] = ("1", True, [], {}, float("nan"), float("inf"), -1e300, 1e300)
+
+BAD: list[Bad] = [
+    # What is no JSON object.
+    *(Bad(COMPLETIONS, content) for content in (b"", b"{", b'{"model": ', b"[]", b"1", b'"x"', b"null", b"true", b"\xff\xfe", b"\x00")),
+    *(Bad(COMPLETIONS, content) for content in (b'{"prompt": "x"}}', b'{"prompt": "x",}', b'{"prompt": \xff"x"}', b'{"prompt": "\xed\xa0\x80"}')),
+    *(Bad(CHATS, content) for content in (b"", b"{", b"[]", b'{"messages": [}', b"<xml/>")),
+    *(Bad(COMPLETIONS, json.dumps(GOOD).encode(), headers=headers) for headers in ((), (("content-type", "text/plain"),))),
+    *(Bad(COMPLETIONS, _deep(depth)) for depth in (3, 65, 500, 5000, 100_000)),
+    Bad(COMPLETIONS, _deep(20_000, b'{"a":', b"}")),
+    Bad(CHATS, b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": ' + b"[" * 70 + b"]" * 70 + b"}}"),
+    Bad(COMPLETIONS, b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}"),
+    Bad(COMPLETIONS, b'{"prompt": "x", "temperature": 1e999}', param="temperature"),
+    # Prompts.
+    *_completion("prompt", None, [], [[]], [""], "", 5, 1.5, True, {}, {"a": 1}, [None], [True], [1.5], ["x", 5], [[5], 6], [[[5]]], [["x"]]),
+    *_completion("prompt", [-1], [600], [10**9], [2**63], [10**30], [5, -5], LONE, ["x", LONE], [5] * 9999, "x " * 9000, [[5] * 2050, [5]]),
+    *_completion("prompt", [[5]] * 1025, ["x"] * 20_000),
+    *_completion("n", *NOT_INTEGERS, 0, 129, 10**9),
+    Bad(COMPLETIONS, json.dumps(GOOD | {"prompt": ["x"] * 600, "n": 2}).encode(), 400, "n"),
+    # Numbers.
+    *_completion("max_tokens", *NOT_INTEGERS, 0),
+    *_completion("max_tokens", 2048, named="prompt"),
+    *_completion("temperature", *NOT_NUMBERS, -0.1, 2.01, 99),
+    *_completion("top_p", *NOT_NUMBERS, 0, 1.01),
+    *_completion("min_p", -0.1, 1.1, "x"),
+    *_completion("top_k", -2, 1.5, 2**31),
+    *_completion("repetition_penalty", 0, -1, 1e7, "x"),
+    *_completion("presence_penalty", -2.1, 2.1, "x"),
+    *_completion("frequency_penalty", -2.1, 2.1, []),
+    *_completion("seed", "x", 1.5, 2**64, -(2**63) - 1),
+    *_completion("min_tokens", -1, 5, "x"),
+    *_completion("best_of", 0, -1, 129, 1.5, "x"),
+    *_completion("logprobs", -1, 21, True, "x"),
+    *_completion("prompt_logprobs", -1, 21, "x"),
+    *_completion("priority", 2**31, -(2**31) - 1, "x"),
+    # Lists and mappings.
+    *_completion("stop", "", [""], 5, ["x"] * 17, ["x"] * 100_000, "x" * 5000, {}),
+    *_completion("stop", [5], [None], named="stop.0"),
+    *_completion("stop_token_ids", 5, [600], list(range(65))),
+    *_completion("stop_token_ids", ["x"], [-1], [2**31], [True], named="stop_token_ids.0"),
+    *_completion("logit_bias", 5, [], {"x": 1}, {"5": 101}, {"-1": 1}, {"600": 1}, {"5.0": 1}, {"99999999999": 1}, {str(i): 1 for i in range(1025)}),
+    *_completion("allowed_token_ids", [], 5, [600], list(range(4097))),
+    *_completion("suffix", "x", 5),
+    *_completion("cache_salt", "", 5, "x" * 600),
+    *_completion("user", 5, "x" * 600),
+    *_completion("stream", 1, "yes"),
+    *_completion("stream_options", 5, [], named="stream_options"),
+    *_completion("structured_outputs", 5, []),
+    *_completion("response_format", 5, {"type": "nonsense"}),
+    *_completion("echo", "yes", 1),
+    *_completion("ignore_eos", 1),
+    # Fields that are not there.
+    *(_fields(COMPLETIONS, GOOD, name, 1) for name in ("no_such_field", "tokenize", "return_logits", "messages", "bad_words")),
+    *(_fields(CHATS, CHAT, name, 1) for name in ("prompt", "functions", "function_call", "echo", "chat_template", "audio", "suffix")),
+    Bad(COMPLETIONS, json.dumps(GOOD | {LONE: 1}).encode()),
+    Bad(COMPLETIONS, json.dumps({f"x{i}": i for i in range(50_000)}).encode()),
+    # Chats.
+    *_chat("messages", None, [], "hi", 5, {}, named="messages"),
+    *_chat("messages", [5], ["x"], [None], [[]], named="messages.0"),
+    *_chat("messages", [{"role": "user", "content": LONE}]),
+    *_chat("messages", [{"role": "user", "content": "x "}] * 4000),
+    *_chat("messages", [{"role": "user", "content": "x"}] * 5000),
+    *_chat("messages", [{"role": "nobody", "content": "x"}], [{"role": 5, "content": "x"}], named="messages.0.role"),
+    *_chat("messages", [{"content": "x"}], named="messages.0.role"),
+    *_chat("messages", [{"role": "user", "content": 5}], [{"role": "user", "content": None}], named="messages.0.content"),
+    *_chat("messages", [{"role": "user", "content": "x", "extra": 1}], named="messages.0.extra"),
+    *_chat("max_tokens", 0, -1, "5"),
+    *_chat("max_tokens", 2048, named="messages"),
+    *_chat("top_logprobs", 2, 21, -1),
+    *_chat("logprobs", 2, "yes"),
+    *_chat("tools", 5, {}, named="tools"),
+    *_chat("response_format", "json", 5),
+    # Other addresses and methods.
+    *(Bad(path, b"", 404, None, "GET", ()) for path in ("/nothing", "/v1", "/v1/", "/v1/models/other", "/%00", "/..%2fetc/passwd", "/page/static/x")),
+    *(Bad(path, b"{}", 405, None, method) for path, method in ((COMPLETIONS, "GET"), (CHATS, "PUT"), ("/v1/models", "POST"), ("/health", "DELETE"))),
+    Bad(COMPLETIONS, json.dumps(GOOD | {"model": "other"}).encode(), 404, "model"),
+    Bad(CHATS, json.dumps(CHAT | {"model": LONE}).encode(), 400, "model"),
+    Bad(COMPLETIONS, b'{"prompt": "' + b"x" * (4 * 2**20) + b'"}', 413),
+    Bad("/tokenize", b"{}", 400, "prompt"),
+    Bad("/tokenize", b'{"prompt": 5}', 400, "prompt"),
+    Bad("/detokenize", b'{"tokens": [600]}', 400, "tokens"),
+    Bad("/detokenize", b'{"tokens": "x"}', 400, "tokens"),
+    Bad("/detokenize", b'{"tokens": [-1]}', 400, "tokens.0"),
+    Bad("/detokenize", b"{}", 400, "tokens"),
+]  # fmt: skip
