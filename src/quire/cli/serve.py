@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,8 @@ def serve(
 
     It listens at once and loads meanwhile; /ready says when requests are taken. SIGTERM or Ctrl-C drains it, a second one ends it at once.
     """
+    # Before OpenMP is loaded: a kernel's thread that spins while it waits would take the core that answers clients.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from quire.server import life
         from quire.server.keys import KeyRing

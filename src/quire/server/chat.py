@@ -18,7 +18,7 @@ from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, as_template_messages
 from quire.server.serving import Serving, serving_of
-from quire.server.sse import EventStream, answer_at_end, event, new_id
+from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
 from quire.server.structure import structure_of
 from quire.server.token_texts import TokenTexts
 from quire.server.usage import chat_logprobs, prompt_logprobs, usage_of
@@ -129,13 +129,14 @@ class Told:
         asked, outputs = self._asked, []
         head = {**self._head, "object": "chat.completion.chunk"}
         more = {"usage": None} if asked.include_usage else {}
+        chunks = Chunks(head, more)
         for i in range(asked.num_choices):
             delta = {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
             first = {"prompt_token_ids": list(prompt)} if asked.return_token_ids and i == 0 else {}
             yield event({**head, **first, "choices": [delta], **more})
         async for _, news in self._run.events():
             if news.text or news.token_ids or news.finish_reason:
-                yield event({**head, "choices": [self._delta(news)], **more})
+                yield chunks.of(self._delta(news))
             if news.output is not None:
                 outputs.append(news.output)
         if asked.include_usage:

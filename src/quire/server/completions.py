@@ -19,7 +19,7 @@ from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema import Sampling, as_prompts
 from quire.server.serving import serving_of
-from quire.server.sse import EventStream, answer_at_end, event, new_id
+from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
 from quire.server.structure import structure_of
 from quire.server.token_texts import Offsets, TokenTexts
 from quire.server.usage import completion_logprobs, prompt_logprobs, usage_of
@@ -114,14 +114,14 @@ class Told:
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The events of a stream."""
         asked, n, outputs = self._asked, self._asked.num_choices, []
-        more = {"usage": None} if asked.include_usage else {}
+        chunks = Chunks(self._head, {"usage": None} if asked.include_usage else {})
         if asked.echo:
             for p, prompt in enumerate(asked.prompt):
                 for i in range(n):
-                    yield event({**self._head, "choices": [self._bare(p * n + i, self._prompt_text(prompt))], **more})
+                    yield chunks.of(self._bare(p * n + i, self._prompt_text(prompt)))
         async for p, news in self._run.events():
             if news.text or news.token_ids or news.finish_reason:
-                yield event({**self._head, "choices": [self._delta(p, news)], **more})
+                yield chunks.of(self._delta(p, news))
             if news.output is not None:
                 outputs.append(news.output)
         if asked.include_usage:

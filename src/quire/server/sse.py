@@ -18,6 +18,7 @@ from quire.server.runs import ClientLeft, Run, while_connected
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies that collect a stream before passing it on defeat it
 CLIENT_LEFT = 499
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def new_id(kind: str) -> str:
@@ -27,13 +28,25 @@ def new_id(kind: str) -> str:
 
 def event(data: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODE(data).encode() + b"\n\n"
+
+
+class Chunks:
+    """Events of one stream that differ in their choice alone: what is the same in all is written out once. A stream has one a token."""
+
+    def __init__(self, head: dict[str, Any], more: dict[str, Any]) -> None:
+        self._before = "data: " + _ENCODE(head)[:-1] + ',"choices":['
+        self._after = "]" + "".join(f",{_ENCODE(name)}:{_ENCODE(value)}" for name, value in more.items()) + "}\n\n"
+
+    def of(self, choice: dict[str, Any]) -> bytes:
+        """The event with this choice."""
+        return (self._before + _ENCODE(choice) + self._after).encode()
 
 
 def json_response(data: Any, request_id: str | None = None) -> Response:
     """A JSON answer."""
     headers = {} if request_id is None else {"x-request-id": request_id}
-    return Response(json.dumps(data, separators=(",", ":")).encode(), headers=headers, media_type="application/json")
+    return Response(_ENCODE(data).encode(), headers=headers, media_type="application/json")
 
 
 async def answer_at_end(request: Request, run: Run, made: Callable[[list[RequestOutput]], Any]) -> Response:
