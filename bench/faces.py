@@ -70,8 +70,7 @@ def chunks(model: PreTrainedModel, rng: random.Random, length: int) -> Bench:
     print(f" a prompt of {length} in chunks")
     for size in CHUNKS:
         result, counters = with_quire(model, [(ids, 1)], max_tokens_per_step=size, cache_bytes=4 * 2**30)
-        with quire.LLM(model, max_tokens_per_step=size) as llm:
-            pages_mb, foreseen = length * llm.info.bytes_per_token / 2**20, llm.info.workspace_bytes / 2**20
+        pages_mb, foreseen = length * counters["bytes_per_token"] / 2**20, counters["workspace_bytes"] / 2**20
         extra = (result.extra_mb or 0.0) - pages_mb
         beside = f"{extra:+6.0f} MB beside {pages_mb:.0f} MB of pages ({foreseen:.0f} MB foreseen)"
         print(f"    {size:>5} tokens a step {result.first_token_s:8.2f} s, {beside}")

@@ -79,7 +79,8 @@ def with_quire(model: PreTrainedModel, jobs: Jobs, **options: object) -> tuple[R
 
         result = measured(run)
         after = llm.stats()
-        return result, {key: after[key] - stats[key] for key in ("num_computed_tokens", "num_cached_tokens", "num_steps", "num_preemptions")}
+        counters = {key: after[key] - stats[key] for key in ("num_computed_tokens", "num_cached_tokens", "num_steps", "num_preemptions")}
+        return result, {**counters, "bytes_per_token": llm.info.bytes_per_token, "workspace_bytes": llm.info.workspace_bytes}
 
 
 def with_generate(model: PreTrainedModel, jobs: Jobs, batch: int = 16) -> Result:

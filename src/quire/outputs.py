@@ -103,6 +103,12 @@ class RequestOutput:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[TopLogprob] | None] | None = None
 
+    def raise_for_error(self) -> RequestOutput:
+        """Itself. Raises `error` if the request failed."""
+        if self.error is not None:
+            raise self.error
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:

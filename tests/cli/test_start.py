@@ -46,5 +46,5 @@ def test_python_dash_m() -> None:
 
 def test_help_names_the_commands(quire: Quire) -> None:
     text = quire("--help").stdout
-    assert all(f" {command} " in text for command in ("generate", "check", "bench", "demo"))
+    assert all(f" {command} " in text for command in ("generate", "batch", "serve", "check", "bench", "demo"))
     assert "Exit status" in text

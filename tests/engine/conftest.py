@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tensors.checkpoints import VOCAB, make
+from tests.tensors.checkpoints import VOCAB, make, one_thread
 
+__all__ = ["one_thread"]
 Checkpoint = Callable[..., str]
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.engine.cache_map import PIN_MARK, STATES, CacheMap
+from quire.engine.cache_map import CacheMap
 from quire.errors import InvalidRequestError
+from quire.policy.pages import PIN_MARK, STATES
 from tests.engine.conftest import Checkpoint
 
 PROMPT = [5 + (i * i * 7 + 3 * i) % 180 for i in range(37)]

@@ -19,7 +19,7 @@ from quire.tensors.models.rows import RowByRow
 from quire.tensors.products import ReferenceProducts
 from tests.engine.conftest import Checkpoint
 from tests.engine.test_transparency import alone, jobs, together
-from tests.tensors.checkpoints import VOCAB, one_thread, tiny_model  # noqa: F401
+from tests.tensors.checkpoints import VOCAB, tiny_model
 
 CXX = os.environ.get("CXX", "g++")
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX}) on this machine")
@@ -59,7 +59,8 @@ def test_a_second_start_finds_the_code(checkpoint: Checkpoint) -> None:
 
 
 @needs_compiler
-def test_close_to_plain_layers(one_thread: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("one_thread")
+def test_close_to_plain_layers() -> None:
     for family, dtype in CASES:
         ids, lengths = torch.randint(3, VOCAB, (70,)), [40, 1, 29]
         positions = torch.cat([torch.arange(length) for length in lengths])

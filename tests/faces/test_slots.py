@@ -13,6 +13,7 @@ from quire import LLM, InvalidRequestError, OutOfPagesError, SamplingParams, Slo
 from quire.errors import CacheTooSmallError, StepError
 from quire.tensors.models.model import CausalModel
 from tests.engine.conftest import Checkpoint
+from tests.tensors.checkpoints import tiny_model
 
 PROMPTS = [[3 + (i * i * 7 + n) % 150 for i in range(n)] for n in (10, 33, 1, 57)]
 DRAWN = SamplingParams(temperature=0.9, top_k=40, seed=11, repetition_penalty=1.1)
@@ -157,10 +158,37 @@ def test_mistakes_are_named_and_change_nothing(checkpoint: Checkpoint) -> None:
                 slots.bulk_insert(prefix, taken)
         with pytest.raises(InvalidRequestError, match="seeds"):
             slots.bulk_insert(prefix, [0, 1], seeds=[1])
+        for seed in (-1, 2**64, 1.5):
+            with pytest.raises(InvalidRequestError, match="seed="):
+                slots.bulk_insert(prefix, [0], seeds=[seed])  # type: ignore[list-item]
+        with Slots(checkpoint("llama"), 1) as others, pytest.raises(InvalidRequestError, match="these slots' own"):
+            others.insert(prefix, 0)
         with pytest.raises(InvalidRequestError, match="slot=0"):
             slots.free(0)
         assert slots.generate() == {} and slots.active == []
         slots.check_integrity()
+
+
+def test_new_weights_are_refused_while_anything_is_held() -> None:
+    model = tiny_model("llama")
+    with Slots(model, 2, page_size=4) as slots:
+        prefix = slots.prefill(PROMPTS[1])
+        before = [slots.insert(prefix, 0), slots.generate()[0]]
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(-1.0)
+        held = "model=.*while sequences are held"
+        with pytest.raises(InvalidRequestError, match=held):
+            slots.generate()
+        with pytest.raises(InvalidRequestError, match=held):
+            slots.insert(prefix, 1)
+        with pytest.raises(InvalidRequestError, match=held):
+            slots.prefill(PROMPTS[0])
+        slots.free(0)
+        del prefix
+        gc.collect()
+        slots.check_integrity()
+        after = [slots.insert(slots.prefill(PROMPTS[1]), 0), slots.generate()[0]]
+        assert after != before and slots.active == [0]
 
 
 def test_a_slot_ends_with_the_context(checkpoint: Checkpoint) -> None:

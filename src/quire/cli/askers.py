@@ -7,19 +7,11 @@ import contextlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import typer
-
-from quire.cli.door import BAD, complain, demo_model, waiting
+from quire.cli.door import demo_model, load, needs_server_extra
 from quire.cli.remote import Remote
 from quire.config import EngineConfig
-
-if TYPE_CHECKING:
-    from quire import LLM
-
-SERVER_EXTRA = ("fastapi", "starlette", "pydantic", "prometheus_client", "jinja2")
 
 
 class Answer(NamedTuple):
@@ -99,24 +91,12 @@ class Outside:
 @contextlib.contextmanager
 def inside(model: str | None, name: str | None, config: EngineConfig) -> Iterator[Inside]:
     """A model loaded here, behind the server's own application."""
-    try:
+    with needs_server_extra("a batch"):
         from quire.server.app import create_app
         from quire.server.serving import Serving
         from quire.server.settings import ServerSettings, public_name
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in SERVER_EXTRA:
-            raise
-        complain(f"a batch needs {error.name}, which is not installed: pip install 'quire[server]'")
-        raise typer.Exit(BAD) from error
     source = model if model is not None else str(demo_model())
-
-    def load() -> LLM:
-        with waiting(source):
-            from quire import LLM
-
-            return LLM(source, **asdict(config))
-
-    serving = Serving(ServerSettings(model=public_name(source) if name is None else name), load)
+    serving = Serving(ServerSettings(model=public_name(source) if name is None else name), lambda: load(source, config))
     serving.load()
     if serving.load_error is not None:
         raise serving.load_error

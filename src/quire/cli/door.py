@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quire import LLM
 
 FAILED, BAD, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+SERVER_EXTRA = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2", "h11")
 
 
 def door(run: Callable[..., None]) -> Callable[..., None]:
@@ -63,13 +64,28 @@ def stderr() -> Console:
 @contextlib.contextmanager
 def loaded(model: str | None, config: EngineConfig) -> Iterator[LLM]:
     """An open `LLM` on `model`, or on the demo checkpoint, with a spinner on the terminal until it is ready."""
-    source = model if model is not None else str(demo_model())
+    with load(model if model is not None else str(demo_model()), config) as llm:
+        yield llm
+
+
+def load(source: str, config: EngineConfig) -> LLM:
+    """A new `LLM` on `source`, with a spinner on the terminal until it is ready."""
     with waiting(source):
         from quire import LLM
 
-        llm = LLM(source, **asdict(config))
-    with llm:
-        yield llm
+        return LLM(source, **asdict(config))
+
+
+@contextlib.contextmanager
+def needs_server_extra(what: str) -> Iterator[None]:
+    """Inside, `what` imports the server; where a package of its extra is missing, say so and end."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in SERVER_EXTRA:
+            raise
+        complain(f"{what} needs {error.name}, which is not installed: pip install 'quire[server]'")
+        raise typer.Exit(BAD) from error
 
 
 @contextlib.contextmanager

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from quire.cli.door import BAD, complain, stderr, waiting
+from quire.cli.door import load, needs_server_extra, stderr
 from quire.config import EngineConfig
 
 if TYPE_CHECKING:
     from quire import LLM
 
 PANEL = "Server"
-EXTRA = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2", "h11")
 
 
 def serve(
@@ -47,15 +45,10 @@ def serve(
     """
     # Before OpenMP is loaded: a kernel's thread that spins while it waits would take the core that answers clients.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
+    with needs_server_extra("the server"):
         from quire.server import life
         from quire.server.keys import KeyRing
         from quire.server.settings import ServerSettings, public_name
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
-            raise
-        complain(f"the server needs {error.name}, which is not installed: pip install 'quire[server]'")
-        raise typer.Exit(BAD) from error
     settings = ServerSettings(
         model=public_name(model) if served_model_name is None else served_model_name,
         host=host,
@@ -75,13 +68,10 @@ def serve(
         if not settings.keys and not settings.on_loopback:
             console.print(Text("Everybody who reaches this address may use it: set --api-key or QUIRE_API_KEY.", style="yellow"))
 
-    def load() -> LLM:
-        with waiting(model):
-            from quire import LLM
-
-            llm = LLM(model, **asdict(config))
+    def loading() -> LLM:
+        llm = load(model, config)
         info = llm.info
         console.print(Text(f"ready: {settings.model}, {info.model_type}, {info.dtype}, {info.backend}, context {info.context_len:,}"))
         return llm
 
-    life.serve(settings, load, listening)
+    life.serve(settings, loading, listening)

@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError
 from quire.policy.cache import PageCache
+from quire.policy.pages import PIN_MARK, STATES
 from quire.policy.prefix import PrefixKey
 
 if TYPE_CHECKING:
     from quire.engine.engine import Engine  # brings torch, which a server listens without
 
-STATES = ("free", "held", "shared", "cached", "pinned", "moving", "retired")
-FREE, HELD, SHARED, CACHED, PINNED, MOVING, RETIRED = range(len(STATES))
 MAX_WAITING = 64  # are shown: the queue may be long
-PIN_MARK = 0x08  # beside any state of a page that is pinned
-_STATE = 0x07
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,11 @@ class PageContent:
 
 def take_map(engine: Engine) -> CacheMap:
     """The picture now. On the engine's thread, between two steps."""
-    return CacheMap(page_states(engine), tuple(_sequences(engine)), engine.stats(), dict(engine.runner.log.seconds))
+    return CacheMap(_states(engine), tuple(_sequences(engine)), engine.stats(), dict(engine.runner.log.seconds))
+
+
+def _states(engine: Engine) -> bytes:
+    return engine.scheduler.cache.pool.states(engine.keeper.pinned_pages())
 
 
 def _sequences(engine: Engine) -> Iterator[MappedSequence]:
@@ -108,29 +109,6 @@ def _sequences(engine: Engine) -> Iterator[MappedSequence]:
         )
 
 
-def page_states(engine: Engine) -> bytes:
-    """The state of every page. Reads the pool's own fields: asking it page by page takes longer than all of this."""
-    pool, pinned = engine.scheduler.cache.pool, engine.keeper.pinned_pages()
-    references, free, cached = pool._references, pool._free, pool._cached
-    try:
-        counts = bytes(references)
-    except ValueError:  # one page with more than 255 holders
-        counts = bytes(min(count, 255) for count in references)
-    # Nobody holds a free or a cached page; what is written one by one are those of which there are fewer.
-    base, rarer, others = (CACHED, FREE, free) if len(free) < len(cached) else (FREE, CACHED, cached)
-    states = bytearray(counts.translate(bytes([base, HELD]) + bytes([SHARED]) * 254))
-    for page_id in others:
-        states[page_id] = rarer
-    for page_id in pool._retired:
-        states[page_id] = RETIRED
-    for page_id, aside in pool._aside.items():
-        holders = references[page_id] - aside
-        is_pinned = page_id in pinned
-        alone = PINNED if is_pinned else MOVING
-        states[page_id] = (alone if holders == 0 else HELD if holders == 1 else SHARED) | (PIN_MARK if is_pinned else 0)
-    return bytes(states)
-
-
 def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
     """What a namespace may know of a page: of its own content the tokens, of others' only the state. On the engine's thread.
 
@@ -140,7 +118,7 @@ def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
     cache = engine.scheduler.cache
     if not 0 <= page_id < cache.pool.num_pages:
         raise InvalidRequestError("page_id", page_id, f"an integer from 0 to {cache.pool.num_pages - 1}")
-    state = page_states(engine)[page_id]
+    state = _states(engine)[page_id]
     request_ids: list[str] = []
     place: tuple[int, int, tuple[int, ...]] | None = None
     for request, branch in engine.branches():
@@ -156,8 +134,8 @@ def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
         group_id = key.pages.index(page_id)
         token_ids = struct.unpack(f"{len(key.tokens) // 4}i", key.tokens)
         place = group_id, num_before * cache.groups[group_id].page_size, token_ids
-    num_holders = cache.pool.references(page_id) - cache.pool._aside[page_id]
-    return PageContent(page_id, STATES[state & _STATE], bool(state & PIN_MARK), num_holders, tuple(dict.fromkeys(request_ids)), *(place or ()))
+    num_holders = cache.pool.references(page_id) - cache.pool.num_aside(page_id)
+    return PageContent(page_id, STATES[state & ~PIN_MARK], bool(state & PIN_MARK), num_holders, tuple(dict.fromkeys(request_ids)), *(place or ()))
 
 
 def _pages_before(cache: PageCache, key: PrefixKey, namespace: str) -> int | None:

@@ -74,7 +74,7 @@ class CacheKeeper:
 
     def pinned_pages(self) -> Set[int]:
         """The pages of all pins."""
-        return self._pins._holders.keys()
+        return self._pins.pages
 
     def share(self, prompt: Seq[int]) -> int:
         """See `LLM.share`."""

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
@@ -61,7 +62,7 @@ class ManualEngine:
         """A prompt, computed in chunks, and the token drawn after it, with its logits. Raises OutOfPagesError, StepError; then nothing is held."""
         return self._run(lambda: self._prefill(prompt, params))
 
-    def fork(self, held: Held, logits: object, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
+    def fork(self, held: Held, logits: torch.Tensor, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
         """Sisters that share a computed prompt, one for each seed, each with the token drawn for it. Raises OutOfPagesError; then none is held."""
         return self._run(lambda: self._fork(held, logits, seeds))
 
@@ -114,7 +115,8 @@ class ManualEngine:
             self._cache.release(seq)
             raise
 
-    def _fork(self, held: Held, logits: object, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
+    def _fork(self, held: Held, logits: torch.Tensor, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
+        self._forget_old_weights()
         sisters: list[Held] = []
         try:
             for seed in seeds:
@@ -123,7 +125,7 @@ class ManualEngine:
                 if not self._cache.fork(held.sequence, seq):
                     raise OutOfPagesError(len(self._cache.groups), self._cache.pool.num_available)
                 sisters.append(Held(seq, state))
-            drawn = self._runner.sampler.sample(logits.expand(len(seeds), -1), [sister.next_row for sister in sisters])  # type: ignore[attr-defined]
+            drawn = self._runner.sampler.sample(logits.expand(len(seeds), -1), [sister.next_row for sister in sisters])
         except BaseException:
             for sister in sisters:
                 self._cache.release(sister.sequence, keep=False)
@@ -132,6 +134,7 @@ class ManualEngine:
         return list(zip(sisters, drawn, strict=True))
 
     def _step_on(self, many: Sequence[Held]) -> list[Sampled]:
+        self._forget_old_weights()
         wanted = sum(self._cache.pages_wanted(held.sequence, held.sequence.num_known) for held in many)
         if not all(self._cache.grow(held.sequence, 1) for held in many):
             raise OutOfPagesError(wanted, self._cache.pool.num_available)
@@ -157,6 +160,7 @@ class ManualEngine:
         self._cache.copies.done(copies)
 
     def _forget_old_weights(self) -> None:
+        """Nothing cached outlives a change of a live model's weights; what is held cannot be forgotten, so then the change is refused."""
         stamp = self.built.model.weights_stamp()
         if stamp == self._stamp:
             return

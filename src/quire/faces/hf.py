@@ -95,10 +95,10 @@ class Generator(AbstractContextManager["Generator"]):
         seeds = torch.randint(2**62, (len(prompts),)).tolist() if config.do_sample else [None] * len(prompts)
         each = [replace(params, seed=seed) for seed in seeds]
         outputs = self.llm.generate(prompts, each) if streamer is None else [self._stream(input_ids, prompts[0], each[0], streamer, stops)]
-        for failed in (output.error for output in outputs if output.error is not None):
-            raise failed
         rows = [
-            (one.logits, one.token_ids[: _stop_at(stops, output.prompt_token_ids, one.token_ids)]) for output in outputs for one in output.outputs
+            (one.logits, one.token_ids[: _stop_at(stops, output.prompt_token_ids, one.token_ids)])
+            for output in outputs
+            for one in output.raise_for_error().outputs
         ]
         tokens = pad_sequence([torch.tensor(ids) for _, ids in rows], batch_first=True, padding_value=0 if pad is None else int(pad))
         sequences: Any = torch.cat([input_ids.long(), tokens.to(input_ids.device)], dim=1)

@@ -140,6 +140,12 @@ class PagedCache:
         self._thread.shutdown()
         self._close()
 
+    def __enter__(self) -> PagedCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _needed_pages(self, input_ids: torch.Tensor, page_table: torch.Tensor, lens: torch.Tensor) -> list[list[int]]:
         """Of each row, the pages it reads or writes."""
         if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -37,10 +37,11 @@ class Prefix:
     Attributes: `token_ids`, and `next_token`, drawn with the params' seed.
     """
 
-    def __init__(self, held: Held, drawn: Sampled) -> None:
+    def __init__(self, engine: ManualEngine, held: Held, drawn: Sampled) -> None:
+        assert drawn.logits is not None
         self.token_ids = tuple(held.sequence.tokens)
         self.next_token = drawn.token_id
-        self._held, self._logits = held, drawn.logits
+        self._engine, self._held, self._logits = engine, held, drawn.logits
 
 
 class Slots:
@@ -93,7 +94,7 @@ class Slots:
         cache = self._engine.built.engine.scheduler.cache
         check_fits(len(prompt), cache.pages_to_finish(len(prompt)), cache.pool.num_usable)
         held, drawn = self._engine.prefill(prompt, params)
-        prefix = Prefix(held, drawn)
+        prefix = Prefix(self._engine, held, drawn)
         weakref.finalize(prefix, self._engine.release_later, held).atexit = False
         return prefix
 
@@ -103,16 +104,21 @@ class Slots:
         From here on the slot draws with that seed, or the prefix's.
 
         Raises:
-            InvalidRequestError: there is no such slot, or it is taken. OutOfPagesError: there is no page for its copy of the last one.
+            InvalidRequestError: there is no such slot, or it is taken; or the prefix is another's, or made by weights that have changed since.
+            OutOfPagesError: there is no page for its copy of the last one.
         """
         return self.bulk_insert(prefix, [slot], seeds=None if seed is None else [seed])[slot]
 
     def bulk_insert(self, prefix: Prefix, slots: Sequence[int], *, seeds: Sequence[int] | None = None) -> dict[int, int]:
         """`insert` one prefix into several slots, all or none; returns each slot's first token. Raises as `insert`."""
+        if prefix._engine is not self._engine:
+            raise InvalidRequestError("prefix", "one of other slots", "one that these slots' own prefill gave")
         if len(set(slots)) != len(slots) or any(not 0 <= slot < self._num_slots or slot in self._slots for slot in slots):
             raise InvalidRequestError("slots", list(slots), f"different free ones from 0 to {self._num_slots - 1}; {self.active} are taken")
         if seeds is not None and len(seeds) != len(slots):
             raise InvalidRequestError("seeds", list(seeds), f"one for each of the {len(slots)} slots")
+        for seed in seeds or ():
+            replace(prefix._held.state.params, seed=seed)  # refuses what no seed can be
         sisters = self._engine.fork(prefix._held, prefix._logits, seeds or [prefix._held.state.seed] * len(slots))
         self._slots.update({slot: held for slot, (held, _) in zip(slots, sisters, strict=True)})
         return {slot: held.take(token) for slot, (held, token) in zip(slots, sisters, strict=True)}

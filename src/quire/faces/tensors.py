@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, InvalidRequestError
 from quire.faces.padding import Rows, Side, rows_of
-from quire.outputs import RequestOutput
 from quire.params import SamplingParams
 
 Prompts = torch.Tensor | Sequence[Sequence[int] | torch.Tensor]
@@ -86,7 +85,7 @@ def generate(
     )
     each = [replace(params, seed=seed) for seed in _seeds(len(rows.spans), rng, seeds)]
     with _engine(model, options) as llm:
-        outputs = _finished(llm.generate(rows.token_ids(), each))
+        outputs = [output.raise_for_error() for output in llm.generate(rows.token_ids(), each)]
     samples = [one for output in outputs for one in output.outputs]
     longest = max(len(one.token_ids) for one in samples)
     tokens = torch.full((len(samples), longest), pad_id, dtype=torch.int64)
@@ -130,7 +129,7 @@ def score(
         spans.append((start, end))
     params = SamplingParams(max_tokens=0, temperature=temperature, prompt_logprobs=0, scaled_logprobs=True)
     with _engine(model, options) as llm:
-        outputs = _finished(llm.generate(Rows(tokens, spans).token_ids(), params))
+        outputs = [output.raise_for_error() for output in llm.generate(Rows(tokens, spans).token_ids(), params)]
     logprobs = torch.zeros(tokens.shape)
     for b, (output, (start, end)) in enumerate(zip(outputs, spans, strict=True)):
         assert output.prompt_logprobs is not None
@@ -147,13 +146,6 @@ def _engine(model: PreTrainedModel | LLM, options: dict[str, Any]) -> Iterator[L
     else:
         with LLM(model, **options) as llm:
             yield llm
-
-
-def _finished(outputs: list[RequestOutput]) -> list[RequestOutput]:
-    for output in outputs:
-        if output.error is not None:
-            raise output.error
-    return outputs
 
 
 def _seeds(num_prompts: int, rng: torch.Generator | None, seeds: Sequence[int] | torch.Tensor | None) -> list[int]:

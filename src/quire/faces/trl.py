@@ -54,9 +54,7 @@ class QuireRollouts(AbstractContextManager["QuireRollouts"]):
         llm.reset_cache()  # the optimizer has stepped since; changes through .data, which FSDP and some adapters make, leave no trace to notice
         each = [replace(params, n=count, seed=seed) for (_, count), seed in zip(runs, seeds, strict=True)]
         outputs = llm.generate([ids for ids, _ in runs], each)
-        for failed in (output.error for output in outputs if output.error is not None):
-            raise failed
-        done = [one for output in outputs for one in output.outputs]
+        done = [one for output in outputs for one in output.raise_for_error().outputs]
         return {"prompt_ids": prompt_ids, "completion_ids": [one.token_ids for one in done], "logprobs": [one.logprobs for one in done]}
 
     def close(self) -> None:

@@ -13,10 +13,14 @@ Cached pages leave least recently used first. A sequence releases its tail befor
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol
 
 from quire.errors import IntegrityError
+
+STATES = ("free", "held", "shared", "cached", "pinned", "moving", "retired")
+FREE, HELD, SHARED, CACHED, PINNED, MOVING, RETIRED = range(len(STATES))
+PIN_MARK = 0x08  # beside any state of a page that is pinned
 
 
 class Contents(Protocol):
@@ -138,9 +142,34 @@ class PagePool:
         self._aside -= Counter(page_ids)
         self.release(page_ids)
 
+    def num_aside(self, page_id: int) -> int:
+        """How many have set the page aside."""
+        return self._aside[page_id]
+
     def holders_aside(self) -> list[int]:
         """Of each page, how many have set it aside."""
         return [self._aside[page_id] for page_id in range(self.num_pages)]
+
+    def states(self, pinned: Container[int]) -> bytes:
+        """Of each page its place in STATES, with PIN_MARK where it is `pinned`: held by one sequence or shared by several, else pinned, or moving to
+        or from the tier below, else cached, free or retired. Made by passes over bytes: asking page by page takes longer than all of this."""
+        try:
+            counts = bytes(self._references)
+        except ValueError:  # one page with more than 255 holders
+            counts = bytes(min(count, 255) for count in self._references)
+        # Nobody holds a free or a cached page; what is written one by one are those of which there are fewer.
+        few_are_free = len(self._free) < len(self._cached)
+        base, rarer, others = (CACHED, FREE, self._free) if few_are_free else (FREE, CACHED, self._cached)
+        states = bytearray(counts.translate(bytes([base, HELD]) + bytes([SHARED]) * 254))
+        for page_id in others:
+            states[page_id] = rarer
+        for page_id in self._retired:
+            states[page_id] = RETIRED
+        for page_id, aside in self._aside.items():
+            holders, is_pinned = self._references[page_id] - aside, page_id in pinned
+            alone = PINNED if is_pinned else MOVING
+            states[page_id] = (alone if holders == 0 else HELD if holders == 1 else SHARED) | (PIN_MARK if is_pinned else 0)
+        return bytes(states)
 
     def retire(self, num_pages: int) -> list[int]:
         """Take up to `num_pages` pages that nobody holds out of use, free ones first, and return them."""

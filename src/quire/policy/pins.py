@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from time import monotonic
 
@@ -39,6 +39,11 @@ class Pins:
     def num_pages(self) -> int:
         """Distinct pages that are pinned. May be read on any thread."""
         return len(self._holders)
+
+    @property
+    def pages(self) -> Set[int]:
+        """The pages that are pinned."""
+        return self._holders.keys()
 
     def pin(self, seq: Sequence, ttl_s: float | None, num_pages_kept_free: int) -> Pin | None:
         """Pin all whole pages of a sequence's prompt, and the last part of one; None if the cache does not hold them now.

@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quire.engine.cache_map import STATES, CacheMap, MappedSequence
+from quire.engine.cache_map import CacheMap, MappedSequence
 from quire.errors import EngineDeadError
+from quire.policy.pages import STATES
 from quire.server.serving import Serving
 
 if TYPE_CHECKING:

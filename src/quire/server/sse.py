@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from fastapi import Request, Response
@@ -75,7 +75,10 @@ class EventStream(Response):
 
     async def _speak(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        say: Callable[[bytes], Awaitable[None]] = lambda body: send({"type": "http.response.body", "body": body, "more_body": True})  # noqa: E731
+
+        async def say(body: bytes) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
         try:
             async with contextlib.aclosing(self._chunks) as chunks:
                 async for chunk in chunks:

@@ -26,8 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quire.errors import ConfigError, UnsupportedModelError
-from quire.tensors.attention.base import Mask
-from quire.tensors.models.geometry import LayerGeometry
+from quire.tensors.models.geometry import LayerGeometry, NoAttention
 from quire.tensors.models.hook import current
 from quire.tensors.models.opaque import OpaqueProducts
 from quire.tensors.models.surgery import Surgery
@@ -37,15 +36,7 @@ GRANULE = 16  # tokens a step is padded to: floats in the longest vector
 _FEW, _MORE = 2 * GRANULE, 3 * GRANULE
 
 Compiled = Callable[..., Any]
-RunTokens = Callable[["NoAttention", int], object]
-
-
-class NoAttention:
-    """An `AttentionStep` whose attention is zero: for a forward of which only shapes are of interest."""
-
-    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> zeros [T,Hq,Dv]."""
-        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+RunTokens = Callable[[NoAttention, int], object]
 
 
 def compile_layers(model: PreTrainedModel, surgery: Surgery, run: RunTokens, *, live: bool, geometry: Sequence[LayerGeometry]) -> str:

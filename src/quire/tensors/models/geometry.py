@@ -39,6 +39,14 @@ class DryRun:
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
+class NoAttention:
+    """An `AttentionStep` whose attention is zero: for a forward of which only shapes are of interest."""
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> zeros [T,Hq,Dv]."""
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+
+
 def check_layers(layers: list[LayerGeometry], config: PreTrainedConfig) -> tuple[LayerGeometry, ...]:
     """The layers in order of layer_idx. `config` is the text model's.
 

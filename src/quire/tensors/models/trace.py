@@ -9,7 +9,7 @@ Shape letters: T packed tokens, padding included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,5 +195,4 @@ def _check(graph: GraphModule, env: ShapeEnv, num_tokens: Any) -> None:
 
 
 def _key(graph: GraphModule) -> str:
-    shapes: Callable[[torch.Tensor], str] = lambda x: f"{x.dtype} {tuple(x.shape)} {x.stride()}"  # noqa: E731
-    return "\n".join([graph.code, *map(shapes, example_inputs(graph))])
+    return "\n".join([graph.code, *(f"{x.dtype} {tuple(x.shape)} {x.stride()}" for x in example_inputs(graph))])
