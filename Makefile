@@ -32,7 +32,7 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja
-	$(PIP) install -c constraints.txt transformers typer rich fastapi uvicorn prometheus_client jinja2
+	$(PIP) install -c constraints.txt transformers llguidance typer rich fastapi uvicorn prometheus_client jinja2
 	$(PIP) install -c constraints.txt pytest pytest-xdist hypothesis ruff mypy psutil openai httpx
 	touch $@
 

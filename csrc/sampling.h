@@ -155,7 +155,14 @@ bool edit_logits(const SampleRow& s, Row& row) {
   for (int32_t i = 0; i < s.num_banned; ++i) {
     if (uint32_t(s.banned_ids[i]) < vocab_size) row.logits[s.banned_ids[i]] = kNone;
   }
-  return s.num_penalised > 0 || s.num_biases > 0 || s.num_allowed >= 0 || s.num_banned > 0;
+  if (s.mask) {
+    const F32x16 none = set1(kNone);
+    for (int64_t i = 0; i < row.padded; i += 16) {
+      const uint32_t lanes = s.mask[i / 32] >> (i % 32) & 0xffffu;
+      store(row.logits + i, lanes ? select(lanes_of(lanes), load(row.logits + i), none) : none);
+    }
+  }
+  return s.num_penalised > 0 || s.num_biases > 0 || s.num_allowed >= 0 || s.num_banned > 0 || s.mask;
 }
 
 Cut top_k_top_p(const SampleRow& s, const Row& row) {

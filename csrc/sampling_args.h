@@ -5,7 +5,7 @@
 
 namespace quire {
 
-// How one row is sampled. sampler_native.py packs these 128 bytes field by field, in this order, without padding.
+// How one row is sampled. sampler_native.py packs these 136 bytes field by field, in this order, without padding.
 // Ids outside the vocabulary are skipped.
 struct SampleRow {
   // Fixed for a sequence.
@@ -20,6 +20,7 @@ struct SampleRow {
   float min_relative;               // log(min_p): the lowest (logit - max logit) / temperature that survives
   // New in every step.
   const int32_t *penalised_ids, *output_counts, *banned_ids;
+  const uint32_t* mask;  // nullptr, or ceil(vocab_size / 32) words: bit i % 32 of word i / 32 set where token i may be drawn
   int32_t num_penalised, num_banned, position, forced;  // forced >= 0: score this token, draw nothing
 };
 

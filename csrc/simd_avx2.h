@@ -87,6 +87,11 @@ QUIRE_INLINE Mask16 lanes_between(int lo, int hi) {
   return {_mm256_castsi256_ps(_mm256_andnot_si256(first_lanes(lo, 0), first_lanes(hi, 0))),
           _mm256_castsi256_ps(_mm256_andnot_si256(first_lanes(lo, 8), first_lanes(hi, 8)))};
 }
+QUIRE_INLINE Mask16 lanes_of(uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), low = _mm256_set1_epi32(int(bits)), high = _mm256_set1_epi32(int(bits >> 8));
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(low, lane), lane)),
+          _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(high, lane), lane))};
+}
 QUIRE_INLINE F32x16 select(Mask16 m, F32x16 yes, F32x16 no) { return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)}; }
 QUIRE_INLINE uint32_t mask_bits(Mask16 m) { return uint32_t(_mm256_movemask_ps(m.a)) | uint32_t(_mm256_movemask_ps(m.b)) << 8; }
 

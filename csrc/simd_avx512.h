@@ -59,6 +59,7 @@ QUIRE_INLINE Mask16 gt(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v
 QUIRE_INLINE Mask16 eq(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 // Lanes lo <= i < hi; 0 <= lo, hi <= 16.
 QUIRE_INLINE Mask16 lanes_between(int lo, int hi) { return {__mmask16(first_lanes(hi) & ~first_lanes(lo))}; }
+QUIRE_INLINE Mask16 lanes_of(uint32_t bits) { return {__mmask16(bits)}; }
 QUIRE_INLINE F32x16 select(Mask16 m, F32x16 yes, F32x16 no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
 QUIRE_INLINE uint32_t mask_bits(Mask16 m) { return m.m; }
 

@@ -142,6 +142,14 @@ QUIRE_INLINE Mask16 lanes_between(int lo, int hi) {
   }
   return r;
 }
+QUIRE_INLINE Mask16 lanes_of(uint32_t bits) {
+  Mask16 r;
+  QUIRE_EACH {
+    const i32x4 lane = {1 << (4 * i), 2 << (4 * i), 4 << (4 * i), 8 << (4 * i)};
+    r.v[i] = (lane & int32_t(bits)) != 0;
+  }
+  return r;
+}
 QUIRE_INLINE F32x16 select(Mask16 m, F32x16 yes, F32x16 no) {
   QUIRE_EACH yes.v[i] = (f32x4)(((i32x4)yes.v[i] & m.v[i]) | ((i32x4)no.v[i] & ~m.v[i]));
   return yes;

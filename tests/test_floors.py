@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "quire"
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "params", "request", "outputs"), 0),
+    **dict.fromkeys(("errors", "config", "params", "request", "outputs", "structured"), 0),
     "policy": 1,
     "tensors": 2,
     "text": 2,

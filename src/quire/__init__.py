@@ -26,6 +26,7 @@ from quire.errors import (
 )
 from quire.outputs import Completion, Receipt, RequestOutput, TokenEvent, TopLogprob
 from quire.params import SamplingParams
+from quire.structured import StructuredOutput
 
 if TYPE_CHECKING:
     from quire.engine.llm import LLM
@@ -66,6 +67,7 @@ __all__ = [
     "SamplingParams",
     "Slots",
     "StepError",
+    "StructuredOutput",
     "TokenEvent",
     "TopLogprob",
     "UnsupportedModelError",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from quire.errors import InvalidRequestError
+from quire.structured import StructuredOutput
 
 MAX_SEQUENCES_PER_REQUEST = 1024
 MAX_STOP_STRINGS = 256
@@ -20,7 +21,7 @@ MAX_BIAS = 1000.0
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
 
-    The order is: penalties and bias on the raw logits, `min_tokens` and `allowed_token_ids` as masks, temperature, top-k, top-p, min-p,
+    The order is: penalties and bias on the raw logits, `min_tokens`, `allowed_token_ids` and `structured` as masks, temperature, top-k, top-p, min-p,
     then one draw whose noise depends on (seed, sequence, position, token) alone.
 
     Fields:
@@ -46,6 +47,10 @@ class SamplingParams:
         scaled_logprobs: all logprobs are of the raw logits over the temperature (greedy: of the raw logits), as trainers score.
         return_logits: give back the raw logits that each token was drawn from, float32 [tokens, V] a sequence.
         skip_special_tokens: leave special tokens out of the text.
+        structured: the form that the text must have. The sequence ends with "stop" as soon as the text is complete and nothing may follow, whatever
+            `min_tokens` and `ignore_eos` say; end-of-sequence and stop tokens are drawn where the text may end, and nowhere else. A text that
+            `max_tokens` cut short ends with "length". Together with `allowed_token_ids` only what both allow is drawn, and a stop string may
+            end the text early.
 
     Raises:
         InvalidRequestError: a value out of its range, naming field, value and limit.
@@ -74,6 +79,7 @@ class SamplingParams:
     scaled_logprobs: bool = False
     return_logits: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -99,6 +105,8 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_in_output", "skip_special_tokens", "scaled_logprobs", "return_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "True or False")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InvalidRequestError("structured", self.structured, "a StructuredOutput, or None")
         # Kept as immutable values of one type each, so that nobody can change a request that is already running.
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids or ()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from quire.errors import CacheTooSmallError, ContextLengthError, InvalidRequestError
 from quire.params import SamplingParams
@@ -15,6 +16,7 @@ class Request:
     """One prompt and how to continue it. `max_tokens` and `seed` are the params' own, resolved: never None.
 
     `namespace` says whose cached pages it may use and add to; requests of higher `priority` go first.
+    `grammar` is `params.structured` compiled (text/grammar.py), of which this floor knows no more.
     """
 
     request_id: str
@@ -25,6 +27,7 @@ class Request:
     seed: int
     namespace: str = ""
     priority: int = 0
+    grammar: Any = field(default=None, repr=False, compare=False)
 
     @property
     def num_branches(self) -> int:

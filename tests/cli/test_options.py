@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from quire import ConfigError, EngineConfig, InvalidRequestError, SamplingParams
+from quire import ConfigError, EngineConfig, InvalidRequestError, SamplingParams, StructuredOutput
 from quire.cli.app import app
 from quire.cli.options import ENGINE, SAMPLING, build, parse_size
 from tests.cli.conftest import Quire
@@ -39,6 +39,7 @@ SAMPLING_TYPED: dict[str, tuple[Any, Any]] = {
     "prompt_logprobs": ("0", 0),
     "scaled_logprobs": (True, True),
     "skip_special_tokens": (True, False),
+    "structured": ("choice=a|b", StructuredOutput(choice=["a", "b"])),
 }
 ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "dtype": ("float32", "float32"),

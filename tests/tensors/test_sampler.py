@@ -17,6 +17,7 @@ from quire.params import SamplingParams
 from quire.tensors import native
 from quire.tensors.sampler import Row, Sampled, Sampler, SequenceState
 from quire.tensors.sampler_reference import edited_logits
+from tests.tensors.sampler_masks import random_mask
 
 VOCABS = [1, 2, 17, 600, 50257]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +63,7 @@ def random_rows(rng: random.Random, vocab_size: int, num_rows: int) -> list[Row]
             logprobs=rng.choice([None, 0, 3, 20]),
         )
         state = SequenceState(params, rng.randrange(2**64), vocab_size, ids(40), ids(40))
-        rows.append(Row(state, rng.randrange(2**31), rng.choice([(), ids(2)])))
+        rows.append(Row(state, rng.randrange(2**31), rng.choice([(), ids(2)]), mask=rng.choice([None, None, random_mask(rng, vocab_size)])))
     return rows
 
 

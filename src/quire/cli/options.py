@@ -19,6 +19,7 @@ import typer
 from quire.config import BACKENDS, CODECS, DTYPES, LAYOUTS, EngineConfig
 from quire.errors import ConfigError, InvalidRequestError
 from quire.params import SamplingParams
+from quire.structured import StructuredOutput
 
 SAMPLING = {
     "max_tokens": "The most tokens to generate; 'none' for as many as the context has room for.",
@@ -43,6 +44,7 @@ SAMPLING = {
     "prompt_logprobs": "The same for the prompt's tokens (with --json); with --max-tokens 0 nothing is generated.",
     "scaled_logprobs": "Logprobs of the logits over the temperature.",
     "skip_special_tokens": "Keep special tokens in the text.",
+    "structured": "The form of the text: json, schema={...}, regex=..., choice=a|b or grammar=... (Lark).",
 }
 LIBRARY_ONLY = ("return_logits",)  # fields of which nothing could be printed
 ENGINE = {
@@ -125,6 +127,8 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
             how = _kind(f.name, hints[f.name])
             try:
                 values[f.name] = how.read(value)
+            except InvalidRequestError:
+                raise
             except ValueError:
                 if kind is SamplingParams:
                     raise InvalidRequestError(f.name, value, how.limit) from None
@@ -183,12 +187,22 @@ def _bias(text: str) -> dict[int, float]:
     return {int(token_id): float(bias) for token_id, bias in pairs}
 
 
+def _structured(text: str) -> StructuredOutput:
+    form, _, value = text.partition("=")
+    if text == "json":
+        return StructuredOutput(json_object=True)
+    if form not in ("schema", "regex", "choice", "grammar"):
+        raise ValueError(text)
+    return StructuredOutput(**{"json_schema" if form == "schema" else form: value.split("|") if form == "choice" else value})
+
+
 KINDS = {int: Kind("INTEGER", int, "an integer"), float: Kind("NUMBER", float, "a number"), str: Kind("NAME", str, "a name")}
 SPECIAL = {
     "max_tokens": Kind("INTEGER|none", _max_tokens, "an integer, or 'none'"),
     "logit_bias": Kind("ID=NUMBER,...", _bias, "pairs of token id and number, such as '50=-2.5,7=1'"),
     "allowed_token_ids": Kind("ID,...", _ids, "token ids, such as '5,6,7'"),
     "stop_token_ids": Kind("ID,...", _ids, "token ids, such as '2,13'"),
+    "structured": Kind("FORM", _structured, "json, schema=..., regex=..., choice=a|b or grammar=..."),
     "cache_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
     "reserve_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
     "workspace_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),

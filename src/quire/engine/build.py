@@ -34,6 +34,7 @@ from quire.tensors.models.workspace import Workspace, measure
 from quire.tensors.products import ReferenceProducts
 from quire.tensors.sampler import Sampler
 from quire.tensors.store import PageStore, cached_layers, layer_places
+from quire.text.grammar import GrammarCompiler
 from quire.text.tokenizer import TextTokenizer, load_tokenizer
 
 LEAST_TOKENS_PER_STEP = 16
@@ -108,6 +109,7 @@ class Built:
     limits: Limits
     info: EngineInfo
     tier: DiskTier | None
+    grammars: GrammarCompiler
 
 
 def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
@@ -162,7 +164,7 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     tokenizer = _tokenizer(source, config)
     engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes)
     info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace)
-    return Built(engine, model, tokenizer, Limits(model.vocab_size, context_len), info, tier)
+    return Built(engine, model, tokenizer, Limits(model.vocab_size, context_len), info, tier, GrammarCompiler(tokenizer, model.vocab_size))
 
 
 def _max_tokens_per_step(config: EngineConfig, workspace: Workspace) -> int:

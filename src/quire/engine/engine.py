@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from quire.engine.keeper import CacheKeeper
+from quire.engine.masks import MaskThread
 from quire.engine.runner import Runner
 from quire.engine.state import Branch, PromptToken, RequestState, Sink
 from quire.errors import CacheTooSmallError, NonFiniteLogitsError, RequestFailedError, StepError
@@ -19,6 +20,7 @@ from quire.policy.sequence import Sequence
 from quire.request import Request
 from quire.tensors.sampler import Sampled
 from quire.tensors.stacked import StackedView, stacked_view
+from quire.text.grammar import Guide
 from quire.text.tokenizer import TextTokenizer
 
 log = logging.getLogger("quire")
@@ -30,6 +32,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: TextTokenizer | None, reserve_bytes: int = 0) -> None:
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
         self.keeper = CacheKeeper(scheduler, runner.store, tokenizer, reserve_bytes)
+        self.masks = MaskThread()
         self.num_steps = 0
         self.num_computed_tokens = 0
         self._arrivals = 0
@@ -95,7 +98,9 @@ class Engine:
         self.runner.log.mark("plan")
         began = time.perf_counter()
         try:
-            drawn = self.runner.run(plan, [[one.next_row() for one in together] for _, together in wanted])
+            rows = [[one.next_row() for one in together] for _, together in wanted]
+            self.masks.start([one.guide for _, together in wanted for one in together if isinstance(one, Branch) and one.guide])
+            drawn = self.runner.run(plan, rows, before_sampling=self.masks.wait)
         except Exception as error:
             self._fail(plan, error)
             return
@@ -138,12 +143,16 @@ class Engine:
     def _deliver(self, state: RequestState, branch: Branch, token: Sampled) -> None:
         if branch.finish_reason is not None:  # a sister's NaN has ended the request within this step
             return
-        if not token.ok:
-            self._end_request(state.request.request_id, "error", _failure(state.request.request_id, token))
-            return
-        if state.first_token_s is None:
-            state.first_token_s = time.perf_counter()
-        event = branch.push(token)
+        guide = branch.guide
+        if not token.ok or (guide is not None and guide.error):
+            if token.failure != "nothing_left" or guide is None or not guide.satisfied:
+                self._end_request(state.request.request_id, "error", _failure(state.request.request_id, token, guide))
+                return
+            event = branch.end("stop")  # the text is complete, and there is no end to be drawn
+        else:
+            if state.first_token_s is None:
+                state.first_token_s = time.perf_counter()
+            event = branch.push(token)
         if branch.finish_reason is not None:
             self._close(branch)
         elif branch.index and len(branch.token_ids) == 1:  # from here on it is a sequence like any other, with its first token in hand
@@ -224,7 +233,9 @@ class Engine:
         return {"num_computed_tokens": self.num_computed_tokens, "num_steps": self.num_steps, **self.keeper.stats()}
 
 
-def _failure(request_id: str, token: Sampled) -> RequestFailedError:
+def _failure(request_id: str, token: Sampled, guide: Guide | None = None) -> RequestFailedError:
+    if guide is not None and guide.error:
+        return RequestFailedError(f"request {request_id}: structured: {guide.error}")
     if token.failure == "not_finite":
         return NonFiniteLogitsError(f"request {request_id}: the model's logits hold NaN or infinity")
-    return RequestFailedError(f"request {request_id}: allowed_token_ids, logit_bias and min_tokens together leave no token to draw")
+    return RequestFailedError(f"request {request_id}: allowed_token_ids, logit_bias, min_tokens and structured together leave no token to draw")

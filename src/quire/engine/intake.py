@@ -46,7 +46,8 @@ class Intake:
         engine = self._built.engine
         check_fits(num_committed, engine.scheduler.cache.pages_to_finish(num_committed), engine.keeper.num_pages_for_requests)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
-        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose)
+        grammar = self._built.grammars.compile(params.structured) if params.structured is not None else None
+        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose, grammar)
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):

@@ -300,6 +300,8 @@ def _shown(streams: list[RequestStream], progress: bool) -> Iterator[RequestStre
 
 def _shut_down(worker: Worker, built: Built) -> None:
     worker.stop()
+    built.engine.masks.close()
+    built.grammars.close()
     if built.tier is not None:
         built.tier.close()
     built.model.close()

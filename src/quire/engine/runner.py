@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,8 +22,11 @@ class Runner:
         self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
         self.log = StepLog()
 
-    def run(self, plan: StepPlan, rows: Sequence[Sequence[Row]]) -> list[list[Sampled]]:
-        """Compute the plan and draw or score a token for each of `rows[i]`, all from the i-th row of logits that its works give."""
+    def run(self, plan: StepPlan, rows: Sequence[Sequence[Row]], before_sampling: Callable[[], None] = lambda: None) -> list[list[Sampled]]:
+        """Compute the plan and draw or score a token for each of `rows[i]`, all from the i-th row of logits that its works give.
+
+        The rows' masks are read after `before_sampling` has returned; until then somebody else may still be filling them.
+        """
         self.store.copy_pages(plan.copies)
         batch = build(plan, self.groups)
         step = StagedStep(self.store, batch.inputs, batch.slots)
@@ -32,6 +35,7 @@ class Runner:
         flat = [row for together in rows for row in together]
         if len(flat) != len(rows):
             logits = logits[torch.tensor([i for i, together in enumerate(rows) for _ in together])]
+        before_sampling()
         drawn = iter(self.sampler.sample(logits, flat))
         self.log.mark("sample")
         step.commit()

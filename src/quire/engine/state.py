@@ -15,6 +15,7 @@ from quire.policy.sequence import Sequence
 from quire.request import Request
 from quire.tensors.sampler import Row, Sampled, SequenceState
 from quire.text.detokenizer import Detokenizer
+from quire.text.grammar import Guide
 from quire.text.stops import StopMatcher
 from quire.text.tokenizer import TextTokenizer
 
@@ -56,11 +57,16 @@ class Branch:
         if params.best_of is not None and params.logprobs is None:
             params = replace(params, logprobs=0)  # the best are told by them
         self._sampling = SequenceState(params, (request.seed + index) % 2**64, vocab_size, request.prompt_token_ids)
+        self.guide: Guide | None = request.grammar.start(self.stop_ids) if request.grammar is not None else None
+        self._mask = torch.frombuffer(self.guide.mask, dtype=torch.int32) if self.guide else None
 
     def next_row(self) -> Row:
         """What the sampler must know to draw the next token."""
-        banned = tuple(self.stop_ids) if len(self.token_ids) < self.request.params.min_tokens else ()
-        return Row(self._sampling, len(self.sequence.tokens), banned)
+        early = len(self.token_ids) < self.request.params.min_tokens
+        if self.guide is not None:  # which knows best when the sequence may end
+            self.guide.early = early
+            return Row(self._sampling, len(self.sequence.tokens), mask=self._mask)
+        return Row(self._sampling, len(self.sequence.tokens), tuple(self.stop_ids) if early else ())
 
     def push(self, drawn: Sampled) -> TokenEvent:
         """Take a drawn token: what is now certain of the text, and whether the sequence has ended."""
@@ -78,6 +84,10 @@ class Branch:
             text = self._end("stop", None if token_id in self.eos_token_ids else token_id)
         else:
             text = self._push_text(self._detokenizer.push([token_id]) if self._detokenizer else "")
+            if self.guide is not None and self.finish_reason is None:
+                self.guide.accept(token_id)
+                if self.guide.complete:
+                    text += self._end("stop", None)
             if self.finish_reason is None and len(self.token_ids) >= self.request.max_tokens:
                 text += self._end("length", None)
         return TokenEvent(

@@ -3,7 +3,7 @@
 A row's result depends on its logits, its sequence's state and its position alone: never on other rows, their number, its place or the number of
 threads. Meanings and order of operations are those of `SamplingParams`; in particular
 
-- penalties apply first (repetition, then presence and frequency), then bias, each rounded to float32; then the masks of allowed and banned tokens;
+- penalties apply first (repetition, then presence and frequency), then bias, each rounded to float32; then the masks of allowed, banned and masked tokens;
 - temperature 0 takes the first of the most likely tokens that are left;
 - the tokens that survive top-k, top-p and min-p are a first part of all in the order (logit descending, id ascending), never empty;
 - the token drawn has the highest logit / temperature + Gumbel noise, and the noise is a function of (seed, position, token) (E. Gumbel 1954; the
@@ -68,6 +68,8 @@ class Sampler:
                 raise ValueError(f"position={row.position}: must be from 0 to 2**31 - 1")
             if row.given >= self.vocab_size:
                 raise ValueError(f"given={row.given}: must be below {self.vocab_size}, or -1")
+            if row.mask is not None:
+                self._check_mask(row.mask)
         drawn = self._backend.run(logits, rows)
         self._score_scaled(logits, rows, drawn)
         for i, row in enumerate(rows):
@@ -86,6 +88,11 @@ class Sampler:
         scores = self._backend.run(scaled, [replace(rows[i], given=drawn[i].token_id) for i in places])
         for i, score in zip(places, scores, strict=True):
             drawn[i] = score
+
+    def _check_mask(self, mask: Tensor) -> None:
+        least = -(-self.vocab_size // 32)
+        if mask.dtype != torch.int32 or mask.dim() != 1 or mask.numel() < least or not mask.is_contiguous() or mask.device.type != "cpu":
+            raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} on {mask.device}: must be int32 of at least {least} words on the CPU")
 
     def _check(self, logits: Tensor, num_rows: int) -> None:
         if logits.shape != (num_rows, self.vocab_size) or logits.dtype not in _DTYPES:

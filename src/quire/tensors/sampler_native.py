@@ -16,7 +16,7 @@ from quire.tensors.sampler_state import Failure, Row, Sampled, SequenceState
 
 # struct SampleRow of csrc/sampling_args.h, in two halves.
 _OF_SEQUENCE = struct.Struct("=QQQQddddiiiiff")
-_OF_STEP = struct.Struct("=QQQiiii")
+_OF_STEP = struct.Struct("=QQQQiiii")
 _FAILURES: tuple[Failure | None, ...] = (None, "not_finite", "nothing_left")
 
 
@@ -72,7 +72,14 @@ class NativeSampler:
 def _of_step(row: Row, banned: array[int]) -> bytes:
     state = row.state
     return _OF_STEP.pack(
-        _address(state.penalised_ids), _address(state.output_counts), _address(banned), len(state.penalised_ids), len(banned), row.position, row.given
+        _address(state.penalised_ids),
+        _address(state.output_counts),
+        _address(banned),
+        0 if row.mask is None else row.mask.data_ptr(),
+        len(state.penalised_ids),
+        len(banned),
+        row.position,
+        row.given,
     )
 
 

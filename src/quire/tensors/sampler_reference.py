@@ -117,6 +117,9 @@ def edited_logits(raw: Tensor, row: Row) -> Tensor:
         logits = allowed
     banned = [i for i in row.banned_ids if 0 <= i < logits.numel()]
     logits[banned] = -math.inf
+    if row.mask is not None:
+        token_ids = torch.arange(logits.numel(), device=raw.device)
+        logits[row.mask.to(raw.device)[token_ids >> 5] >> (token_ids & 31) & 1 == 0] = -math.inf
     return logits
 
 

@@ -116,13 +116,15 @@ class Row:
 
     `position` is the absolute position of the token to be drawn (prompt length + tokens generated so far), in [0, 2**31). `banned_ids` must not
     be drawn now: the tokens that would end the sequence, while it is shorter than `min_tokens`. A row with a `given` token draws nothing and tells
-    that token's logprob.
+    that token's logprob. `mask` holds the tokens that may be drawn at all: int32 [ceil(V / 32)] or longer, on the CPU, bit i % 32 of word i // 32
+    for token i; it is read when the row is drawn, no earlier.
     """
 
     state: SequenceState
     position: int
     banned_ids: Sequence[int] = ()
     given: int = -1
+    mask: torch.Tensor | None = None
 
 
 def _check(field: str, token_id: int, vocab_size: int) -> None:

@@ -1,0 +1,124 @@
+"""What a request's text must be like, when it may not be just any: one JSON schema, regular expression, list of choices or grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire.errors import InvalidRequestError
+
+MAX_STRUCTURED_CHARACTERS = 2**17  # of a schema, of a grammar, of all choices together
+MAX_REGEX_CHARACTERS = 2**14
+MAX_CHOICES = 1024
+MAX_SCHEMA_DEPTH = 64  # of the schema's own brackets; the text it describes may nest as deep as its references say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class StructuredOutput:
+    """The form of a request's text; exactly one field is given. Kept as immutable text, so that equal ones are compiled once.
+
+    Fields:
+        json_object: any JSON object.
+        json_schema: a JSON schema, as a mapping, a boolean or JSON text; properties come in the schema's order.
+        regex: the whole text matches this regular expression (no look-around, no back-references; `.` does not match a new line).
+        choice: the text is one of these strings.
+        grammar: a Lark grammar with a rule `start`, as llguidance reads it; special tokens are written `<|name|>`.
+
+    Raises:
+        InvalidRequestError: none or several are given, or one is too large, too deep or no text at all. Whether it can be satisfied is found
+            out when a request with it is submitted.
+    """
+
+    json_object: bool = False
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise InvalidRequestError("structured.json_object", self.json_object, "True or False")
+        given = [name for name in ("json_schema", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        if self.json_object:
+            given.insert(0, "json_object")
+        if len(given) != 1:
+            raise InvalidRequestError("structured", " and ".join(given) or "nothing", "one of json_object, json_schema, regex, choice and grammar")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+        _text("structured.regex", self.regex, MAX_REGEX_CHARACTERS)
+        _text("structured.grammar", self.grammar, MAX_STRUCTURED_CHARACTERS)
+
+    def __repr__(self) -> str:
+        name = next(name for name in self.__slots__ if getattr(self, name) not in (None, False))
+        return f"StructuredOutput({name}={getattr(self, name)!r})"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """("json", schema), ("regex", expression) or ("lark", grammar): every form as one of three."""
+        if self.json_object:
+            return "json", '{"type": "object"}'
+        if self.json_schema is not None:
+            return "json", str(self.json_schema)
+        if self.regex is not None:
+            return "regex", self.regex
+        if self.choice is not None:
+            # One terminal of all of them: the lexer decides between any number at once. JSON's escapes are Lark's.
+            return "lark", "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, self.choice))
+        assert self.grammar is not None
+        return "lark", self.grammar
+
+
+def _text(field: str, value: object, most: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or not value:
+        raise InvalidRequestError(field, value, "a string that is not empty")
+    if len(value) > most:
+        raise InvalidRequestError(field, f"{len(value)} characters", f"at most {most} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(field, value, "a string that UTF-8 can encode") from None
+
+
+def _choices(choice: Sequence[str]) -> tuple[str, ...]:
+    strings = () if isinstance(choice, str) or not isinstance(choice, Sequence) else tuple(choice)
+    if not 1 <= len(strings) <= MAX_CHOICES:
+        raise InvalidRequestError("structured.choice", choice, f"a list of 1 to {MAX_CHOICES} strings")
+    for string in strings:
+        _text("structured.choice", string, MAX_STRUCTURED_CHARACTERS)
+    _text("structured.choice", "".join(strings), MAX_STRUCTURED_CHARACTERS)
+    return strings
+
+
+def _schema_text(schema: Mapping[str, Any] | bool | str) -> str:
+    field, limit = "structured.json_schema", "a JSON schema, as a mapping or JSON text"
+    try:
+        if not isinstance(schema, str):
+            if not isinstance(schema, Mapping | bool):
+                raise InvalidRequestError(field, schema, limit)
+            schema = json.dumps(dict(schema) if isinstance(schema, Mapping) else schema, allow_nan=False)
+        _text(field, schema, MAX_STRUCTURED_CHARACTERS)
+        parsed = json.loads(schema, parse_constant=_no_constant)
+    except RecursionError:
+        raise InvalidRequestError(field, f"{type(schema).__name__} of great depth", f"at most {MAX_SCHEMA_DEPTH} levels deep") from None
+    except InvalidRequestError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(field, schema, f"{limit} ({error})") from None
+    if not isinstance(parsed, dict | bool):
+        raise InvalidRequestError(field, schema, limit)
+    level: list[Any] = [parsed]
+    for _ in range(MAX_SCHEMA_DEPTH + 1):
+        level = [child for value in level if isinstance(value, dict | list) for child in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise InvalidRequestError(field, schema, f"at most {MAX_SCHEMA_DEPTH} levels deep")
+    return schema
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

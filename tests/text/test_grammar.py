@@ -1,0 +1,205 @@
+"""Grammars compiled against a tokenizer: masks against brute force, what is refused and how long that takes, and what is kept."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from quire import InvalidRequestError, StructuredOutput
+from quire.text.grammar import GrammarCompiler, Guide
+from quire.text.tokenizer import TextTokenizer
+
+pytest.importorskip("llguidance")
+VOCAB = 500  # padded beyond the tokenizer's
+END = 1
+
+
+@pytest.fixture(scope="module")
+def compiler(made: dict[str, TextTokenizer]) -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(made["byte_level"], VOCAB)
+    yield compiler
+    compiler.close()
+
+
+def allowed(guide: Guide) -> set[int]:
+    guide.fill()
+    assert not guide.error
+    return {i for i in range(32 * len(guide.mask)) if guide.mask[i >> 5] >> (i & 31) & 1}
+
+
+FORMS = {
+    "regex": StructuredOutput(regex=r"(ab|[0-9]{2,}|é+)\.?"),
+    "choice": StructuredOutput(choice=["the end", "the rest", "日本", 'quo"te\\', "a\nb", "</s>"]),
+    "json": StructuredOutput(json_schema={"type": "object", "properties": {"x": {"enum": ["fox", 3, None]}}, "required": ["x"]}),
+    "lark": StructuredOutput(grammar='start: "(" (start | NUMBER)* ")"\nNUMBER: /[0-9]+/'),
+    "special": StructuredOutput(grammar='start: "a" <|im_start|> "b"?'),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_token_is_allowed_if_the_grammar_accepts_it(compiler: GrammarCompiler, made: dict[str, TextTokenizer], form: str) -> None:
+    """Brute force: a fresh guide walks the same way and tries every token by itself."""
+    grammar, rng = compiler.compile(FORMS[form]), random.Random(form)
+    for _ in range(4):
+        guide, path = grammar.start([END]), list[int]()
+        while not guide.complete and len(path) < 12:
+            mask = allowed(guide)
+            assert (END in mask) == guide.satisfied
+            for token_id in range(made["byte_level"].vocab_size):
+                if token_id == END:
+                    continue
+                one = grammar.start([END])
+                for earlier in path:
+                    one.accept(earlier)
+                one.accept(token_id)
+                assert (token_id in mask) == (not one.error), (form, path, token_id)
+            assert all(i < made["byte_level"].vocab_size for i in mask), "ids without a token are forbidden"
+            path.append(rng.choice(sorted(mask - {END}) or [END]))
+            if path[-1] == END:
+                break
+            guide.accept(path[-1])
+
+
+def test_ends_are_allowed_where_the_text_may_end(compiler: GrammarCompiler, made: dict[str, TextTokenizer]) -> None:
+    grammar = compiler.compile(StructuredOutput(regex="a(bb)*"))
+    a, b = (made["byte_level"].encode(letter)[-1] for letter in "ab")
+    for ends in ([END], [], [END, 7, VOCAB - 1]):
+        guide = grammar.start(ends)
+        assert not allowed(guide) & set(ends)
+        guide.accept(a)
+        assert allowed(guide) & {END, 7, VOCAB - 1} == set(ends) and guide.satisfied and not guide.complete
+        guide.early = True
+        assert not allowed(guide) & set(ends), "min_tokens"
+        guide.accept(b)
+        assert not guide.satisfied and allowed(guide) == {b}
+    done = compiler.compile(StructuredOutput(regex="ab?")).start([END])
+    done.early = True
+    for token_id in (a, b):
+        allowed(done)
+        done.accept(token_id)
+    assert done.complete and done.satisfied
+    assert allowed(done) == {END}, "a grammar at its end wins over min_tokens"
+
+
+HOSTILE = {
+    "invalid regex": StructuredOutput(regex="(a"),
+    "look-around": StructuredOutput(regex="(?=a)b"),
+    "nested regex": StructuredOutput(regex="(" * 5000 + "a" + ")" * 5000),
+    "broken Lark": StructuredOutput(grammar="start: /a"),
+    "unknown rule": StructuredOutput(grammar="start: nothing"),
+    "unknown special token": StructuredOutput(grammar="start: <|nothing|>"),
+    "nested Lark": StructuredOutput(grammar="start: " + "(" * 30000 + '"a"' + ")" * 30000),
+    "a chain that overflows the stack": StructuredOutput(grammar="start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "a"'),
+    "contradiction": StructuredOutput(json_schema={"type": "integer", "minimum": 5, "maximum": 3}),
+    "false": StructuredOutput(json_schema=False),
+    "endless": StructuredOutput(json_schema={"$ref": "#"}),
+    "no such type": StructuredOutput(json_schema={"type": "foo"}),
+    "unsupported": StructuredOutput(json_schema={"not": {"type": "string"}}),
+    "elsewhere": StructuredOutput(json_schema={"$ref": "http://localhost/schema"}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_grammars_are_refused_and_the_next_is_compiled(compiler: GrammarCompiler, name: str) -> None:
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError) as error:
+            compiler.compile(HOSTILE[name])
+        assert error.value.field == "structured" and len(str(error.value)) < 700
+    compiler.compile(StructuredOutput(regex=f"a{{{len(name)}}}"))
+
+
+def test_what_compiles_for_ever_is_given_up_in_time(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.compile(FORMS["regex"])
+    monkeypatch.setattr(compiler._process, "_seconds", 1.0)
+    began = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="longer than 1 seconds"):
+        compiler.compile(StructuredOutput(json_schema={"type": "integer", "multipleOf": 99999999}))
+    assert time.monotonic() - began < 10.0
+    compiler.compile(StructuredOutput(regex="after the bomb"))
+
+
+def test_equal_grammars_are_compiled_once(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = compiler.compile(StructuredOutput(json_schema={"type": "integer"}))
+    assert compiler.compile(StructuredOutput(json_schema='{"type": "integer"}')) is made
+    calls: list[object] = []
+    make = compiler._make
+    monkeypatch.setattr(compiler, "_make", lambda asked: calls.append(asked) or make(asked))
+    threads = [threading.Thread(target=compiler.compile, args=(StructuredOutput(regex="once"),)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    monkeypatch.setattr("quire.text.grammar.MAX_GRAMMARS", 2)
+    for i in range(4):
+        compiler.compile(StructuredOutput(regex=f"kept {i}"))
+    assert len(compiler._made) == 2
+
+
+def test_tokenizers_of_other_kinds(made: dict[str, TextTokenizer]) -> None:
+    with pytest.raises(InvalidRequestError, match="without a tokenizer"):
+        GrammarCompiler(None, 10).compile(FORMS["regex"])
+    slow = GrammarCompiler(made["python_bytes"], 300)
+    with pytest.raises(InvalidRequestError, match="cannot read this model's tokenizer"):
+        slow.compile(FORMS["regex"])
+    compiler = GrammarCompiler(made["llama_like"], 310)
+    guide = compiler.compile(StructuredOutput(regex="thé 日")).start([2])
+    while not guide.complete:
+        guide.accept(max(allowed(guide) - {2}))
+    compiler.close()
+
+
+def test_without_llguidance_it_says_what_to_install(made: dict[str, TextTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with pytest.raises(InvalidRequestError, match=r"pip install 'quire\[structured\]'"):
+        GrammarCompiler(made["byte_level"], VOCAB).compile(FORMS["regex"])
+
+
+def test_the_checking_process_ends_with_its_input(compiler: GrammarCompiler) -> None:
+    compiler.compile(StructuredOutput(regex="alive"))
+    assert compiler._process is not None
+    process = compiler._process._process
+    assert isinstance(process, subprocess.Popen) and process.stdin is not None
+    process.stdin.close()
+    assert process.wait(20.0) == 0
+    compiler.compile(StructuredOutput(regex="alive again"))
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        ("structured", {}),
+        ("structured", {"regex": "a", "json_object": True}),
+        ("structured.json_object", {"json_object": 1}),
+        ("structured.choice", {"choice": []}),
+        ("structured.choice", {"choice": [""]}),
+        ("structured.choice", {"choice": "yes"}),
+        ("structured.choice", {"choice": [str(i) for i in range(2000)]}),
+        ("structured.choice", {"choice": ["\ud800"]}),
+        ("structured.regex", {"regex": ""}),
+        ("structured.regex", {"regex": "a" * 2**15}),
+        ("structured.regex", {"regex": 5}),
+        ("structured.grammar", {"grammar": "a" * 2**18}),
+        ("structured.json_schema", {"json_schema": "{"}),
+        ("structured.json_schema", {"json_schema": "3"}),
+        ("structured.json_schema", {"json_schema": {"minimum": float("nan")}}),
+        ("structured.json_schema", {"json_schema": {"minimum": object()}}),
+        ("structured.json_schema", {"json_schema": '{"items":' * 10_000 + "{}" + "}" * 10_000}),
+        ("structured.json_schema", {"json_schema": '{"items":' * 65 + "{}" + "}" * 65}),
+        ("structured.json_schema", {"json_schema": {"description": "a" * 2**18}}),
+    ],
+)
+def test_sizes_and_types_are_checked_when_it_is_made(field: str, given: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        StructuredOutput(**given)  # type: ignore[arg-type]
+    assert error.value.field == field
+
+
+def test_a_schema_may_be_as_deep_as_the_limit() -> None:
+    StructuredOutput(json_schema='{"items":' * 63 + "{}" + "}" * 63)
