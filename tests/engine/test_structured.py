@@ -24,7 +24,12 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "kind": {"enum": ["fox", "dog", 7, None]},
-        "at": {"type": "object", "properties": {"x": {"type": "integer", "minimum": -5, "maximum": 99}}, "required": ["x"], "additionalProperties": False},
+        "at": {
+            "type": "object",
+            "properties": {"x": {"type": "integer", "minimum": -5, "maximum": 99}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
         "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
         "ok": {"type": "boolean"},
     },
@@ -45,9 +50,17 @@ def fits(value: Any, schema: Any) -> bool:
     match schema.get("type"):
         case "object":
             fields = schema.get("properties", {})
-            return isinstance(value, dict) and set(schema.get("required", ())) <= set(value) <= set(fields) and all(fits(value[k], fields[k]) for k in value)
+            return (
+                isinstance(value, dict)
+                and set(schema.get("required", ())) <= set(value) <= set(fields)
+                and all(fits(value[k], fields[k]) for k in value)
+            )
         case "array":
-            return isinstance(value, list) and schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", 99) and all(fits(x, schema["items"]) for x in value)
+            return (
+                isinstance(value, list)
+                and schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", 99)
+                and all(fits(x, schema["items"]) for x in value)
+            )
         case "string":
             return isinstance(value, str) and len(value) <= schema.get("maxLength", 10**6)
         case "integer" | "number" as kind:
@@ -142,7 +155,8 @@ def test_what_nothing_can_follow_ends_or_fails_alone(llm: LLM) -> None:
     out = llm.generate("x", SamplingParams(structured=form, allowed_token_ids=[letter], ignore_eos=True, temperature=0.0))[0].outputs[0]
     assert (out.text, out.finish_reason) == ("a", "stop"), "complete, and no end can be drawn"
     stuck, fine = llm.generate(
-        ["x", "x"], [SamplingParams(structured=StructuredOutput(regex="ab"), allowed_token_ids=[letter]), SamplingParams(structured=NUMBERS, max_tokens=20)]
+        ["x", "x"],
+        [SamplingParams(structured=StructuredOutput(regex="ab"), allowed_token_ids=[letter]), SamplingParams(structured=NUMBERS, max_tokens=20)],
     )
     assert isinstance(stuck.error, RequestFailedError) and "structured" in str(stuck.error)
     assert fine.error is None and checked(fine.outputs[0], NUMBERS)

@@ -24,9 +24,15 @@ def test_a_mask_leaves_its_tokens_alone(backend: str, vocab_size: int, restored_
             native.set_isa(isa)
         for _ in range(20):
             logits = random_logits(rng, 1, vocab_size)
-            allowed = set(rng.sample(range(vocab_size), rng.randint(0, min(vocab_size, 40)))) | set(range(16, vocab_size) if rng.random() < 0.3 else ())
+            allowed = set(rng.sample(range(vocab_size), rng.randint(0, min(vocab_size, 40)))) | set(
+                range(16, vocab_size) if rng.random() < 0.3 else ()
+            )
             mask = mask_of(allowed | set(range(vocab_size, 640)), 640)
-            params = {"temperature": rng.choice([0.0, 1.0]), "allowed_token_ids": rng.choice([None, range(vocab_size // 2, vocab_size)]), "logprobs": 1}
+            params = {
+                "temperature": rng.choice([0.0, 1.0]),
+                "allowed_token_ids": rng.choice([None, range(vocab_size // 2, vocab_size)]),
+                "logprobs": 1,
+            }
             masked = replace(row(vocab_size, seed=rng.randrange(99), **params), mask=mask)
             by_hand = logits.clone()
             by_hand[0, [i for i in range(vocab_size) if i not in allowed]] = -math.inf

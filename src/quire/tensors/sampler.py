@@ -3,7 +3,7 @@
 A row's result depends on its logits, its sequence's state and its position alone: never on other rows, their number, its place or the number of
 threads. Meanings and order of operations are those of `SamplingParams`; in particular
 
-- penalties apply first (repetition, then presence and frequency), then bias, each rounded to float32; then the masks of allowed, banned and masked tokens;
+- penalties apply first (repetition, then presence and frequency), then bias, each rounded to float32; then the masks: allowed, banned, `mask`;
 - temperature 0 takes the first of the most likely tokens that are left;
 - the tokens that survive top-k, top-p and min-p are a first part of all in the order (logit descending, id ascending), never empty;
 - the token drawn has the highest logit / temperature + Gumbel noise, and the noise is a function of (seed, position, token) (E. Gumbel 1954; the

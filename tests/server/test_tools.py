@@ -1,0 +1,152 @@
+"""Tool calls in text: found in every format, streamed, split anywhere, and never at the cost of text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire import InvalidRequestError
+from quire.server.tools import CallDelta, Format, TextDelta, ToolParser, detect_format, forced, gather, parse
+
+STYLES: tuple[Format, ...] = ("hermes", "llama3", "mistral")
+A, B = '{"city": "Oslo \\"}{ é", "days": [1, {"x": 2}]}', "{}"
+
+
+def found(text: str, style: Format, names: Any = None) -> tuple[str, list[tuple[str, str]]]:
+    rest, calls = parse(text, style, names, new_id=str)
+    assert [call.id for call in calls] == [str(i) for i in range(len(calls))]
+    return rest, [(call.name, call.arguments) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "rest", "calls"),
+    [
+        ("hermes", f'<tool_call>\n{{"name": "f", "arguments": {A}}}\n</tool_call>', "", [("f", A)]),
+        ("hermes", f'Hm.<tool_call>{{"name":"f","arguments":{A}}}</tool_call>\n<tool_call>{{"name":"g","arguments":{B}}}</tool_call>.', "Hm.\n.",
+         [("f", A), ("g", B)]),
+        ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', "", [("f", '{"a": 1}')]),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}', "", [("f", "{}")]),
+        ("hermes", "<tool_call>no</tool_call>", "<tool_call>no</tool_call>", []),
+        ("hermes", '<tool_call>{"name": 5, "arguments": {}}</tool_call>', '<tool_call>{"name": 5, "arguments": {}}</tool_call>', []),
+        ("hermes", '<tool_call><tool_call>{"name": "f", "arguments": {}}</tool_call>', "<tool_call>", [("f", "{}")]),
+        ("hermes", "a < b <tool <tool_call", "a < b <tool <tool_call", []),
+        ("llama3", f'{{"name": "f", "parameters": {A}}}', "", [("f", A)]),
+        ("llama3", f' <|python_tag|>{{"name": "f", "parameters": {A}}}; {{"name": "g", "parameters": {B}}}', "", [("f", A), ("g", B)]),
+        ("llama3", '{"name": "f", "parameters": {}} and so on', " and so on", [("f", "{}")]),
+        ("llama3", 'So: {"name": "f", "parameters": {}}', 'So: {"name": "f", "parameters": {}}', []),
+        ("llama3", '{"name": "Bob", "age": 5}', '{"name": "Bob", "age": 5}', []),
+        ("llama3", "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
+        ("mistral", f'[TOOL_CALLS] [{{"name": "f", "arguments": {A}}}, {{"name": "g", "arguments": {B}}}]', "", [("f", A), ("g", B)]),
+        ("mistral", 'Text [TOOL_CALLS][{"name": "f", "arguments": {}}] more', "Text  more", [("f", "{}")]),
+        ("mistral", "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+    ],
+)  # fmt: skip
+def test_calls_are_found(style: Format, text: str, rest: str, calls: list[tuple[str, str]]) -> None:
+    assert found(text, style) == (rest, calls)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_only_tools_that_there_are(style: Format) -> None:
+    text = {"hermes": '<tool_call>{"name": "f", "arguments": {}}</tool_call>', "llama3": '{"name": "f", "parameters": {}}'}.get(
+        style, '[TOOL_CALLS][{"name": "f", "arguments": {}}]'
+    )
+    assert found(text, style, {"f"}) == ("", [("f", "{}")])
+    assert found(text, style, {"g"}) == (text, [])
+
+
+def test_a_call_streams_from_its_first_brace_on() -> None:
+    parser = ToolParser("hermes", new_id=str)
+    assert parser.push('Hm <tool_call>{"name": "f", "arguments": ') == [TextDelta("Hm ")]
+    assert parser.push("{") == [CallDelta(0, "{", "0", "f")]
+    assert parser.push('"a": ') == [CallDelta(0, '"a": ')]
+    assert parser.push("1}}</tool") == [CallDelta(0, "1}")]
+    assert parser.push("_call>!") == [TextDelta("!")]
+    assert parser.flush() == []
+
+
+PIECES = [
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[", "]", ",", ";", "<|python_tag|>",
+    '{"name": "f", "arguments": ', '{"name": "f", "parameters": ',
+    "{", "}", '"', "\\", '{"a": [1, "}"]}', '"name"', '"arguments": ', ": ", " ", "\n", "text", "é", "<", "tool_call>",
+]  # fmt: skip
+
+
+@given(style=st.sampled_from(STYLES), pieces=st.lists(st.sampled_from(PIECES), max_size=14), data=st.data())
+def test_any_split_gives_the_same_and_no_text_is_lost(style: Format, pieces: list[str], data: st.DataObject) -> None:
+    text = "".join(pieces)
+    whole = parse(text, style, new_id=str)
+    parser, deltas, at = ToolParser(style, new_id=str), [], 0
+    while at < len(text):
+        size = data.draw(st.integers(1, len(text) - at))
+        deltas += parser.push(text[at : at + size])
+        at += size
+    assert gather([*deltas, *parser.flush()]) == whole
+    rest, calls = whole
+    if not calls:
+        assert rest == text
+    words = iter(text)
+    assert all(char in words for char in rest), "text comes out in order"
+    for call in calls:
+        assert call.name == "f" and (call.arguments in text or json.loads(call.arguments) is not None)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_long_text_of_openings_takes_linear_time_or_near(style: Format) -> None:
+    for text in ("<tool_call>{", "[TOOL_CALLS][{", '<tool_call>{"', "<tool_call>[TOOL_CALLS]{"):
+        assert parse(text * 5000, style)[0] == text * 5000
+
+
+@pytest.mark.parametrize(
+    ("template", "style"),
+    [
+        (None, None),
+        ("{{ messages }}", None),
+        ("<tool_call>\\n{'name': ...}\\n</tool_call>", "hermes"),
+        ("<tool_call><function=f>", None),
+        ("[AVAILABLE_TOOLS] ... [TOOL_CALLS]", "mistral"),
+        ('Respond in the format {"name": function name, "parameters": dictionary}', "llama3"),
+        ("<|python_tag|>", "llama3"),
+    ],
+)
+def test_the_template_tells_the_format(template: str | None, style: Format | None) -> None:
+    assert detect_format(template) == style
+
+
+TOOLS: dict[str, Any] = {
+    "f": {
+        "type": "object",
+        "properties": {"n": {"$ref": "#/$defs/n"}},
+        "required": ["n"],
+        "additionalProperties": False,
+        "$defs": {"n": {"type": "integer"}},
+    },
+    'odd "name"': None,
+}
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_forced_call_is_a_call(style: Format, parallel: bool) -> None:
+    llguidance = pytest.importorskip("llguidance")
+    tokenizer = llguidance.LLTokenizer("byte")
+    for name in (None, "f"):
+        matcher = llguidance.LLMatcher(tokenizer, forced(style, TOOLS, name, parallel).source[1])
+        assert not matcher.get_error()
+        key = "parameters" if style == "llama3" else "arguments"
+        call = f'{{"name": "f", "{key}": {{"n": 12}}}}'
+        text = {"hermes": f"<tool_call>\n{call}\n</tool_call>", "llama3": call}.get(style, f"[TOOL_CALLS][{call}]")
+        assert matcher.consume_tokens(list(text.encode())) and matcher.is_accepting() and matcher.is_stopped() == (not parallel or style == "mistral")
+        assert found(text, style, TOOLS) == ("", [("f", '{"n": 12}')])
+    other = llguidance.LLMatcher(tokenizer, forced(style, TOOLS, "f").source[1], log_level=0)
+    assert not other.consume_tokens(list(text.replace('"f"', '"g"').encode()))
+
+
+def test_a_tool_that_is_not_there_is_refused() -> None:
+    for tools, name in (({}, None), (TOOLS, "g")):
+        with pytest.raises(InvalidRequestError, match="tool_choice"):
+            forced("hermes", tools, name)
