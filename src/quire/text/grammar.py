@@ -29,7 +29,8 @@ class Guide:
     """One sequence's place in a grammar.
 
     Attributes:
-        mask: packed bits, one for each token that may come next, filled by `fill`; 32-bit words, ceil(V / 32) or more.
+        mask: packed bits, one for each token that may come next, filled by `fill`; 32-bit words, ceil(V / 32) or more. Where one text alone may
+            follow, just the token with which the tokenizer would write it is set.
         early: set by the owner: the sequence shall not end yet, if there is any other way (`min_tokens`).
         satisfied: as of the last `fill` or `accept`, whether the text so far is all that the grammar asks for.
         complete: whether it is, and nothing may follow.
