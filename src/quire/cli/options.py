@@ -193,7 +193,8 @@ def _structured(text: str) -> StructuredOutput:
         return StructuredOutput(json_object=True)
     if form not in ("schema", "regex", "choice", "grammar"):
         raise ValueError(text)
-    return StructuredOutput(**{"json_schema" if form == "schema" else form: value.split("|") if form == "choice" else value})
+    given: dict[str, Any] = {"json_schema" if form == "schema" else form: value.split("|") if form == "choice" else value}
+    return StructuredOutput(**given)
 
 
 KINDS = {int: Kind("INTEGER", int, "an integer"), float: Kind("NUMBER", float, "a number"), str: Kind("NAME", str, "a name")}

@@ -17,7 +17,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 from uuid import uuid4
 
 from quire.errors import InvalidRequestError
@@ -238,7 +238,7 @@ class ToolParser:
         else:
             self._depth += (char in "{[") - (char in "}]")
 
-    def _is_tool(self, name: object) -> bool:
+    def _is_tool(self, name: object) -> TypeGuard[str]:
         return isinstance(name, str) and bool(name) and (self._names is None or name in self._names)
 
     def _call(self, name: str, arguments: str) -> None:
