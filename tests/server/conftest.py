@@ -26,7 +26,7 @@ from tests.tensors.checkpoints import make
 KEY, OTHER_KEY = "key-of-the-tests", "another-key"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content | trim }}\n{% endfor %}"
-    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% if shout is defined %}SHOUT {{ shout }}\n{% endif %}"
+    "{% if tools %}call <tool_call>: {{ tools | tojson }}\n{% endif %}{% if shout is defined %}SHOUT {{ shout }}\n{% endif %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

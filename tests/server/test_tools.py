@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire import InvalidRequestError
-from quire.server.tools import CallDelta, Format, TextDelta, ToolParser, detect_format, forced, gather, parse
+from quire import InvalidRequestError, StructuredOutput
+from quire.server.tool_grammar import forced, offered
+from quire.server.tools import CallDelta, Format, TextDelta, ToolParser, detect_format, gather, parse
 
 STYLES: tuple[Format, ...] = ("hermes", "llama3", "mistral")
 A, B = '{"city": "Oslo \\"}{ é", "days": [1, {"x": 2}]}', "{}"
@@ -26,7 +27,7 @@ def found(text: str, style: Format, names: Any = None) -> tuple[str, list[tuple[
     ("style", "text", "rest", "calls"),
     [
         ("hermes", f'<tool_call>\n{{"name": "f", "arguments": {A}}}\n</tool_call>', "", [("f", A)]),
-        ("hermes", f'Hm.<tool_call>{{"name":"f","arguments":{A}}}</tool_call>\n<tool_call>{{"name":"g","arguments":{B}}}</tool_call>.', "Hm.\n.",
+        ("hermes", f'Hm.<tool_call>{{"name":"f","arguments":{A}}}</tool_call>\n<tool_call>{{"name":"g","arguments":{B}}}</tool_call>.', "Hm..",
          [("f", A), ("g", B)]),
         ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', "", [("f", '{"a": 1}')]),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
@@ -37,12 +38,12 @@ def found(text: str, style: Format, names: Any = None) -> tuple[str, list[tuple[
         ("hermes", "a < b <tool <tool_call", "a < b <tool <tool_call", []),
         ("llama3", f'{{"name": "f", "parameters": {A}}}', "", [("f", A)]),
         ("llama3", f' <|python_tag|>{{"name": "f", "parameters": {A}}}; {{"name": "g", "parameters": {B}}}', "", [("f", A), ("g", B)]),
-        ("llama3", '{"name": "f", "parameters": {}} and so on', " and so on", [("f", "{}")]),
+        ("llama3", '{"name": "f", "parameters": {}} and so on', "and so on", [("f", "{}")]),
         ("llama3", 'So: {"name": "f", "parameters": {}}', 'So: {"name": "f", "parameters": {}}', []),
         ("llama3", '{"name": "Bob", "age": 5}', '{"name": "Bob", "age": 5}', []),
         ("llama3", "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
         ("mistral", f'[TOOL_CALLS] [{{"name": "f", "arguments": {A}}}, {{"name": "g", "arguments": {B}}}]', "", [("f", A), ("g", B)]),
-        ("mistral", 'Text [TOOL_CALLS][{"name": "f", "arguments": {}}] more', "Text  more", [("f", "{}")]),
+        ("mistral", 'Text [TOOL_CALLS][{"name": "f", "arguments": {}}] more', "Textmore", [("f", "{}")]),
         ("mistral", "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
     ],
 )  # fmt: skip
@@ -61,7 +62,7 @@ def test_only_tools_that_there_are(style: Format) -> None:
 
 def test_a_call_streams_from_its_first_brace_on() -> None:
     parser = ToolParser("hermes", new_id=str)
-    assert parser.push('Hm <tool_call>{"name": "f", "arguments": ') == [TextDelta("Hm ")]
+    assert parser.push('Hm <tool_call>{"name": "f", "arguments": ') == [TextDelta("Hm")]
     assert parser.push("{") == [CallDelta(0, "{", "0", "f")]
     assert parser.push('"a": ') == [CallDelta(0, '"a": ')]
     assert parser.push("1}}</tool") == [CallDelta(0, "1}")]
@@ -77,7 +78,7 @@ PIECES = [
 
 
 @given(style=st.sampled_from(STYLES), pieces=st.lists(st.sampled_from(PIECES), max_size=14), data=st.data())
-def test_any_split_gives_the_same_and_no_text_is_lost(style: Format, pieces: list[str], data: st.DataObject) -> None:
+def test_any_split_gives_the_same_and_only_white_space_is_lost(style: Format, pieces: list[str], data: st.DataObject) -> None:
     text = "".join(pieces)
     whole = parse(text, style, new_id=str)
     parser, deltas, at = ToolParser(style, new_id=str), [], 0
@@ -129,24 +130,72 @@ TOOLS: dict[str, Any] = {
 }
 
 
+CALL = '{"name": "f", "%s": {"n": 12}}'
+NO_TOKENS: dict[str, int] = {}
+AS_TOKENS = {"<tool_call>": 250, "</tool_call>": 251, "[TOOL_CALLS]": 252}  # bytes that UTF-8 has not
+
+
+def as_ids(text: str, special: dict[str, int]) -> list[int]:
+    ids = list(text.encode())
+    for word, token_id in special.items():
+        at = text.find(word)
+        while at >= 0:
+            ids[at : at + len(word)] = [token_id] + [-1] * (len(word) - 1)
+            at = text.find(word, at + 1)
+    return [token_id for token_id in ids if token_id >= 0]
+
+
+def written(style: Format, count: int = 1) -> str:
+    call = CALL % ("parameters" if style == "llama3" else "arguments")
+    one = f"<tool_call>\n{call}\n</tool_call>"
+    return {"hermes": "\n".join([one] * count), "llama3": "; ".join([call] * count)}.get(style, f"[TOOL_CALLS][{', '.join([call] * count)}]")
+
+
+def allows(structured: StructuredOutput, text: str, special: dict[str, int]) -> tuple[bool, bool]:
+    """Whether a text may be written, to its last token, and whether it may end there."""
+    llguidance = pytest.importorskip("llguidance")
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), structured.source[1], log_level=0)
+    assert not matcher.get_error()
+    ids = as_ids(text, special)
+    written_whole = matcher.try_consume_tokens(ids) == len(ids)
+    return written_whole, written_whole and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("special", [NO_TOKENS, AS_TOKENS], ids=["text", "tokens"])
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("style", STYLES)
-def test_a_forced_call_is_a_call(style: Format, parallel: bool) -> None:
-    llguidance = pytest.importorskip("llguidance")
-    tokenizer = llguidance.LLTokenizer("byte")
+def test_a_forced_call_is_a_call(style: Format, parallel: bool, special: dict[str, int]) -> None:
+    text, two = written(style), written(style, 2)
     for name in (None, "f"):
-        matcher = llguidance.LLMatcher(tokenizer, forced(style, TOOLS, name, parallel).source[1])
-        assert not matcher.get_error()
-        key = "parameters" if style == "llama3" else "arguments"
-        call = f'{{"name": "f", "{key}": {{"n": 12}}}}'
-        text = {"hermes": f"<tool_call>\n{call}\n</tool_call>", "llama3": call}.get(style, f"[TOOL_CALLS][{call}]")
-        assert matcher.consume_tokens(list(text.encode())) and matcher.is_accepting() and matcher.is_stopped() == (not parallel or style == "mistral")
-        assert found(text, style, TOOLS) == ("", [("f", '{"n": 12}')])
-    other = llguidance.LLMatcher(tokenizer, forced(style, TOOLS, "f").source[1], log_level=0)
-    assert not other.consume_tokens(list(text.replace('"f"', '"g"').encode()))
+        grammar = forced(style, TOOLS, special, name=name, parallel=parallel)
+        assert allows(grammar, text, special) == (True, True)
+        assert allows(grammar, two, special) == (parallel, parallel)
+        assert allows(grammar, "Hm. " + text, special) == (False, False)
+        assert allows(grammar, text.replace("12", '"12"'), special) == (False, False)
+        assert allows(grammar, text.replace('"f"', '"g"'), special) == (False, False)
+    assert found(text, style, TOOLS) == ("", [("f", '{"n": 12}')])
+    assert found(two, style, TOOLS) == ("", [("f", '{"n": 12}')] * 2)
+
+
+@pytest.mark.parametrize("special", [NO_TOKENS, AS_TOKENS], ids=["text", "tokens"])
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_an_offered_call_is_right_if_it_is_made(style: Format, parallel: bool, special: dict[str, int]) -> None:
+    grammar = offered(style, TOOLS, special, parallel=parallel)
+    text, two = written(style), written(style, 2)
+    assert allows(grammar, "Just <text> [for] you.\n", special) == (True, True)
+    assert allows(grammar, text, special) == (True, True)
+    assert allows(grammar, two, special) == (parallel, parallel)
+    assert allows(grammar, text.replace("12", '"12"'), special) == (False, False)
+    assert allows(grammar, text.replace('"f"', '"g"'), special) == (False, False)
+    if style != "llama3":  # which calls at the start of a message or never
+        assert allows(grammar, "Hm. " + text, special) == (True, True)
+        assert found("Hm. " + text, style, TOOLS) == ("Hm.", [("f", '{"n": 12}')])
+    if style == "hermes":
+        assert allows(grammar, text + " Done.", special) == (parallel, parallel)
 
 
 def test_a_tool_that_is_not_there_is_refused() -> None:
     for tools, name in (({}, None), (TOOLS, "g")):
         with pytest.raises(InvalidRequestError, match="tool_choice"):
-            forced("hermes", tools, name)
+            forced("hermes", tools, {}, name=name)

@@ -220,6 +220,17 @@ class LLM:
         token_ids = self._checked(prompt)
         return self._worker.call(lambda: self._keeper.share(token_ids))
 
+    def prepare_structured(self) -> bool:
+        """Make ready for `SamplingParams.structured` now; else the first such request waits for it, seconds where the vocabulary is large.
+
+        Returns False where there can be no such request: without a tokenizer that llguidance can read, or without llguidance.
+        """
+        try:
+            self._built.grammars.prepare()
+        except InvalidRequestError:
+            return False
+        return True
+
     def resize_cache(self, cache_bytes: int) -> int:
         """Make the pool smaller, giving memory back to the system, or larger again, up to what it was made for. Returns the bytes it has now.
 

@@ -9,21 +9,24 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from quire.errors import InvalidRequestError
 from quire.outputs import Completion, RequestOutput, TokenEvent
 from quire.params import SamplingParams
-from quire.server.errors import ServerError, as_server_error, refused
+from quire.server.calling import Calling, StreamedMessage, calling_of, delta_of, message_of, with_calls
+from quire.server.chat_template import ChatTemplate
+from quire.server.errors import ServerError, refused
 from quire.server.models import check_model
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
-from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, as_template_messages
+from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, NamedTool, Tool, as_template_messages
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
-from quire.server.structure import structure_of
+from quire.server.structure import named_as, structure_names, structure_of
 from quire.server.token_texts import TokenTexts
 from quire.server.usage import chat_logprobs, prompt_logprobs, usage_of
 
 ENDPOINT = "chat/completions"
+PROMPT_NAMES = {"prompt": "messages"}  # which became the prompt
+TOOL_NAMES = {"structured": "tools"}
 router = APIRouter()
 
 
@@ -33,17 +36,12 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     serving = serving_of(request)
     serving.engine()
     check_model(serving, asked.model)
-    params = _params(asked)
     prompt = await chat_prompt(serving, asked, asked.messages, asked.reasoning_effort)
-    job = Job(prompt, params)
-    try:
+    calling = chat_calling(serving, asked.tools, asked.tool_choice, asked.parallel_tool_calls)
+    with named_as(PROMPT_NAMES | (TOOL_NAMES if calling and calling.structured else structure_names(asked))):
+        job = Job(prompt, _params(asked, calling))
         run = await start_run(request, ENDPOINT, new_id("chatcmpl"), [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
-    except InvalidRequestError as error:
-        told_error = as_server_error(error)
-        if told_error.param == "prompt":  # which a chat has not: its messages became one
-            told_error.param = "messages"
-        raise told_error from error
-    told = Told(asked, run, serving.settings.model, serving.texts)
+    told = Told(asked, run, serving.settings.model, serving.texts, calling)
     return EventStream(run, told.chunks(prompt)) if asked.stream else await answer_at_end(request, run, told.whole)
 
 
@@ -53,9 +51,7 @@ async def chat_prompt(serving: Serving, asked: ChatPrompt, messages: Sequence[Me
     Raises:
         ServerError: the model has none, or it refuses this chat.
     """
-    template = serving.template
-    if template is None:
-        raise ServerError(400, "messages: this model has no chat template; ask /v1/completions", param="messages", code="no_chat_template")
+    template = _template(serving)
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools] if asked.tools else None
     continued = bool(asked.continue_final_message)
     if continued and asked.add_generation_prompt:
@@ -79,36 +75,44 @@ async def chat_prompt(serving: Serving, asked: ChatPrompt, messages: Sequence[Me
     return await asyncio.to_thread(render)
 
 
-def _params(asked: ChatRequest) -> SamplingParams:
-    _check_tools(asked)
+def chat_calling(
+    serving: Serving, tools: Sequence[Tool] | None, tool_choice: str | NamedTool | None, parallel_tool_calls: bool | None
+) -> Calling | None:
+    """How a chat's tools are called, None where none is. Raises ServerError as `calling_of`, and where the model has no chat template."""
+    with named_as(TOOL_NAMES):
+        return calling_of(_template(serving), tools, tool_choice, parallel_tool_calls is not False)
+
+
+def _template(serving: Serving) -> ChatTemplate:
+    """The model's chat template. Raises ServerError where it has none."""
+    if serving.template is None:
+        raise ServerError(400, "messages: this model has no chat template; ask /v1/completions", param="messages", code="no_chat_template")
+    return serving.template
+
+
+def _params(asked: ChatRequest, calling: Calling | None) -> SamplingParams:
     if asked.max_tokens is not None and asked.max_completion_tokens not in (None, asked.max_tokens):
         raise refused("max_completion_tokens", "must be left out, or equal, where max_tokens is given")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise refused("top_logprobs", "must be left out without logprobs: true")
     if asked.stream and asked.prompt_logprobs is not None:
         raise refused("stream", "must be false with prompt_logprobs: a prompt's are known when it has run")
-    return params_of(
+    params = params_of(
         asked,
         max_tokens=asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         prompt_logprobs=asked.prompt_logprobs,
         structured=structure_of(asked.response_format, asked.structured_outputs),
     )
-
-
-def _check_tools(asked: ChatRequest) -> None:
-    """Tools go to the template; calls are not yet told from text, so a request that expects any is refused."""
-    if asked.tools and asked.tool_choice != "none":
-        raise refused("tools", "must be left out, or come with tool_choice 'none': this server does not parse calls")
-    if asked.tool_choice not in (None, "none", "auto"):
-        raise refused("tool_choice", "must be 'none' or left out: this server does not parse calls")
+    return with_calls(params, calling)
 
 
 class Told:
     """What is said of one run."""
 
-    def __init__(self, asked: ChatRequest, run: Run, model: str, texts: TokenTexts | None) -> None:
-        self._asked, self._run = asked, run
+    def __init__(self, asked: ChatRequest, run: Run, model: str, texts: TokenTexts | None, calling: Calling | None) -> None:
+        self._asked, self._run, self._calling = asked, run, calling
+        self._streamed = [StreamedMessage(calling) for _ in range(asked.num_choices)] if calling is not None else []
         assert texts is not None, "a chat has been encoded"
         self._texts = texts
         self._head = {"id": run.name, "created": int(time.time()), "model": model}
@@ -131,25 +135,35 @@ class Told:
         more = {"usage": None} if asked.include_usage else {}
         chunks = Chunks(head, more)
         for i in range(asked.num_choices):
-            delta = {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            role = {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
             first = {"prompt_token_ids": list(prompt)} if asked.return_token_ids and i == 0 else {}
-            yield event({**head, **first, "choices": [delta], **more})
+            yield event({**head, **first, "choices": [role], **more})
         async for _, news in self._run.events():
             if news.text or news.token_ids or news.finish_reason:
-                yield chunks.of(self._delta(news))
+                delta = self._delta(news)
+                if delta is not None:
+                    yield chunks.of(delta)
             if news.output is not None:
                 outputs.append(news.output)
         if asked.include_usage:
             yield event({**head, "choices": [], "usage": usage_of(outputs)})
 
     def _choice(self, completion: Completion) -> dict[str, Any]:
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        told = {"index": completion.index, "message": message, "logprobs": None}
-        return self._with_tokens(told, completion, completion.finish_reason)
+        message = message_of(self._calling, completion)
+        told: dict[str, Any] = {"index": completion.index, "message": message, "logprobs": None}
+        return self._with_tokens(told, completion, _finish_reason(completion.finish_reason, "tool_calls" in message))
 
-    def _delta(self, news: TokenEvent) -> dict[str, Any]:
-        told = {"index": news.index, "delta": {"content": news.text} if news.text else {}, "logprobs": None}
-        return self._with_tokens(told, news, news.finish_reason)
+    def _delta(self, news: TokenEvent) -> dict[str, Any] | None:
+        """A choice of a chunk; None while what came may still be a call, or white space beside one."""
+        delta: dict[str, Any] = {"content": news.text} if news.text else {}
+        called = False
+        if self._streamed:
+            message = self._streamed[news.index]
+            delta, called = delta_of(message.deltas(news)), message.called
+            if not delta and news.finish_reason is None and not self._asked.logprobs and not self._asked.return_token_ids:
+                return None
+        told = {"index": news.index, "delta": delta, "logprobs": None}
+        return self._with_tokens(told, news, _finish_reason(news.finish_reason, called))
 
     def _with_tokens(self, told: dict[str, Any], made: Completion | TokenEvent, finish_reason: str | None) -> dict[str, Any]:
         told |= {"finish_reason": finish_reason, "stop_reason": made.stop_reason}
@@ -158,3 +172,7 @@ class Told:
         if self._asked.return_token_ids:
             told["token_ids"] = made.token_ids
         return told
+
+
+def _finish_reason(reason: str | None, called: bool) -> str | None:
+    return "tool_calls" if called and reason == "stop" else reason

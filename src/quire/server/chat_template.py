@@ -11,6 +11,7 @@ from typing import Any
 
 from quire.server.errors import ServerError, refused
 from quire.server.limits import MAX_TEMPLATE_BYTES, MAX_TEMPLATE_S
+from quire.server.tools import Format, detect_format
 
 RENDERER = Path(__file__).with_name("render.py")
 # Of a template's variables these are not the caller's to choose.
@@ -30,6 +31,15 @@ class ChatTemplate:
     def mentions(self, word: str, tools: list[dict[str, Any]] | None = None) -> bool:
         """Whether the template has this word in it."""
         return word in self._source(tools)
+
+    def call_format(self, tools: list[dict[str, Any]]) -> Format | None:
+        """The format of tool calls that the template teaches, None if it is none that is known here."""
+        return detect_format(self._source(tools))
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Names and ids of the tokenizer's special tokens."""
+        return {str(token): token_id for token_id, token in self._hf.added_tokens_decoder.items() if token.special}
 
     def render(
         self,

@@ -17,10 +17,10 @@ from quire.server.limits import MAX_CHOICES, MAX_N, MAX_TOP_LOGPROBS
 from quire.server.models import check_model
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
-from quire.server.schema import Sampling, as_prompts
+from quire.server.schema import ResponseFormat, Sampling, as_prompts
 from quire.server.serving import serving_of
 from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
-from quire.server.structure import structure_of
+from quire.server.structure import named_as, structure_names, structure_of
 from quire.server.token_texts import Offsets, TokenTexts
 from quire.server.usage import completion_logprobs, prompt_logprobs, usage_of
 
@@ -50,7 +50,7 @@ class CompletionRequest(Sampling):
     echo: bool | None = Field(default=None, description="Begin the text with the prompt, and the logprobs with the prompt's.")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS, description="Logprobs of tokens drawn and of this many likeliest.")
     suffix: str | None = Field(default=None, description="What comes after the text; for models with fill-in-the-middle tokens.")
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def scores_prompt(self) -> bool:
@@ -64,14 +64,15 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
     serving = serving_of(request)
     llm = serving.engine()
     check_model(serving, asked.model)
-    params = _params(asked)
     prompts = asked.prompt
     if len(prompts) * max(asked.num_choices, asked.best_of or 1) > MAX_CHOICES:
         raise refused("n", f"must be so that there are at most {MAX_CHOICES} choices of all prompts together")
     if asked.suffix is not None:
         prompts = [infilled(llm.tokenizer, prompt, asked.suffix) for prompt in prompts]
-    jobs = [Job(prompt, params) for prompt in prompts]
-    run = await start_run(request, ENDPOINT, new_id("cmpl"), jobs, priority=asked.priority or 0, cache_salt=asked.cache_salt)
+    with named_as(structure_names(asked)):
+        params = _params(asked)
+        jobs = [Job(prompt, params) for prompt in prompts]
+        run = await start_run(request, ENDPOINT, new_id("cmpl"), jobs, priority=asked.priority or 0, cache_salt=asked.cache_salt)
     told = Told(asked, run, serving.settings.model, serving.texts)
     return EventStream(run, told.chunks()) if asked.stream else await answer_at_end(request, run, told.whole)
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
 
 from quire.outputs import Completion, RequestOutput, TokenEvent
+from quire.server.calling import Calling
 from quire.server.errors import as_server_error
+from quire.server.response_items import Body, Items
 from quire.server.runs import Run
-from quire.server.schema_responses import ResponseRequest
+from quire.server.schema_chat import Message
+from quire.server.schema_responses import NamedFunctionTool, ResponseRequest
 from quire.server.token_texts import TokenTexts
 from quire.server.usage import chat_logprobs
-
-Body = dict[str, Any]
 
 
 class Told:
     """What is said of one response. Its `body` is what a client sees of it now."""
 
-    def __init__(self, asked: ResponseRequest, model: str, texts: TokenTexts | None) -> None:
-        self._asked = asked
+    def __init__(self, asked: ResponseRequest, model: str, texts: TokenTexts | None, calling: Calling | None) -> None:
         assert texts is not None, "a chat has been encoded"
         self._texts = texts
-        self._item_id = f"msg_{uuid.uuid4().hex}"
+        self._items = Items(calling)
         self.body = _fields(asked) | {"id": f"resp_{uuid.uuid4().hex}", "created_at": int(time.time()), "model": model}
 
     @property
@@ -33,16 +33,24 @@ class Told:
         """Its name."""
         return str(self.body["id"])
 
-    def ended(self, outputs: Sequence[RequestOutput]) -> Body:
-        """The whole response, once all has been said."""
+    def whole(self, outputs: Sequence[RequestOutput]) -> Body:
+        """The whole response, where nothing of it has been told yet."""
+        (made,) = outputs[0].outputs
+        self._items.push(made, self._logprobs(made))
+        return self._ended(outputs)
+
+    def message(self) -> Message:
+        """What was said, for a later response to go on from."""
+        return self._items.message()
+
+    def _ended(self, outputs: Sequence[RequestOutput]) -> Body:
         (output,) = outputs
-        (made,) = output.outputs
-        cut = made.finish_reason == "length"
+        cut = output.outputs[0].finish_reason == "length"
         self.body |= {
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "completed_at": None if cut else int(time.time()),
-            "output": [self._item("incomplete" if cut else "completed", [self._part(made.text, self._logprobs(made))])],
+            "output": self._items.items,
             "usage": _usage(output),
         }
         return self.body
@@ -59,48 +67,29 @@ class Told:
         self.body |= {"status": "cancelled"}
         return self.body
 
-    async def events(self, run: Run, keep: Callable[[Body, str], None]) -> AsyncGenerator[bytes, None]:
-        """The events of a stream; one that fails ends with response.failed. `keep` gets the whole response, and its text, before the last."""
-        number = 0
+    async def events(self, run: Run, keep: Callable[[Body], None]) -> AsyncGenerator[bytes, None]:
+        """The events of a stream; one that fails ends with response.failed. `keep` gets the whole response before the last one."""
+        numbers = itertools.count()
 
-        def say(kind: str, **fields: Any) -> bytes:
-            nonlocal number
-            told = {"type": kind, "sequence_number": number, **fields}
-            number += 1
+        def say(kind: str, fields: Body) -> bytes:
+            told = {"type": kind, "sequence_number": next(numbers), **fields}
             return f"event: {kind}\ndata: {json.dumps(told, separators=(',', ':'))}\n\n".encode()
 
-        item: Body = {"output_index": 0}
-        part: Body = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        yield say("response.created", response=self.body)
-        yield say("response.in_progress", response=self.body)
+        yield say("response.created", {"response": self.body})
+        yield say("response.in_progress", {"response": self.body})
         try:
-            yield say("response.output_item.added", **item, item=self._item("in_progress", []))
-            yield say("response.content_part.added", **part, part=self._part("", []))
-            outputs, held = [], list[Body]()
+            outputs = []
             async for _, news in run.events():
-                held += self._logprobs(news)
-                if news.text:
-                    yield say("response.output_text.delta", **part, delta=news.text, logprobs=held)
-                    held = []
+                for kind, fields in self._items.push(news, self._logprobs(news)):
+                    yield say(kind, fields)
                 if news.output is not None:
                     outputs.append(news.output)
-            body = self.ended(outputs)
-            (whole,) = body["output"]
-            (text,) = whole["content"]
-            keep(body, text["text"])
+            body = self._ended(outputs)
+            keep(body)
         except Exception as error:  # the status has been sent: what happened is told by the last event
-            yield say("response.failed", response=self.failed(error))
+            yield say("response.failed", {"response": self.failed(error)})
             return
-        yield say("response.output_text.done", **part, text=text["text"], logprobs=text["logprobs"])
-        yield say("response.content_part.done", **part, part=text)
-        yield say("response.output_item.done", **item, item=whole)
-        yield say(f"response.{body['status']}", response=body)
-
-    def _item(self, status: str, content: list[Body]) -> Body:
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part(self, text: str, logprobs: list[Body]) -> Body:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+        yield say(f"response.{body['status']}", {"response": body})
 
     def _logprobs(self, made: Completion | TokenEvent) -> list[Body]:
         if made.logprobs is None or not made.token_ids:
@@ -111,6 +100,7 @@ class Told:
 
 def _fields(asked: ResponseRequest) -> Body:
     """What a response repeats of the request, and what it has nothing to say of."""
+    form = asked.text.format if asked.text is not None else None
     return {
         "object": "response",
         "status": "in_progress",
@@ -130,9 +120,9 @@ def _fields(asked: ResponseRequest) -> Body:
         "service_tier": "default",
         "store": asked.stored,
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
-        "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
-        "tool_choice": asked.tool_choice or "auto",
-        "tools": [],
+        "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form is not None else {"type": "text"}},
+        "tool_choice": asked.tool_choice.model_dump() if isinstance(asked.tool_choice, NamedFunctionTool) else asked.tool_choice or "auto",
+        "tools": [tool.model_dump() for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": 1.0 if asked.top_p is None else asked.top_p,
         "truncation": "disabled",

@@ -9,29 +9,31 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.types import Send
 
-from quire.errors import InvalidRequestError
 from quire.params import SamplingParams
-from quire.server.chat import chat_prompt
-from quire.server.errors import ServerError, as_server_error, refused
+from quire.server.calling import Calling, with_calls
+from quire.server.chat import chat_calling, chat_prompt
+from quire.server.errors import ServerError, refused
 from quire.server.limits import MAX_MESSAGES
 from quire.server.models import check_model
+from quire.server.response_items import Body
 from quire.server.response_store import ResponseStore, Stored, store_of
-from quire.server.response_told import Body, Told
+from quire.server.response_told import Told
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema_chat import ChatPrompt, Message
 from quire.server.schema_responses import ResponseRequest
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import EventStream, answer_at_end, json_response
-from quire.server.structure import structure_of
+from quire.server.structure import named_as, structure_names, structure_of
 
 ENDPOINT = "responses"
-# Of fields that /v1/chat/completions, whose parts do the work, calls otherwise.
+# Of fields that /v1/chat/completions, whose parts do the work, and the engine call otherwise.
 FIELD_NAMES = {
     "messages": "input",
     "prompt": "input",
     "max_tokens": "max_output_tokens",
     "response_format": "text.format",
+    "response_format.json_schema": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
 router = APIRouter(tags=["OpenAI"])
@@ -47,20 +49,20 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     messages = [*_before(store, owner, asked.previous_response_id), *asked.messages()]
     if len(messages) > MAX_MESSAGES:
         raise refused("previous_response_id", f"must lead to at most {MAX_MESSAGES} messages in all")
-    try:
-        job = Job(await _prompt(serving, asked, messages), _params(asked))
-        told = Told(asked, serving.settings.model, serving.texts)
+    with named_as(FIELD_NAMES):
+        calling = chat_calling(serving, asked.chat_tools, asked.chat_tool_choice, asked.parallel_tool_calls)
+    with named_as(FIELD_NAMES | _structure_names(asked, calling)):
+        job = Job(await _prompt(serving, asked, messages), with_calls(_params(asked), calling))
+        told = Told(asked, serving.settings.model, serving.texts, calling)
         run = await start_run(request, ENDPOINT, told.response_id, [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
-    except (ServerError, InvalidRequestError) as error:
-        raise _renamed(as_server_error(error)) from error
 
-    def keep(body: Body, text: str) -> None:
+    def keep(body: Body) -> None:
         if asked.stored:
-            store.put(owner, Stored(body, [*messages, Message(role="assistant", content=text)]))
+            store.put(owner, Stored(body, [*messages, told.message()]))
 
     def whole(outputs: Sequence[Any]) -> Body:
-        body = told.ended(outputs)
-        keep(body, outputs[0].outputs[0].text)
+        body = told.whole(outputs)
+        keep(body)
         return body
 
     if asked.background:
@@ -155,7 +157,9 @@ async def _prompt(serving: Serving, asked: ResponseRequest, messages: list[Messa
     if asked.instructions is not None:
         messages = [Message(role="system", content=asked.instructions), *messages]
     effort = asked.reasoning.effort if asked.reasoning is not None else None
-    whole = ChatPrompt(add_generation_prompt=None, continue_final_message=None, chat_template_kwargs=asked.chat_template_kwargs)
+    whole = ChatPrompt(
+        tools=asked.chat_tools, add_generation_prompt=None, continue_final_message=None, chat_template_kwargs=asked.chat_template_kwargs
+    )
     return await chat_prompt(serving, whole, messages, effort)
 
 
@@ -164,12 +168,10 @@ def _params(asked: ResponseRequest) -> SamplingParams:
     return params_of(asked, max_tokens=asked.max_output_tokens, logprobs=asked.logprobs, structured=structured)
 
 
-def _renamed(error: ServerError) -> ServerError:
-    """The same error under the name that this body has for its field."""
-    first, _, rest = (error.param or "").partition(".")
-    name = FIELD_NAMES.get(first)
-    if name is None or error.param is None:
-        return error
-    param = f"{name}.{rest}" if rest else name
-    message = param + error.message.removeprefix(error.param) if error.message.startswith(error.param) else error.message
-    return ServerError(error.status, message, param=param, code=error.code, headers=error.headers)
+def _structure_names(asked: ResponseRequest, calling: Calling | None) -> dict[str, str]:
+    """What this body calls the fields that the engine knows as `structured`."""
+    if calling is not None and calling.structured is not None:
+        return {"structured": "tools"}
+    if asked.structured_outputs is not None:
+        return structure_names(asked)
+    return {"structured.json_schema": "text.format.schema", "structured": "text.format"}

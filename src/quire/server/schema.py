@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -20,6 +20,7 @@ from quire.server.limits import (
     check_shape,
     check_size,
 )
+from quire.structured import MAX_CHOICES, MAX_REGEX_CHARACTERS, MAX_STRUCTURED_CHARACTERS
 
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -49,6 +50,36 @@ class StreamOptions(Part):
     """What a stream carries beside text."""
 
     include_usage: bool = Field(default=False, description="A last event with the usage of the whole request.")
+
+
+Grammar = Annotated[str, Field(min_length=1, max_length=MAX_STRUCTURED_CHARACTERS)]
+Schema = dict[str, Any] | bool | Grammar
+
+
+class NamedSchema(Part):
+    """A JSON schema as OpenAI wraps it. It is kept to in any case, so `strict` changes nothing."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="Any JSON object where not given.")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Part):
+    """OpenAI's way to say it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = Field(default=None, description="With the type json_schema, and only with it.")
+
+
+class StructuredOutputs(Part):
+    """The form of the text: exactly one of these."""
+
+    json_: Schema | None = Field(default=None, alias="json", description="A JSON schema.")
+    json_object: bool | None = Field(default=None, description="Any JSON object.")
+    regex: Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARACTERS)] | None = Field(default=None, description="The whole text matches it.")
+    choice: Annotated[list[Grammar], Field(min_length=1, max_length=MAX_CHOICES)] | None = Field(default=None, description="The text is one of them.")
+    grammar: Grammar | None = Field(default=None, description="A Lark grammar, as llguidance reads it.")
 
 
 class Sampling(Asked):
@@ -84,7 +115,7 @@ class Sampling(Asked):
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)] | None = Field(
         default=None, description="Extension. Cached pages are shared among this key's requests with the same salt alone."
     )
-    structured_outputs: dict[str, Any] | None = Field(default=None, description="Extension. One of json, json_object, regex, choice, grammar.")
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="Extension. The form of the text.")
 
     @property
     def num_choices(self) -> int:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from quire.server.errors import refused
 from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_N, MAX_TOOLS, MAX_TOP_LOGPROBS
-from quire.server.schema import Asked, Label, Part, Sampling
+from quire.server.schema import Asked, Label, Part, ResponseFormat, Sampling
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
 
@@ -101,7 +101,7 @@ class ChatRequest(ChatPrompt, Sampling):
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="The same under its newer name.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Label | None = Field(default=None, description="For templates that have such a variable; refused by others.")

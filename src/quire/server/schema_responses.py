@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_TOP_LOGPROBS, check_size
-from quire.server.schema import Label, Part, Sampling, StreamOptions
-from quire.server.schema_chat import Message
+from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, check_size
+from quire.server.schema import Label, NamedSchema, Part, ResponseFormat, Sampling, StreamOptions
+from quire.server.schema_chat import Function, Message, Name, NamedFunction, NamedTool, Tool
+from quire.server.schema_items import AnyItem, as_messages
 
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16  # OpenAI's number
 
 
-class Text(Part):
-    """A part of a message: what was said to the model, or what it said, as its answers hold it."""
+class FunctionTool(Part):
+    """A function that may be called, without the object that /v1/chat/completions wraps it in."""
 
-    type: Literal["input_text", "output_text"]
-    text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = None  # an answer sent back may have them; nobody reads them
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def tool(self) -> Tool:
+        """As a chat has it."""
+        return Tool(type="function", function=Function(**self.model_dump(exclude={"type"})))
 
 
-class Item(Part):
-    """A message. Messages of an answer may be sent back as they came."""
+class NamedFunctionTool(Part):
+    """The one function that must be called."""
 
-    type: Literal["message"] = "message"
-    role: Literal["developer", "system", "user", "assistant"]
-    content: str | list[Text]
-    id: Label | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
-
-    def message(self) -> Message:
-        """As the chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return Message(role=self.role, content=text)
+    type: Literal["function"]
+    name: Name
 
 
 class Reasoning(Part):
@@ -47,10 +44,26 @@ class Reasoning(Part):
     generate_summary: None = None
 
 
+class TextFormat(Part):
+    """OpenAI's `response_format` once more, with the schema's fields beside the type."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Label | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if (self.type == "json_schema") != (self.name is not None) or (self.schema_ is not None and self.name is None):
+            raise ValueError("must have a name, and may have a schema, with the type json_schema and with no other")
+        return self
+
+
 class TextForm(Part):
     """What form the text has."""
 
-    format: dict[str, Any] | None = None
+    format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -64,7 +77,7 @@ class ResponseStreamOptions(StreamOptions):
 class ResponseRequest(Sampling):
     """The body of POST /v1/responses."""
 
-    input: str | Annotated[list[Item], Field(min_length=1), BeforeValidator(check_size(MAX_MESSAGES))]
+    input: str | Annotated[list[AnyItem], Field(min_length=1), BeforeValidator(check_size(MAX_MESSAGES))]
     instructions: str | None = Field(None, description="A system message at the beginning; not carried over by previous_response_id.")
     previous_response_id: Label | None = Field(None, description="Go on where this one ended. It must be stored still.")
     store: bool | None = Field(None, description="Keep the answer for a while, in memory; so unless false.")
@@ -74,6 +87,9 @@ class ResponseRequest(Sampling):
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(None, max_length=8)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Each token's logprob, and those of this many likeliest.")
     text: TextForm | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = Field(default=None, description="Functions; there are no other tools.")
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension. Values for the model's own chat template.")
 
@@ -82,9 +98,6 @@ class ResponseRequest(Sampling):
     stream_options: ResponseStreamOptions | None = None
     prompt_logprobs: None = None
     return_token_ids: Literal[False] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = Field(None, ge=0)
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -96,17 +109,21 @@ class ResponseRequest(Sampling):
     prompt_cache_retention: Literal["in_memory"] | None = None
     safety_identifier: Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None = None
 
-    @field_validator("tools")
-    @classmethod
-    def _no_tools(cls, tools: list[Any] | None) -> list[Any] | None:
-        if tools:
-            raise ValueError("must be empty or left out: tools are for /v1/chat/completions")
-        return tools
-
     @property
     def stored(self) -> bool:
         """Whether the answer is to be kept."""
         return self.store is not False
+
+    @property
+    def chat_tools(self) -> list[Tool] | None:
+        """The functions, as a chat has them."""
+        return [tool.tool() for tool in self.tools] if self.tools else None
+
+    @property
+    def chat_tool_choice(self) -> str | NamedTool | None:
+        """Which must be called, as a chat says it."""
+        chosen = self.tool_choice
+        return NamedTool(type="function", function=NamedFunction(name=chosen.name)) if isinstance(chosen, NamedFunctionTool) else chosen
 
     @property
     def logprobs(self) -> int | None:
@@ -114,13 +131,13 @@ class ResponseRequest(Sampling):
         return self.top_logprobs if self.top_logprobs is not None else 0 if LOGPROBS in (self.include or ()) else None
 
     @property
-    def response_format(self) -> dict[str, Any] | None:
+    def response_format(self) -> ResponseFormat | None:
         """The text's form, as /v1/chat/completions writes it."""
         form = None if self.text is None else self.text.format
-        if form is None or form.get("type") != "json_schema":
-            return form
-        return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
+        if form is None or form.name is None:
+            return None if form is None else ResponseFormat(type=form.type)
+        return ResponseFormat(type=form.type, json_schema=NamedSchema(name=form.name, schema=form.schema_))
 
     def messages(self) -> list[Message]:
         """The new ones, without the instructions."""
-        return [Message(role="user", content=self.input)] if isinstance(self.input, str) else [item.message() for item in self.input]
+        return [Message(role="user", content=self.input)] if isinstance(self.input, str) else as_messages(self.input)

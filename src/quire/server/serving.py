@@ -61,6 +61,7 @@ class Serving:
             if llm.tokenizer is not None:
                 self.texts = TokenTexts(llm.tokenizer)
                 self.template = ChatTemplate(llm.tokenizer) if llm.tokenizer.chat_template else None
+                llm.prepare_structured()  # which holds up everybody's tokens, where it is done later
             self.llm = llm
         except BaseException as error:  # told in /health, and by whoever started the thread
             self.load_error = error

@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping
 
-from quire.server.errors import refused
+from quire.errors import InvalidRequestError
+from quire.server.errors import ServerError, as_server_error, refused
+from quire.server.schema import ResponseFormat, Sampling, StructuredOutputs
+from quire.structured import StructuredOutput
 
 
-def structure_of(response_format: dict[str, Any] | None, structured_outputs: dict[str, Any] | None) -> Any:
-    """The engine's `SamplingParams.structured` for a request, None for free text.
+def structure_of(response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None) -> StructuredOutput | None:
+    """The engine's `SamplingParams.structured` for a request, None for free text. Call it, and submit, inside `named_as`.
 
     Raises:
-        ServerError: a 400 that names the field.
+        ServerError, InvalidRequestError: both fields are given, or one is not as it must be.
     """
     if structured_outputs is not None:
-        raise refused("structured_outputs", "this server has no structured output")
-    if response_format is None or response_format == {"type": "text"}:
+        if response_format is not None and response_format.type != "text":
+            raise refused("structured_outputs", "must be left out where response_format asks for a form")
+        asked = structured_outputs
+        return StructuredOutput(
+            json_object=bool(asked.json_object), json_schema=asked.json_, regex=asked.regex, choice=asked.choice, grammar=asked.grammar
+        )
+    if response_format is None:
         return None
-    raise refused("response_format", "this server has no structured output; must be {'type': 'text'} or left out")
+    if (response_format.type == "json_schema") != (response_format.json_schema is not None):
+        raise refused("response_format.json_schema", "must be given with the type json_schema, and with no other")
+    if response_format.json_schema is not None and response_format.json_schema.schema_ is not None:
+        return StructuredOutput(json_schema=response_format.json_schema.schema_)
+    return None if response_format.type == "text" else StructuredOutput(json_object=True)
+
+
+def structure_names(asked: Sampling) -> dict[str, str]:
+    """What this body calls the fields that the engine knows as `structured`: for `named_as`."""
+    if asked.structured_outputs is not None:
+        return {"structured.json_schema": "structured_outputs.json", "structured": "structured_outputs"}
+    return {"structured.json_schema": "response_format.json_schema.schema", "structured": "response_format"}
+
+
+@contextlib.contextmanager
+def named_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, an error about a field is raised under this body's name for it.
+
+    `names`: of fields and of what begins with them and a dot; of two that fit, the longer one counts.
+    """
+    try:
+        yield
+    except (ServerError, InvalidRequestError) as error:
+        raise _renamed(as_server_error(error), names) from error
+
+
+def _renamed(error: ServerError, names: Mapping[str, str]) -> ServerError:
+    param = error.param or ""
+    known = max((name for name in names if param == name or param.startswith(name + ".")), key=len, default=None)
+    if known is None:
+        return error
+    told = names[known] + param.removeprefix(known)
+    message = told + error.message.removeprefix(param) if error.message.startswith(param) else error.message
+    return ServerError(error.status, message, param=told, code=error.code, headers=error.headers)

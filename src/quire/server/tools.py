@@ -1,4 +1,4 @@
-"""Tool calls in generated text: found while it streams, and forced by a grammar. Pure functions of text; no model, no web.
+"""Tool calls in generated text, found while it streams. Pure functions of text; no model, no web. What makes a model write them is tool_grammar.py.
 
 Three formats, by what the chat template teaches the model to write:
 
@@ -6,8 +6,9 @@ Three formats, by what the chat template teaches the model to write:
     llama3    at the very start     {"name": "f", "parameters": {...}}                            (several with `;`; `<|python_tag|>` before it)
     mistral   any text, then        [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]
 
-No text is lost: what begins like a call and goes on like something else comes out as text. From the first brace of its arguments on a call is a
-call, and its arguments stream as they are written; whether they are valid JSON the end tells (`max_tokens` may have cut them).
+No text is lost: what begins like a call and goes on like something else comes out as text; but white space beside a call belongs to it. From the
+first brace of its arguments on a call is a call, and its arguments stream as they are written; whether they are valid JSON the end tells
+(`max_tokens` may have cut them).
 """
 
 from __future__ import annotations
@@ -15,18 +16,15 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeGuard
 from uuid import uuid4
 
-from quire.errors import InvalidRequestError
-from quire.structured import StructuredOutput
-
 Format = Literal["hermes", "llama3", "mistral"]
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """How a format is written: before the first call, after each one with another to follow or without, and the name of its arguments."""
 
     opening: tuple[str, ...]
@@ -35,10 +33,10 @@ class _Shape(NamedTuple):
     arguments: str
 
 
-_SHAPES: dict[Format, _Shape] = {
-    "hermes": _Shape(("<tool_call>",), None, ("}", "</tool_call>"), "arguments"),
-    "llama3": _Shape(("<|python_tag|>",), ("}", ";"), ("}",), "parameters"),
-    "mistral": _Shape(("[TOOL_CALLS]", "["), ("}", ","), ("}", "]"), "arguments"),
+SHAPES: dict[Format, Shape] = {
+    "hermes": Shape(("<tool_call>",), None, ("}", "</tool_call>"), "arguments"),
+    "llama3": Shape(("<|python_tag|>",), ("}", ";"), ("}",), "parameters"),
+    "mistral": Shape(("[TOOL_CALLS]", "["), ("}", ","), ("}", "]"), "arguments"),
 }
 _JSON = frozenset('{}[]:,"+-.0123456789eEtrufalsn \t\r\n')  # all that JSON has outside of strings
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)+")\s*,\s*"(\w+)"\s*:\s*\{')
@@ -94,13 +92,14 @@ class ToolParser:
     """
 
     def __init__(self, style: Format, names: Collection[str] | None = None, new_id: Callable[[int], str] | None = None) -> None:
-        self._style, self._shape, self._names = style, _SHAPES[style], names
+        self._style, self._shape, self._names = style, SHAPES[style], names
         self._new_id = new_id or (lambda _: f"call_{uuid4().hex[:24]}")
         self._read: Callable[[str], None] = self._read_start if style == "llama3" else self._read_text
         self._held, self._num_calls = "", 0
         self._depth, self._in_string, self._escaped = 0, False, False
         self._out: list[Delta] = []
         self._todo: deque[str] = deque()
+        self._white, self._after_call = "", False  # white space that may be beside a call; whether a call came last
 
     def push(self, text: str) -> list[Delta]:
         """What is now certain."""
@@ -108,7 +107,7 @@ class ToolParser:
         while self._todo:
             self._read(self._todo.popleft())
         out, self._out = self._out, []
-        return out
+        return [trimmed for delta in out if (trimmed := self._trimmed(delta))]
 
     def flush(self) -> list[Delta]:
         """The rest, at the end of the stream."""
@@ -119,7 +118,24 @@ class ToolParser:
                 break
             self._give_up()
             out += self.push("")
+        if self._white and not self._num_calls:  # a message without calls is left as it is
+            out.append(TextDelta(self._white))
         return out
+
+    def _trimmed(self, delta: Delta) -> Delta | None:
+        """The delta without white space beside calls; what may yet turn out to be that is held."""
+        if isinstance(delta, CallDelta):
+            self._white, self._after_call = "", True
+            return delta
+        text = self._white + delta.text
+        if self._after_call:
+            text = text.lstrip()
+        said = text.rstrip()
+        self._white = text[len(said) :]
+        if not said:
+            return None
+        self._after_call = False
+        return TextDelta(said)
 
     def _read_text(self, char: str) -> None:
         """Text, of which the beginning of an opening is held."""
@@ -268,32 +284,6 @@ def gather(deltas: Sequence[Delta]) -> tuple[str, list[ToolCall]]:
             last = calls[delta.index]
             calls[delta.index] = ToolCall(last.id, last.name, last.arguments + delta.arguments)
     return "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)), calls
-
-
-def forced(style: Format, tools: Mapping[str, Mapping[str, Any] | None], name: str | None = None, parallel: bool = False) -> StructuredOutput:
-    """The grammar of a message that is a call, for `tool_choice`: of any of the tools ("required") or of the one named.
-
-    Args:
-        tools: name -> JSON schema of its arguments, None for any object.
-        parallel: whether several calls may follow one another.
-
-    Raises:
-        InvalidRequestError: there are no tools, or none of that name.
-    """
-    if not tools or (name is not None and name not in tools):
-        raise InvalidRequestError("tool_choice", name or "required", f"one of the tools given ({', '.join(tools) or 'none'})")
-    chosen = tools if name is None else {name: tools[name]}
-    shape, rules = _SHAPES[style], []
-    for i, (tool, schema) in enumerate(chosen.items()):
-        head = f'{{"name": {json.dumps(tool)}, "{shape.arguments}": '
-        rules.append(f'call_{i}: {json.dumps(head)} %json {json.dumps(schema or {"type": "object"})} "}}"')
-    before, between, after = {"hermes": ("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"), "llama3": ("", "; ", "")}.get(
-        style, ("[TOOL_CALLS][", ", ", "]")
-    )
-    words = [json.dumps(before)] if before else []
-    words += ["call", f"({json.dumps(between)} call)*"] if parallel else ["call"]
-    words += [json.dumps(after)] if after else []
-    return StructuredOutput(grammar="\n".join([f"start: {' '.join(words)}", "call: " + " | ".join(f"call_{i}" for i in range(len(rules))), *rules]))
 
 
 def _match(text: str, words: Sequence[str]) -> bool | None:

@@ -121,8 +121,6 @@ class GrammarCompiler:
         """
         found = self._look(asked)
         if found is None:
-            if self._tokenizer is None:
-                raise InvalidRequestError("structured", asked, "None: this model came without a tokenizer")
             if not self._compiling.acquire(timeout=WAIT_SECONDS):
                 raise QueueFullError("other grammars are still being compiled; try again later")
             try:
@@ -136,6 +134,14 @@ class GrammarCompiler:
         if isinstance(found, str):
             raise InvalidRequestError("structured", asked, f"a grammar that some text matches and that can be compiled ({found})")
         return found
+
+    def prepare(self) -> None:
+        """Read the tokenizer as llguidance sees it, now instead of at the first `compile`: it takes seconds for a large vocabulary.
+
+        Raises InvalidRequestError as `compile` does; so does that one, then.
+        """
+        with self._compiling:
+            self._prepare(None)
 
     def close(self) -> None:
         """End the process that tries grammars."""
@@ -175,11 +181,11 @@ class GrammarCompiler:
         matcher.compute_bitmask()  # what copies of it begin with is then computed already
         return matcher
 
-    def _prepare(self, asked: StructuredOutput) -> None:
-        """The tokenizer as llguidance sees it: made at the first use, because that takes seconds for a large vocabulary."""
+    def _prepare(self, asked: StructuredOutput | None) -> None:
         if self._ll is not None:
             return
-        assert self._tokenizer is not None
+        if self._tokenizer is None:
+            raise InvalidRequestError("structured", asked, "None: this model came without a tokenizer")
         try:
             from llguidance.hf import from_tokenizer
         except ImportError:

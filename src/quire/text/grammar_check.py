@@ -20,13 +20,17 @@ WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"  # between the parts of a JSON text: a
 
 
 class ByteTokens:
-    """A vocabulary of the 256 bytes and the model's special tokens: it tells as much of a grammar as the whole one, and is made in no time."""
+    """A vocabulary of the 256 bytes and the model's special tokens: it tells as much of a grammar as the whole one, and is made in no time.
+
+    Its other ids, up to `size`, are of no token: a grammar may name any id that the model has.
+    """
 
     eos_token_id = bos_token_id = 256
 
-    def __init__(self, special: list[str]) -> None:
+    def __init__(self, special: list[str], size: int) -> None:
         self.tokens = [bytes([i]) for i in range(256)] + [b"<end of sequence>", *(name.encode() for name in special)]
         self.special_token_ids = list(range(256, len(self.tokens)))
+        self.tokens += [b""] * (size - len(self.tokens))
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
@@ -55,8 +59,8 @@ def matcher_of(tokenizer: Any, kind: str, source: str) -> Any:
 def main() -> None:
     """Answer until the input ends."""
     first = json.loads(sys.stdin.readline())
-    tokens = ByteTokens(first["special"])
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokens), n_vocab=max(first["size"], len(tokens.tokens)), eos_token=256)
+    tokens = ByteTokens(first["special"], first["size"])
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokens), n_vocab=len(tokens.tokens), eos_token=256)
     limit(first["seconds"])
     threading.stack_size(STACK_BYTES)
     for line in sys.stdin:

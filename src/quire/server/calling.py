@@ -1,0 +1,121 @@
+"""The tools of one chat: which there are, whether one must be called, and how calls are told from text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quire.outputs import Completion, TokenEvent
+from quire.params import SamplingParams
+from quire.server.chat_template import ChatTemplate
+from quire.server.errors import refused
+from quire.server.schema_chat import NamedTool, Tool
+from quire.server.tool_grammar import forced, offered
+from quire.server.tools import SHAPES, CallDelta, Delta, Format, ToolParser, gather
+from quire.structured import StructuredOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """How calls are told from text in the answers to one request.
+
+    names: of the tools. structured: the grammar that holds the model to calls, None where it is free. in_special: whether the format's words are
+    special tokens of this tokenizer, and its text must be decoded with them.
+    """
+
+    style: Format
+    names: frozenset[str]
+    structured: StructuredOutput | None
+    in_special: bool
+
+    def parser(self) -> ToolParser:
+        """A parser for one choice."""
+        return ToolParser(self.style, self.names)
+
+
+def calling_of(template: ChatTemplate, tools: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool) -> Calling | None:
+    """What `tools`, `tool_choice` and `parallel_tool_calls` of a request come to; None where nothing is to be called.
+
+    Raises:
+        ServerError: the fields do not go together, or the model's template teaches no format of calls that is known here.
+        InvalidRequestError: a tool's schema is too large, or too deep.
+    """
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise refused("tool_choice", "must be 'none', 'auto' or left out without tools")
+        return None
+    functions = [tool.function for tool in tools]
+    schemas = {function.name: function.parameters for function in functions}
+    if len(schemas) < len(functions):
+        raise refused("tools", "must have names that differ")
+    if choice == "none":
+        return None
+    style = template.call_format([tool.model_dump(exclude_none=True) for tool in tools])
+    if style is None:
+        known = "Hermes's and Qwen's <tool_call>, Llama 3's and Mistral's"
+        raise refused(
+            "tools", f"must be left out, or come with tool_choice 'none': this model's chat template teaches none of {known} formats of calls"
+        )
+    special, structured = template.special_token_ids, None
+    if isinstance(choice, NamedTool) or choice == "required":
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        structured = forced(style, schemas, special, name=name, parallel=parallel and name is None)
+    elif not parallel or any(function.strict for function in functions):
+        kept = {function.name: function.parameters if function.strict else None for function in functions}
+        structured = offered(style, kept, special, parallel=parallel)
+    return Calling(style, frozenset(schemas), structured, any(word in special for word in SHAPES[style].opening))
+
+
+def with_calls(params: SamplingParams, calling: Calling | None) -> SamplingParams:
+    """The params of a request with tools: held to calls where it must be, and decoded with the words that calls are told by.
+
+    Raises:
+        ServerError: the form of the answer is given too.
+    """
+    if calling is None:
+        return params
+    if params.structured is not None:
+        raise refused("tools", "must be left out, or come with tool_choice 'none', where the answer's form is given")
+    return replace(params, structured=calling.structured, skip_special_tokens=params.skip_special_tokens and not calling.in_special)
+
+
+def message_of(calling: Calling | None, completion: Completion) -> dict[str, Any]:
+    """A whole answer as OpenAI writes a message."""
+    if calling is None:
+        return {"role": "assistant", "content": completion.text, "refusal": None}
+    parser = calling.parser()
+    text, calls = gather([*parser.push(completion.text), *parser.flush()])
+    message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+    if calls:
+        message["tool_calls"] = [{"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
+    return message
+
+
+class StreamedMessage:
+    """One choice of a stream: events in, OpenAI's deltas out. `called`: whether it has made a call."""
+
+    def __init__(self, calling: Calling) -> None:
+        self._parser, self.called = calling.parser(), False
+
+    def deltas(self, news: TokenEvent) -> list[Delta]:
+        """What is certain with this event, the last one included."""
+        found = self._parser.push(news.text)
+        if news.finish_reason is not None:
+            found += self._parser.flush()
+        self.called |= any(isinstance(delta, CallDelta) for delta in found)
+        return found
+
+
+def delta_of(found: Sequence[Delta]) -> dict[str, Any]:
+    """Deltas of one event as one of OpenAI's."""
+    text = "".join(delta.text for delta in found if not isinstance(delta, CallDelta))
+    told: dict[str, Any] = {"content": text} if text else {}
+    calls = [_call_delta(delta) for delta in found if isinstance(delta, CallDelta)]
+    return told | ({"tool_calls": calls} if calls else {})
+
+
+def _call_delta(delta: CallDelta) -> dict[str, Any]:
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": {"name": delta.name, "arguments": delta.arguments}}
