@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 from quire.errors import ConfigError
 
@@ -63,6 +64,14 @@ class EngineConfig:
     compile: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> EngineConfig:
+        """From options by name. Raises ConfigError for one that there is not, or a value out of its range."""
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise ConfigError(f"{str(error).removeprefix('EngineConfig.__init__() ')}; options are {', '.join(cls.__slots__)}") from None
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)

@@ -91,7 +91,7 @@ class RequestOutput:
     """A request that has ended: its prompt, its completions in order, its error if it failed, and its receipt.
 
     `prompt_logprobs` and `prompt_top_logprobs` have one entry for each token of the prompt, None for the first, and are None unless asked for
-    and complete.
+    and complete. `embedding` is a float32 tensor [D] with `pooling`, D the model's hidden size.
     """
 
     request_id: str
@@ -102,6 +102,7 @@ class RequestOutput:
     error: Exception | None = None
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[TopLogprob] | None] | None = None
+    embedding: Any = field(default=None, repr=False, compare=False)
 
     def raise_for_error(self) -> RequestOutput:
         """Itself. Raises `error` if the request failed."""

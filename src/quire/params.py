@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from quire.errors import InvalidRequestError
 from quire.structured import StructuredOutput
+
+Pooling = Literal["mean", "last"]
 
 MAX_SEQUENCES_PER_REQUEST = 1024
 MAX_STOP_STRINGS = 256
@@ -25,7 +28,8 @@ class SamplingParams:
     then one draw whose noise depends on (seed, sequence, position, token) alone.
 
     Fields:
-        max_tokens: the most tokens to generate, >= 1, or 0 with `prompt_logprobs`. `None` means as many as the model's context has room for.
+        max_tokens: the most tokens to generate, >= 1, or 0 with `prompt_logprobs` or `pooling`. `None` means as many as the model's context has
+            room for.
         min_tokens: before this many tokens no end-of-sequence or stop token is drawn and no stop string ends the request.
         temperature: 0 takes the argmax of the (penalised) logits, ties to the lowest id; at most 100.
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -46,6 +50,8 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt after the first; nothing of such a prompt is taken from the cache.
         scaled_logprobs: all logprobs are of the raw logits over the temperature (greedy: of the raw logits), as trainers score.
         return_logits: give back the raw logits that each token was drawn from, float32 [tokens, V] a sequence.
+        pooling: give back one vector for the prompt, of its tokens' final hidden states: their "mean", for which nothing of it is taken from the
+            cache, or the "last" one.
         skip_special_tokens: leave special tokens out of the text.
         structured: the form that the text must have. The sequence ends with "stop" as soon as the text is complete and nothing may follow, whatever
             `min_tokens` and `ignore_eos` say; end-of-sequence and stop tokens are drawn where the text may end, and nowhere else. A text that
@@ -78,12 +84,13 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     scaled_logprobs: bool = False
     return_logits: bool = False
+    pooling: Pooling | None = None
     skip_special_tokens: bool = True
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, 2**31)
+            _integer("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None and self.pooling is None else 0, 2**31)
         _integer("min_tokens", self.min_tokens, 0, 2**31)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
@@ -105,6 +112,8 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_in_output", "skip_special_tokens", "scaled_logprobs", "return_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "True or False")
+        if self.pooling not in (None, "mean", "last"):
+            raise InvalidRequestError("pooling", self.pooling, "'mean', 'last' or None")
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise InvalidRequestError("structured", self.structured, "a StructuredOutput, or None")
         # Kept as immutable values of one type each, so that nobody can change a request that is already running.

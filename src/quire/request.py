@@ -67,7 +67,7 @@ def check_prompt(token_ids: tuple[int, ...], params: SamplingParams, limits: Lim
     max_tokens = max(1, room) if params.max_tokens is None else params.max_tokens
     if max_tokens > room:
         raise ContextLengthError(len(token_ids), max_tokens, limits.context_len)
-    if max_tokens == 0 and len(token_ids) < 2:
+    if max_tokens == 0 and len(token_ids) < 2 and params.prompt_logprobs is not None:
         raise InvalidRequestError("prompt", f"{len(token_ids)} token", "at least 2 tokens where only logprobs are wanted: the first has none")
     return max_tokens
 

@@ -13,7 +13,8 @@ from quire.cli.app import app
 from quire.cli.options import ENGINE, SAMPLING, build, parse_size
 from tests.cli.conftest import Quire
 
-SAMPLING_FIELDS = set(SamplingParams.field_names()) - {"return_logits"}
+LIBRARY_ONLY_FIELDS = {"return_logits", "pooling"}
+SAMPLING_FIELDS = set(SamplingParams.field_names()) - LIBRARY_ONLY_FIELDS
 ENGINE_FIELDS = {f.name for f in fields(EngineConfig)}
 # Each field as it is typed after its option (True: a flag), and what it must come to.
 SAMPLING_TYPED: dict[str, tuple[Any, Any]] = {
@@ -89,7 +90,7 @@ def test_defaults_are_the_dataclass_own(kind: type) -> None:
 
 @pytest.mark.parametrize(("kind", "typed"), [(SamplingParams, SAMPLING_TYPED), (EngineConfig, ENGINE_TYPED)])
 def test_every_option_reaches_its_field(kind: type, typed: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, quire: Quire) -> None:
-    assert set(typed) == {f.name for f in fields(kind)} - {"return_logits"}
+    assert set(typed) == {f.name for f in fields(kind)} - LIBRARY_ONLY_FIELDS
     args: list[str] = []
     for name, (text, _) in typed.items():
         (flag, *_) = options("generate")[name].opts

@@ -128,6 +128,12 @@ BAD: list[Bad] = [
     *_chat("tools", [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}, "strict": True}}]),
     *_chat("tool_choice", "required", {"type": "function", "function": {"name": "f"}}),
     *_chat("response_format", "json", 5),
+    # Embeddings.
+    *(_fields("/v1/embeddings", {"input": "x"}, "input", value) for value in (None, [], "", [[]], 5, [600], [None], "x " * 9000, LONE)),
+    *(_fields("/v1/embeddings", {"input": "x"}, "dimensions", value) for value in (0, 7, "64", 2**31)),
+    *(_fields("/v1/embeddings", {"input": "x"}, "encoding_format", value) for value in ("int8", 5)),
+    *(_fields("/v1/embeddings", {"input": "x"}, "pooling", value) for value in ("max", 5)),
+    *(_fields("/v1/embeddings", {"input": "x"}, name, 1) for name in ("prompt", "max_tokens", "temperature", "stream")),
     # Other addresses and methods.
     *(Bad(path, b"", 404, None, "GET", ()) for path in ("/nothing", "/v1", "/v1/", "/v1/models/other", "/%00", "/..%2fetc/passwd", "/page/static/x")),
     *(Bad(path, b"{}", 405, None, method) for path, method in ((COMPLETIONS, "GET"), (CHATS, "PUT"), ("/v1/models", "POST"), ("/health", "DELETE"))),

@@ -21,7 +21,7 @@ from quire.cli.options import MODEL
 from quire.config import EngineConfig
 from quire.errors import ConfigError, InvalidRequestError, RequestFailedError
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 SYNC_S = 1.0  # how much work a machine that loses its power may lose
 RETRY_S = 300.0  # how long a row is asked again while the server is full, loading or away
 BUSY, NOT_LET_IN = (429, 502, 503, 504), (401, 403)

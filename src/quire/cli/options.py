@@ -46,7 +46,7 @@ SAMPLING = {
     "skip_special_tokens": "Keep special tokens in the text.",
     "structured": "The form of the text: json, schema={...}, regex=..., choice=a|b or grammar=... (Lark).",
 }
-LIBRARY_ONLY = ("return_logits",)  # fields of which nothing could be printed
+LIBRARY_ONLY = ("return_logits", "pooling")  # fields of which nothing would be printed
 ENGINE = {
     "dtype": f"Of weights and cache: {', '.join(DTYPES)} (the checkpoint's own).",
     "max_tokens_per_step": "The most tokens one step may compute.",

@@ -21,22 +21,24 @@ from quire.tensors.attention.base import StepInputs, TableInputs
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`input_ids`, `positions` int64 [T]; `logits_at` int64 [R], the packed index of each token behind which logits are wanted, in the plan's
-    order; `slots[g]` int64 [T], where group g's keys and values go."""
+    """`input_ids`, `positions` int64 [T]; `logits_at` int64 [R] and `hidden_at` int64 [H], the packed index of each token behind which logits, or
+    whose final hidden state, are wanted, in the plan's order; `slots[g]` int64 [T], where group g's keys and values go."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     logits_at: torch.Tensor
+    hidden_at: torch.Tensor
     inputs: StepInputs
     slots: tuple[torch.Tensor, ...]
 
 
 def build(plan: StepPlan, groups: Sequence[Group]) -> Batch:
     """The batch of a plan, on CPU."""
-    ids, starts, committed, logits_at = array("q"), array("i", [0]), array("i"), array("q")
+    ids, starts, committed, logits_at, hidden_at = array("q"), array("i", [0]), array("i"), array("q"), array("q")
     for work in plan.works:
         seq, first = work.sequence, work.sequence.num_committed
         logits_at.extend(range(len(ids), len(ids) + work.num_scored))
+        hidden_at.extend(len(ids) - first + position for position in work.pooled)
         ids.extend(seq.tokens[first : first + work.num_tokens])
         starts.append(len(ids))
         committed.append(first)
@@ -48,7 +50,8 @@ def build(plan: StepPlan, groups: Sequence[Group]) -> Batch:
     positions = torch.arange(len(ids)) - query_start[owner] + num_committed[owner]
     tables = tuple(_table(plan, group) for group in groups)
     slots = tuple(_slots(table, group, owner, positions) for table, group in zip(tables, groups, strict=True))
-    return Batch(_tensor(ids, torch.int64), positions, _tensor(logits_at, torch.int64), StepInputs(query_start, num_committed, tables), slots)
+    tokens, logits, hidden = (_tensor(values, torch.int64) for values in (ids, logits_at, hidden_at))
+    return Batch(tokens, positions, logits, hidden, StepInputs(query_start, num_committed, tables), slots)
 
 
 def _table(plan: StepPlan, group: Group) -> TableInputs:

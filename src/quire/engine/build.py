@@ -46,7 +46,8 @@ class EngineInfo:
     """What the options resolved to for this model on this machine.
 
     Sizes in bytes. A step computes at most `max_tokens_per_step` tokens, whose tensors take about `workspace_bytes`. `max_cached_tokens` is what a
-    full pool holds of one long sequence; `bytes_per_token` is before any window has moved on.
+    full pool holds of one long sequence; `bytes_per_token` is before any window has moved on. `hidden_size` is None for a model that
+    gives no embeddings.
     """
 
     model: str
@@ -56,6 +57,7 @@ class EngineInfo:
     num_threads: int
     context_len: int
     vocab_size: int
+    hidden_size: int | None
     weight_bytes: int
     max_tokens_per_step: int
     workspace_bytes: int
@@ -250,6 +252,7 @@ def _info(
         num_threads=num_threads,
         context_len=context_len,
         vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
         weight_bytes=model.weight_bytes,
         max_tokens_per_step=num_tokens,
         workspace_bytes=workspace.bytes(num_tokens, min(num_tokens, config.max_sequences + MAX_SCORED)),

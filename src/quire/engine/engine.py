@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from quire.engine.keeper import CacheKeeper
 from quire.engine.masks import MaskThread
 from quire.engine.runner import Runner
@@ -48,14 +50,14 @@ class Engine:
         """Queue a checked request."""
         state = RequestState(request, sink)
         prompt, cache = request.prompt_token_ids, self.scheduler.cache
-        if request.max_tokens == 0:
+        scores, pooling = request.params.prompt_logprobs is not None, request.params.pooling
+        if request.max_tokens == 0 and pooling is None:
             prompt = prompt[:-1]  # the last one is scored and never computed
-        scores = request.params.prompt_logprobs is not None
         if scores:
             state.score_prompt(self.runner.model.vocab_size)
-        # Sisters share their prompt even where nobody else shares anything, and logits of pages that others computed are not kept.
-        own_root = f"request {self._arrivals}" if scores or request.num_branches > 1 and not cache.sharing else ""
-        sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root, scores=scores)
+        # Sisters share their prompt even where nobody else shares anything, and logits and states of pages that others computed are not kept.
+        own_root = f"request {self._arrivals}" if scores or pooling == "mean" or request.num_branches > 1 and not cache.sharing else ""
+        sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root, scores=scores, pooling=pooling)
         self._arrivals += request.num_branches
         num_tokens = request.num_tokens_at_most - 1  # the last token drawn is never fed back
         sequence.pages_at_most = cache.pages_to_finish(num_tokens)
@@ -95,12 +97,13 @@ class Engine:
             return
         self._note_start(plan)
         wanted = [together for work in plan.works for together in self._wanted(work)]
+        pooled = [(self._branches[work.sequence.arrival][0], work.pooled) for work in plan.works if work.pooled]
         self.runner.log.mark("plan")
         began = time.perf_counter()
         try:
             rows = [[one.next_row() for one in together] for _, together in wanted]
             self.masks.start([one.guide for _, together in wanted for one in together if isinstance(one, Branch) and one.guide])
-            drawn = self.runner.run(plan, rows, before_sampling=self.masks.wait)
+            drawn, hidden = self.runner.run(plan, rows, before_sampling=self.masks.wait)
         except Exception as error:
             self._fail(plan, error)
             return
@@ -109,6 +112,7 @@ class Engine:
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
         self.runner.log.mark("commit")
+        self._pool(pooled, hidden)
         for (state, together), tokens in zip(wanted, drawn, strict=True):
             for one, token in zip(together, tokens, strict=True):
                 if isinstance(one, PromptToken):
@@ -123,13 +127,28 @@ class Engine:
         first = work.sequence.num_committed + 1
         for position in range(first, first + work.num_scored):
             yield state, [state.prompt_token(position)]
-        if work.draws and state.request.max_tokens == 0:
+        if work.draws and state.request.max_tokens == 0 and state.pool is not None:
+            yield state, []
+        elif work.draws and state.request.max_tokens == 0:
             yield state, [state.prompt_token(first + work.num_tokens - 1)]
         elif work.draws and len(state.branches) == state.request.num_branches:
             yield state, [branch]
         elif work.draws:
             self._fork(state)
             yield state, [*state.branches]
+
+    def _pool(self, pooled: list[tuple[RequestState, range]], hidden: torch.Tensor) -> None:
+        """Hand the hidden states of a step to the requests that want them, each those of its positions."""
+        at = 0
+        for state, positions in pooled:
+            assert state.pool is not None
+            state.pool.add(positions.start, hidden[at : at + len(positions)])
+            at += len(positions)
+            request_id = state.request.request_id
+            if not state.pool.finite:
+                self._end_request(request_id, "error", NonFiniteLogitsError(f"request {request_id}: the model's hidden states hold NaN or infinity"))
+            elif state.pool.complete and state.request.max_tokens == 0 and state.request.params.prompt_logprobs is None:
+                self._end_request(request_id, "length", None)
 
     def _note_score(self, state: RequestState, one: PromptToken, token: Sampled) -> None:
         request_id = state.request.request_id

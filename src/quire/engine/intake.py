@@ -6,6 +6,7 @@ import itertools
 import operator
 import os
 from collections.abc import Sequence
+from typing import cast
 
 from quire.engine.build import Built
 from quire.errors import InvalidRequestError
@@ -38,6 +39,8 @@ class Intake:
             raise InvalidRequestError("params", params, "a SamplingParams")
         if params.stop_strings and self._built.tokenizer is None:
             raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
+        if params.pooling is not None and self._built.model.hidden_size is None:
+            raise InvalidRequestError("pooling", params.pooling, "None: this model has no plain output layer to take hidden states from")
         whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))
@@ -58,3 +61,9 @@ class Intake:
         if self._built.tokenizer is None:
             raise InvalidRequestError("prompt", prompt, "a list of token ids: this model came without a tokenizer")
         return self._built.tokenizer.encode(prompt)
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt is text, or ids: a list that begins with an integer. An empty list is a list of no prompts."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))

@@ -35,12 +35,14 @@ class CacheKeeper:
         """Pages that one request may have, at most: neither given back to the system nor pinned."""
         return self._cache.pool.num_usable - self._pins.num_pages
 
-    def sequence(self, prompt: Seq[int], namespace: str, *, arrival: int = -1, own_root: str = "", scores: bool = False) -> Sequence:
+    def sequence(
+        self, prompt: Seq[int], namespace: str, *, arrival: int = -1, own_root: str = "", scores: bool = False, pooling: str | None = None
+    ) -> Sequence:
         """A sequence of a namespace, or under a root of its own with that name; see `Sequence`."""
         names = self._cache.namespaces
         if own_root:
-            return Sequence(arrival, prompt, names.own_root(own_root), namespace=namespace, own_root=True, scores=scores)
-        return Sequence(arrival, prompt, names.root(namespace), namespace=namespace, shared=names.shared_part(prompt))
+            return Sequence(arrival, prompt, names.own_root(own_root), namespace=namespace, own_root=True, scores=scores, pooling=pooling)
+        return Sequence(arrival, prompt, names.root(namespace), namespace=namespace, shared=names.shared_part(prompt), pooling=pooling)
 
     def explain(self, prompt: Seq[int], namespace: str) -> Explanation:
         """See `LLM.explain`."""

@@ -6,21 +6,23 @@ import math
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
 from quire.engine.build import Built, EngineInfo, build_engine
 from quire.engine.cache_map import CacheMap, PageContent, page_content, take_map
-from quire.engine.intake import Intake, Prompt
+from quire.engine.intake import Intake, Prompt, as_list
 from quire.engine.keeper import CacheKeeper
+from quire.engine.pooling import normalized
 from quire.engine.steps import StepLog
 from quire.engine.stream import RequestStream
 from quire.engine.worker import Worker
 from quire.errors import ConfigError, InvalidRequestError
 from quire.outputs import Explanation, RequestOutput, TokenEvent
-from quire.params import SamplingParams
+from quire.params import Pooling, SamplingParams
 from quire.policy.pins import Pin
 from quire.request import Request, check_namespace
 from quire.tensors.stacked import StackedView
@@ -47,7 +49,7 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
-        self._config = config = _config(options)
+        self._config = config = EngineConfig.of(options)
         source = model if isinstance(model, PreTrainedModel) else os.fspath(model)
         self._built = build_engine(source, config)
         self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
@@ -98,7 +100,7 @@ class LLM:
             InvalidRequestError: any prompt or params are refused; then none has run.
             EngineDeadError: the engine has ended.
         """
-        many = _as_list(prompts)
+        many = as_list(prompts)
         given = params if params is not None else SamplingParams()
         each = [given] * len(many) if isinstance(given, SamplingParams) else list(given)
         if len(each) != len(many):
@@ -130,6 +132,27 @@ class LLM:
                 stream.cancel()
 
         return events()
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        namespace: str | None = None,
+        priority: int = 0,
+    ) -> torch.Tensor:
+        """One vector for each prompt, out of its tokens' final hidden states: float32 [N, D], of length 1 with `normalize`.
+
+        Raises:
+            InvalidRequestError: as in `generate`; or the model has no plain output layer to take these states from.
+            RequestFailedError: one failed in the model.
+        """
+        many = as_list(prompts)
+        params = SamplingParams(max_tokens=0, pooling=pooling)
+        outputs = self.generate(many, params, namespace=namespace, priority=priority)
+        vectors = [output.raise_for_error().embedding for output in outputs]
+        return torch.stack([normalized(vector) if normalize else vector for vector in vectors]) if vectors else torch.empty(0, 0)
 
     def submit(
         self,
@@ -286,19 +309,6 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None = None) -> Request:
         self._forget_old_weights()
         return self._intake.request(prompt, params, namespace, priority, request_id)
-
-
-def _config(options: dict[str, Any]) -> EngineConfig:
-    try:
-        return EngineConfig(**options)
-    except TypeError as error:
-        raise ConfigError(f"{str(error).removeprefix('EngineConfig.__init__() ')}; options are {', '.join(EngineConfig.__slots__)}") from None
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt is text, or ids: a list that begins with an integer. An empty list is a list of no prompts."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))
 
 
 def _shown(streams: list[RequestStream], progress: bool) -> Iterator[RequestStream]:

@@ -142,7 +142,7 @@ class ManualEngine:
 
     def _step(self, works: list[Work], rows: list[Row]) -> list[Sampled]:
         try:
-            drawn = self._runner.run(StepPlan(tuple(works), ()), [[row] for row, work in zip(rows, works, strict=True) if work.draws])
+            drawn, _ = self._runner.run(StepPlan(tuple(works), ()), [[row] for row, work in zip(rows, works, strict=True) if work.draws])
         except Exception as error:
             raise StepError(f"the model's forward failed: {type(error).__name__}: {error}") from error
         flat = [token for together in drawn for token in together]

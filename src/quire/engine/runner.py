@@ -10,6 +10,7 @@ from quire.engine.batch import build
 from quire.engine.steps import StepLog
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
+from quire.tensors.models.hidden import HiddenRows
 from quire.tensors.models.model import CausalModel
 from quire.tensors.sampler import Row, Sampled, Sampler
 from quire.tensors.store import PageStore, StagedStep
@@ -22,21 +23,25 @@ class Runner:
         self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
         self.log = StepLog()
 
-    def run(self, plan: StepPlan, rows: Sequence[Sequence[Row]], before_sampling: Callable[[], None] = lambda: None) -> list[list[Sampled]]:
+    def run(
+        self, plan: StepPlan, rows: Sequence[Sequence[Row]], before_sampling: Callable[[], None] = lambda: None
+    ) -> tuple[list[list[Sampled]], torch.Tensor]:
         """Compute the plan and draw or score a token for each of `rows[i]`, all from the i-th row of logits that its works give.
 
+        Returns these, and the final hidden states [H, D] of the tokens that its works pool, one work after the other.
         The rows' masks are read after `before_sampling` has returned; until then somebody else may still be filling them.
         """
         self.store.copy_pages(plan.copies)
         batch = build(plan, self.groups)
         step = StagedStep(self.store, batch.inputs, batch.slots)
-        logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at)
+        hidden = HiddenRows(batch.hidden_at)
+        logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at, hidden)
         self.log.mark("forward")
         flat = [row for together in rows for row in together]
         if len(flat) != len(rows):
-            logits = logits[torch.tensor([i for i, together in enumerate(rows) for _ in together])]
+            logits = logits[torch.tensor([i for i, together in enumerate(rows) for _ in together], dtype=torch.long)]
         before_sampling()
         drawn = iter(self.sampler.sample(logits, flat))
         self.log.mark("sample")
         step.commit()
-        return [[next(drawn) for _ in together] for together in rows]
+        return [[next(drawn) for _ in together] for together in rows], hidden.states

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from quire.engine.pooling import Pool
 from quire.outputs import Completion, FinishReason, Receipt, RequestOutput, TokenEvent, TopLogprob
 from quire.policy.lookup import Miss
 from quire.policy.sequence import Sequence
@@ -161,6 +162,11 @@ class RequestState:
     miss: Miss | None = None
     scoring: SequenceState | None = None
     prompt_scores: dict[int, Sampled] = field(default_factory=dict)
+    pool: Pool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        pooling = self.request.params.pooling
+        self.pool = Pool(pooling, len(self.request.prompt_token_ids)) if pooling is not None else None
 
     def score_prompt(self, vocab_size: int) -> None:
         """Make ready for `prompt_token`."""
@@ -210,6 +216,7 @@ class RequestState:
             self.error,
             logprobs,
             top_logprobs,
+            self.pool.embedding() if self.pool is not None else None,
         )
 
     def _prompt_logprobs(self) -> tuple[list[float | None] | None, list[list[TopLogprob] | None] | None]:

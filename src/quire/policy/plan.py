@@ -22,6 +22,14 @@ class Work(NamedTuple):
         return max(0, min(self.num_tokens, seq.num_prompt - 1 - seq.num_committed)) if seq.scores else 0
 
     @property
+    def pooled(self) -> range:
+        """The positions within the prompt, of those it computes, whose final hidden states are wanted."""
+        seq = self.sequence
+        first = seq.num_prompt - 1 if seq.pooling == "last" else 0
+        end = min(seq.num_committed + self.num_tokens, seq.num_prompt) if seq.pooling else 0
+        return range(max(first, seq.num_committed), end)
+
+    @property
     def draws(self) -> bool:
         """Whether a token is drawn at the end of it."""
         return self.sequence.num_committed + self.num_tokens == self.sequence.num_known

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 import quire
-from quire.server import chat, completions, health, metrics, models, page, responses, tokens, traces
+from quire.server import chat, completions, embeddings, health, metrics, models, page, responses, tokens, traces
 from quire.server.errors import install
 from quire.server.guard import Guard
 from quire.server.serving import Serving
@@ -56,6 +56,7 @@ def create_app(serving: Serving) -> FastAPI:
         completions.router,
         chat.router,
         responses.router,
+        embeddings.router,
         models.router,
         tokens.router,
         health.router,

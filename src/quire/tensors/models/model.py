@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,6 +17,7 @@ from quire.errors import QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.geometry import DryRun, check_layers
+from quire.tensors.models.hidden import HiddenRows, kept, output_layer
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
@@ -35,6 +36,7 @@ class CausalModel:
         eos_token_ids: of the config and the generation config.
         layers: one `LayerGeometry` per attention layer, in order.
         identity: changes whenever the logits may: weights, config, dtype, versions. A live model's is new each time it is wrapped.
+        hidden_size: of the final hidden states, None where the model has no plain output layer to take them from.
         weight_bytes: of parameters and buffers, shared ones once. live: whether the caller owns the model.
         everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py).
         compiled: whether its layers are compiled code (see compiled.py), which gives other bits than plain ones do.
@@ -56,6 +58,8 @@ class CausalModel:
         self._model: PreTrainedModel | None = model
         self._products = products
         self._surgery: Surgery | None = Surgery(model, products, live=live)
+        self._output_layer = output_layer(model)
+        self.hidden_size = self._output_layer.in_features if self._output_layer is not None else None
         self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._logits_multiple = self._tokens_multiple = 1
         dry = DryRun()
@@ -73,10 +77,13 @@ class CausalModel:
         if getattr(config, "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
             self._logits_multiple = VECTOR // math.gcd(VECTOR, self.vocab_size)
 
-    def forward(self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, hidden: HiddenRows | None = None
+    ) -> torch.Tensor:
         """Run the packed tokens once; attention is `step`'s.
 
         input_ids, positions: int64 [T], T >= 1; positions are within each sequence. logits_at: int64 [R], places in the packed batch, R >= 0.
+        hidden: final hidden states that are wanted too, of a model with a `hidden_size`.
         Returns logits [R, V], contiguous, in the dtype the model gives them. They may be inference tensors: change them in place only under
         torch.inference_mode. A row's bits depend on its own sequence alone, as far as `step` and the products keep to that.
 
@@ -89,6 +96,14 @@ class CausalModel:
         if padding := -positions.shape[0] % self._tokens_multiple:
             input_ids, padded = (torch.cat([x, x[-1:].expand(padding)]) for x in (input_ids, positions))
         inputs = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
+        keeping: AbstractContextManager[None] = nullcontext()
+        if hidden is not None and hidden.at.shape[0]:
+            assert self._output_layer is not None
+            if self._takes_logits_at:
+                keeping = kept(self._output_layer, hidden, slice(len(logits_at), None), slice(len(logits_at)))
+                logits_at = torch.cat([logits_at, hidden.at])
+            else:
+                keeping = kept(self._output_layer, hidden, hidden.at, slice(None))
         if self._takes_logits_at:
             inputs["logits_to_keep"] = logits_at
         model, surgery = self._open()
@@ -100,6 +115,7 @@ class CausalModel:
             running(Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks, padded)),
             surgery.installed(),
             surgery.mode if self.everywhere else nullcontext(),
+            keeping,
         ):
             logits: torch.Tensor = model(**inputs).logits[0]
         if not self._takes_logits_at:
@@ -162,7 +178,7 @@ class CausalModel:
 
     def close(self) -> None:
         """Let go of the model. Idempotent. Nothing is left on it, as nothing of ours outlives a forward."""
-        self._model = self._surgery = None
+        self._model = self._surgery = self._output_layer = None
 
     def _open(self) -> tuple[PreTrainedModel, Surgery]:
         if self._model is None or self._surgery is None:

@@ -1,0 +1,44 @@
+"""The final hidden states of a forward: what its output layer is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class HiddenRows:
+    """Wanted of a forward: the final hidden states [H, D] of the packed tokens `at`, int64 [H]; afterwards `states`, in the model's dtype."""
+
+    def __init__(self, at: torch.Tensor) -> None:
+        self.at = at
+        self.states = torch.empty(0, 0)
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear | None:
+    """The layer that makes logits of final hidden states, None where the model has none of the plain kind."""
+    layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return layer if isinstance(layer, nn.Linear) else None
+
+
+@contextmanager
+def kept(layer: nn.Linear, hidden: HiddenRows, rows: torch.Tensor | slice, logits: slice) -> Iterator[None]:
+    """Inside, `hidden` gets those of the rows that `layer` is given, and only the rows `logits` go through it."""
+    given = layer.__dict__.get("forward")
+    forward = given or layer.forward
+
+    def keeping(states: torch.Tensor) -> Any:
+        hidden.states = states[0, rows].contiguous()
+        return forward(states[:, logits])
+
+    layer.__dict__["forward"] = keeping
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
+        if given is not None:
+            layer.__dict__["forward"] = given
