@@ -90,8 +90,8 @@ def test_nan_logits_fail_one_request(checkpoint: Checkpoint) -> None:
         expected = llm.generate([PROMPT[:9]], GREEDY)[0].outputs[0].token_ids
         original = model.forward
 
-        def poisoned(step: Any, ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor) -> torch.Tensor:
-            logits = original(step, ids, positions, logits_at).clone()
+        def poisoned(step: Any, ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, *more: Any) -> torch.Tensor:
+            logits = original(step, ids, positions, logits_at, *more).clone()
             logits[ids[logits_at] == 599] = float("nan")
             return logits
 

@@ -12,7 +12,7 @@ import random
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from quire.tensors.disk import DiskStore
@@ -59,7 +59,7 @@ class Shelf:
     def contains(self, *numbers: int) -> int:
         return self.store.contains([content_id(number) for number in numbers])
 
-    def there(self, numbers: range = range(NUM_NUMBERS)) -> list[int]:
+    def there(self, numbers: Iterable[int] = range(NUM_NUMBERS)) -> list[int]:
         """The numbers of all pages that can be read."""
         return [number for number in numbers if self.read(number)]
 

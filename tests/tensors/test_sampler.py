@@ -92,7 +92,7 @@ def test_greedy_is_the_first_largest_logit(backend: str, vocab_size: int, dtype:
 def test_native_agrees_with_the_reference(restored_isa: None) -> None:
     rng, num, differing = random.Random(5), 0, 0
     for case in range(70):
-        vocab_size = rng.choice([1, 2, 17, 31, 32, 33, 600]) if case else 50257
+        vocab_size = rng.choice([1, 2, 17, 31, 32, 33, 600]) if case else 4099
         logits = random_logits(rng, 6, vocab_size, rng.choice(DTYPES))
         rows = random_rows(rng, vocab_size, 6)
         slow = draw("reference", logits, rows)
