@@ -1,4 +1,4 @@
-"""The `quire` command: generate, batch, serve, check, bench, demo. It is an extra (`pip install 'quire[cli]'`); the library does not need it.
+"""The `quire` command: generate, chat, batch, serve, check, bench, demo. It is an extra (`pip install 'quire[cli]'`); the library does not need it.
 
 Nothing here imports torch or transformers before a command that runs a model does, so that `quire --help` is quick.
 """

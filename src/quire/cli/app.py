@@ -9,6 +9,7 @@ import typer
 from quire import __version__
 from quire.cli.batch import batch
 from quire.cli.bench import bench
+from quire.cli.chat import chat
 from quire.cli.check import check
 from quire.cli.demo import demo
 from quire.cli.door import door
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, batch, serve, check, bench, demo):
+for command in (generate, chat, batch, serve, check, bench, demo):
     app.command()(door(command))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import ssl
 import threading
@@ -45,20 +46,22 @@ class Remote:
         self._open: set[http.client.HTTPConnection] = set()
         self._closed = False
 
-    def check(self) -> None:
-        """See that it answers and takes the key.
+    def check(self) -> str | None:
+        """The name of the first model it serves, None where it does not say.
 
         Raises:
             RequestFailedError: it is not to be reached, or does not let us in.
         """
         try:
             response = self._send("GET", "/v1/models", None)
-            response.read()
-            status = response.status
+            told, status = response.read(), response.status
         except (OSError, http.client.HTTPException) as error:
             raise RequestFailedError(f"{self.shown} does not answer ({error.__class__.__name__}: {error})") from error
         if status in (401, 403):
             raise RequestFailedError(f"{self.shown} does not take this key: give it with --api-key or QUIRE_API_KEY")
+        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+            return str(json.loads(told)["data"][0]["id"])
+        return None
 
     def post(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of the answer.
@@ -75,6 +78,10 @@ class Remote:
         except OSError:
             self.drop()
             raise
+
+    def stream(self, path: str, body: bytes) -> http.client.HTTPResponse:
+        """The answer, to be read line by line as it comes. Left early, it must be ended by `drop`."""
+        return self._send("POST", path, body)
 
     def drop(self) -> None:
         """End this thread's connection, and what is asked in it."""
