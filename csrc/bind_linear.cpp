@@ -12,6 +12,12 @@ namespace nb = nanobind;
 namespace quire {
 namespace {
 
+void require(bool fine) {
+  if (!fine) throw std::invalid_argument("sizes, dtype, format or num_threads out of range");
+}
+bool is_dtype(int32_t dtype) { return dtype >= kF32 && dtype <= kF16; }
+bool is_packed(int32_t format) { return format >= kPackedF32 && format < kNumWeightFormats; }
+
 constexpr std::align_val_t kLine{64};
 struct Freed {
   void operator()(float* p) const { operator delete(p, kLine); }
@@ -30,23 +36,48 @@ float* scratch_of_this_thread(int64_t num_floats) {
   return scratch.get();
 }
 
-void product(bool is_matmul, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t x_stride,
+void product(int32_t format, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t x_stride,
              int64_t w_stride, int32_t dtype, int32_t num_threads) {
-  if (m < 0 || n < 0 || k < 0 || dtype < kF32 || dtype > kF16 || num_threads < 1) throw std::invalid_argument("sizes, dtype or num_threads out of range");
+  require(m >= 0 && n >= 0 && k >= 0 && is_dtype(dtype) && format >= 0 && format < kNumWeightFormats && num_threads >= 1);
   if (m == 0 || n == 0) return;  // the kernels want something to do
   const LinearKernels& kernels = active_kernels().linear;
-  LinearArgs args{pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(y), m, n, k, x_stride, w_stride, dtype, num_threads, nullptr};
-  args.scratch = scratch_of_this_thread((is_matmul ? kernels.matmul_scratch_floats : kernels.linear_scratch_floats)(&args));
-  const auto multiply = is_matmul ? kernels.matmul : kernels.linear;
-  if (double(m) * double(n) * double(k) < 2e5) return multiply(&args);  // microseconds: not worth another thread's turn
+  LinearArgs args{pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(y), m, n, k, x_stride, w_stride, dtype, format, num_threads, nullptr};
+  args.scratch = scratch_of_this_thread(kernels.scratch_floats(&args));
+  if (double(m) * double(n) * double(k) < 2e5) return kernels.multiply(&args);  // microseconds: not worth another thread's turn
   nb::gil_scoped_release release;
-  multiply(&args);
+  kernels.multiply(&args);
+}
+
+void pack(int32_t format, uintptr_t w, uintptr_t packed, int64_t n, int64_t k, int64_t stride, int32_t dtype, int32_t num_threads) {
+  require(n >= 0 && k >= 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
+  require(format > kPackedF16 || format == kPackedF32 + dtype);  // elements keep their dtype
+  const PackArgs args{pointer<void>(w), pointer<void>(packed), n, k, stride, dtype, format, num_threads};
+  nb::gil_scoped_release release;
+  active_kernels().linear.pack(&args);
+}
+
+void packed_rows(int32_t format, uintptr_t packed, uintptr_t ids, uintptr_t out, int64_t count, int64_t n, int64_t k, int32_t dtype, int32_t num_threads) {
+  require(count >= 0 && n >= 0 && k >= 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
+  const auto* id = pointer<int64_t>(ids);
+  for (int64_t i = 0; i < count; ++i)
+    if (id[i] < 0 || id[i] >= n) throw nb::index_error("a row's id is out of range");
+  const RowsArgs args{pointer<void>(packed), id, pointer<void>(out), count, n, k, format, dtype, num_threads};
+  nb::gil_scoped_release release;
+  active_kernels().linear.rows(&args);
+}
+
+int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
+  require(n >= 0 && k >= 0 && is_packed(format));
+  return active_kernels().linear.packed_bytes(format, n, k);
 }
 
 }  // namespace
 
 void bind_linear(nb::module_& m) {
   m.def("product", &product);
+  m.def("pack", &pack);
+  m.def("packed_rows", &packed_rows);
+  m.def("packed_bytes", &packed_bytes);
 }
 
 }  // namespace quire

@@ -5,7 +5,7 @@
 #include "commit.h"
 #include "encode.h"
 #include "kernels.h"
-#include "linear.h"
+#include "linear_pack.h"
 #include "sampling.h"
 
 #define QUIRE_STRING2(x) #x

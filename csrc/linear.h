@@ -14,7 +14,7 @@
 #include <omp.h>
 
 #include "kernels.h"
-#include "linear_tiles.h"
+#include "packed_formats.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -34,9 +34,6 @@ constexpr int kFewChunk = 2048;                    // columns of W [K, N] that f
 constexpr int64_t kMaxCells = 2 << 20;             // of x at once
 template <class F, bool kKN>
 constexpr int kFewRows = (kKN || sizeof(typename F::Elem) == 4) && kTileRows > 2 ? 8 : 4;  // measured: beyond, packing pays
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Plan {
   bool few, by_rows;
@@ -65,11 +62,11 @@ Plan plan_for(const LinearArgs& g) {
 }
 
 template <class F>
-void pack_x(const LinearArgs& g, int64_t m0, int rows, int first, int last, float* out) {
+void pack_x(const LinearArgs& g, int64_t m0, int rows, int first, int last, float* out, int load = F::kPerLoad) {
   for (int r = first; r < last; ++r) {
     const auto* x = (const typename F::Elem*)g.x + (m0 + r) * g.x_stride;
     for (int64_t k = 0; k < g.k; k += kBlock) {
-      const int cells = int(ceil_div(smaller(g.k - k, kBlock), F::kPerLoad)) * F::kPerLoad / F::kPerCell;
+      const int cells = int(round_up(smaller(g.k - k, kBlock), load)) / F::kPerCell;
       cells_of_row<F>(x + k, g.k - k, out + (k / kBlock * rows + r) * kCells<F>, cells);
     }
   }
@@ -193,7 +190,7 @@ void panel_block(const LinearArgs& g, const float* x, int rows, float* panel, fl
   const int64_t row_bytes = g.w_stride * int64_t(sizeof(Elem));
   constexpr int kRoundsNeeded = kRows * kLines > 4 ? 2 : 1;  // or one tile could not ask for all of them
   const int needed = int(ceil_div(rows, kTileRows)), tiles = needed > kRoundsNeeded ? needed : kRoundsNeeded, cells = int(ceil_div(k, F::kPerLoad)) * F::kPerLoad / F::kPerCell;
-  TileArgs a{x, panel, sums, cells, k0 == 0, (const char*)panel, 0, {}};
+  TileArgs a{x, panel, sums, cells, k0 == 0, (const char*)panel, 0, {}, nullptr};
   for (int t = 0; t < tiles; ++t) {
     const int r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
     a.x = x + r0 * kCells<F>;
@@ -289,19 +286,15 @@ void run(const LinearArgs& g) {
 }
 
 template <bool kKN>
-int64_t scratch_floats_of(const LinearArgs* g) {
-  return g->dtype == kF32 ? scratch_floats<Fp32, kKN>(*g) : g->dtype == kBF16 ? scratch_floats<Bf16, kKN>(*g) : scratch_floats<Fp16, kKN>(*g);
+int64_t scratch_floats_of(const LinearArgs& g) {
+  return g.dtype == kF32 ? scratch_floats<Fp32, kKN>(g) : g.dtype == kBF16 ? scratch_floats<Bf16, kKN>(g) : scratch_floats<Fp16, kKN>(g);
 }
 template <bool kKN>
-void multiply(const LinearArgs* g) {
-  g->dtype == kF32 ? run<Fp32, kKN>(*g) : g->dtype == kBF16 ? run<Bf16, kKN>(*g) : run<Fp16, kKN>(*g);
+void multiply(const LinearArgs& g) {
+  g.dtype == kF32 ? run<Fp32, kKN>(g) : g.dtype == kBF16 ? run<Bf16, kKN>(g) : run<Fp16, kKN>(g);
 }
 
 }  // namespace product
-
-constexpr LinearKernels linear_kernels = {&product::scratch_floats_of<false>, &product::scratch_floats_of<true>, &product::multiply<false>,
-                                          &product::multiply<true>};
-
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire

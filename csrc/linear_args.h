@@ -5,20 +5,41 @@
 
 namespace quire {
 
-// y[M, N] = x[M, K] W + bias[N], all of one dtype, W as it lies in memory: [N, K] for linear, [K, N] for matmul. M and N at least 1.
+// How a weight lies in memory: as it is, [N, K] or [K, N], or packed (packed_formats.h), of elements or of codes.
+enum WeightFormat : int32_t { kRowsNK = 0, kRowsKN = 1, kPackedF32 = 2, kPackedBF16 = 3, kPackedF16 = 4, kPackedInt8 = 5, kPackedInt4 = 6, kNumWeightFormats = 7 };
+
+// y[M, N] = x[M, K] W + bias[N]. M and N at least 1. x, bias and y have one dtype; a weight that is not packed has it too.
 struct LinearArgs {
   const void *x, *w, *bias;  // the last dimension contiguous; bias may be null
   void* y;                   // contiguous
-  int64_t m, n, k, x_stride, w_stride;  // strides of rows, in elements
-  int32_t dtype, num_threads;
+  int64_t m, n, k, x_stride, w_stride;  // strides of rows, in elements; a packed weight has none
+  int32_t dtype, format, num_threads;
   float* scratch;  // scratch_floats of them, aligned to 64 bytes
 };
 
+// A weight [N, K] of a dtype, its rows `stride` elements apart, to the bytes of a packed format.
+struct PackArgs {
+  const void* w;
+  void* packed;
+  int64_t n, k, stride;
+  int32_t dtype, format, num_threads;
+};
+
+// Rows ids[i] of a packed weight [N, K] to out[i, K], contiguous, of a dtype.
+struct RowsArgs {
+  const void* packed;
+  const int64_t* ids;
+  void* out;
+  int64_t count, n, k;
+  int32_t format, dtype, num_threads;
+};
+
 struct LinearKernels {
-  int64_t (*linear_scratch_floats)(const LinearArgs*);
-  int64_t (*matmul_scratch_floats)(const LinearArgs*);
-  void (*linear)(const LinearArgs*);
-  void (*matmul)(const LinearArgs*);
+  int64_t (*scratch_floats)(const LinearArgs*);
+  void (*multiply)(const LinearArgs*);
+  void (*pack)(const PackArgs*);
+  void (*rows)(const RowsArgs*);
+  int64_t (*packed_bytes)(int32_t format, int64_t n, int64_t k);
 };
 
 }  // namespace quire

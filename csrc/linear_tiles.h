@@ -49,26 +49,29 @@ struct Fp16 {
   QUIRE_INLINE void narrow_n(Elem* p, F32x16 v, int n) { store_f16_n(p, v, n); }
 };
 
-struct Bf16 {
+struct WideBf16 {
   using Elem = uint16_t;
-  static constexpr int kPerLoad = 32;
+  static constexpr int kPerCell = 1, kPerLoad = 32, kSplit = 2;
   QUIRE_INLINE F32x16 raw(const Elem* p) { return floats(load_u32((const uint32_t*)p)); }
   QUIRE_INLINE F32x16 raw_n(const Elem* p, int n) { return floats(load_pairs_n(p, n)); }
-#if defined(QUIRE_ISA_avx512bf16)
-  static constexpr int kPerCell = 2, kSplit = 1;
-  QUIRE_INLINE void split(F32x16 raws, F32x16* cells) { cells[0] = raws; }
-#else
-  static constexpr int kPerCell = 1, kSplit = 2;
   QUIRE_INLINE void split(F32x16 raws, F32x16* cells) {
     cells[0] = pair_low(bits(raws));
     cells[1] = pair_high(bits(raws));
   }
-#endif
   QUIRE_INLINE F32x16 widen(const Elem* p) { return load_bf16(p); }
   QUIRE_INLINE F32x16 widen_n(const Elem* p, int n) { return load_bf16_n(p, n); }
   QUIRE_INLINE void narrow(Elem* p, F32x16 v) { store_bf16(p, v); }
   QUIRE_INLINE void narrow_n(Elem* p, F32x16 v, int n) { store_bf16_n(p, v, n); }
 };
+
+#if defined(QUIRE_ISA_avx512bf16)
+struct Bf16 : WideBf16 {
+  static constexpr int kPerCell = 2, kSplit = 1;
+  QUIRE_INLINE void split(F32x16 raws, F32x16* cells) { cells[0] = raws; }
+};
+#else
+using Bf16 = WideBf16;
+#endif
 
 template <int kPerCell>
 QUIRE_INLINE F32x16 madd(F32x16 x, F32x16 w, F32x16 acc) {
@@ -129,6 +132,7 @@ struct FewArgs {
   bool first;  // the first block of k
 };
 
+// Sums of a block of k to those of the blocks before.
 QUIRE_INLINE void add_block(float* sums, F32x16 block, bool first) { store(sums, first ? block : add(load(sums), block)); }
 
 // W [N, K]: 16 of its rows are transposed in registers, so that lanes are columns of y as everywhere.
@@ -211,6 +215,7 @@ struct TileArgs {
   bool first;
   const char* ahead;  // weights that will be wanted next, for the cache: four lines every four cells
   int64_t ahead_next, ahead_lines[4];
+  const float* scales;  // [width], what these cells' sums are multiplied by before they are added; or null
 };
 
 template <int kPerCell, int MR, int NV>
@@ -241,7 +246,8 @@ void tile(const TileArgs& g) {
     ahead += ahead_next;
   }
   QUIRE_UNROLL for (int i = 0; i < MR; ++i)
-    QUIRE_UNROLL for (int j = 0; j < NV; ++j) add_block(g.sums + (i * NV + j) * 16, acc[i][j], g.first);
+    QUIRE_UNROLL for (int j = 0; j < NV; ++j)
+      add_block(g.sums + (i * NV + j) * 16, g.scales ? mul(acc[i][j], load(g.scales + 16 * j)) : acc[i][j], g.first);
 }
 
 }  // namespace product

@@ -12,6 +12,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LAYOUTS = ("paged", "stacked")
 BACKENDS = ("auto", "native", "reference")
 CODECS = ("int8", "int4")
+QUANTIZATIONS = ("none", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class EngineConfig:
 
     Fields:
         dtype: of weights and cache; "auto" takes the checkpoint's own. A live model keeps its own.
+        quantization: of the weights of linear layers, made at load from any checkpoint: "none", "int8" or "int4". Not for a live model.
         max_tokens_per_step: the token budget, the most tokens one step may compute, >= 1.
         workspace_bytes: the most bytes that a step's tensors may take beside weights and cache; fewer tokens are computed in a step where
             `max_tokens_per_step` would take more. `None` sets no bound.
@@ -46,6 +48,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    quantization: str = "none"
     max_tokens_per_step: int = 512
     workspace_bytes: int | None = None
     max_sequences: int = 64
@@ -75,6 +78,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
+        _choice("quantization", self.quantization, QUANTIZATIONS)
         _choice("backend", self.backend, BACKENDS)
         split_codec(self.kv_codec)
         _choice("cache_layout", self.cache_layout, LAYOUTS)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import typer
 
-from quire.config import BACKENDS, CODECS, DTYPES, LAYOUTS, EngineConfig
+from quire.config import BACKENDS, CODECS, DTYPES, LAYOUTS, QUANTIZATIONS, EngineConfig
 from quire.errors import ConfigError, InvalidRequestError
 from quire.params import SamplingParams
 from quire.structured import StructuredOutput
@@ -49,6 +49,7 @@ SAMPLING = {
 LIBRARY_ONLY = ("return_logits", "pooling")  # fields of which nothing would be printed
 ENGINE = {
     "dtype": f"Of weights and cache: {', '.join(DTYPES)} (the checkpoint's own).",
+    "quantization": f"Of the weights, made at load: {', '.join(QUANTIZATIONS)}.",
     "max_tokens_per_step": "The most tokens one step may compute.",
     "workspace_bytes": "The most memory a step's tensors may take; fewer tokens are computed in a step for it.",
     "max_sequences": "The most sequences that run at once.",

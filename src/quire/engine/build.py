@@ -23,7 +23,7 @@ from quire.policy.cache import PageCache
 from quire.policy.groups import Arrangement, Group, arrange
 from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
-from quire.tensors.attention.base import AttentionBackend, Products
+from quire.tensors.attention.base import AttentionBackend, PackingProducts
 from quire.tensors.attention.reference import ReferenceAttention
 from quire.tensors.device import available_bytes
 from quire.tensors.disk import DiskStore
@@ -76,7 +76,7 @@ class Kernels:
     """What computes attention and products."""
 
     attention: AttentionBackend
-    products: Products
+    products: PackingProducts
     sampler: Literal["native", "reference"]
     name: str
 
@@ -135,7 +135,14 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
 
 def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Kernels) -> CausalModel:
     """A model that has been probed. Raises as `build_engine`."""
-    model = load_model(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code, revision=config.revision, products=kernels.products)
+    model = load_model(
+        source,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        products=kernels.products,
+        quantization=config.quantization,
+    )
     try:
         _context_len(config, model)  # refused before compiling and probing take their time
         if config.compile:

@@ -1,5 +1,7 @@
 """Matrix products in plain torch whose row bits do not depend on the batch: the oracle of the native kernels, and the fallback without them.
 
+Quantised weights are codes int8 [N, K] and after them scales bf16 [N, spans of K], chosen as csrc/linear_pack.h says; others are left as they are.
+
 torch picks a GEMM by the number of rows, and another GEMM adds in another order: fp32 has three to four classes of row counts, bf16 too at some
 widths. So every product here has exactly 16 rows, from a block of its own (a slice of a larger tensor could be aligned differently): one class.
 A row's place within the block was measured not to matter.
@@ -12,7 +14,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from quire.tensors.packed import PackedLayout, PackedWeight, operands
+
 BLOCK_ROWS = 16
+SPANS = {"int8": 128, "int4": 32}  # k that share a scale
 
 
 class ReferenceProducts:
@@ -23,6 +28,8 @@ class ReferenceProducts:
 
         Raises RuntimeError, as torch does, when shapes or dtypes do not fit.
         """
+        if isinstance(weight, PackedWeight):
+            return self.packed(x, *operands(weight, False), bias)
         return _by_blocks(lambda block: functional.linear(block, weight, bias), x, weight.shape[0])
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -30,9 +37,56 @@ class ReferenceProducts:
 
         Raises RuntimeError, as torch does, when shapes or dtypes do not fit.
         """
+        if isinstance(weight, PackedWeight):
+            return self.packed(x, *operands(weight, True), bias)
         if bias is None:
             return _by_blocks(lambda block: torch.mm(block, weight), x, weight.shape[1])
         return _by_blocks(lambda block: torch.addmm(bias, block, weight), x, weight.shape[1])
+
+    def packed(self, x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`linear` with the bytes of a packed weight."""
+        return _by_blocks(lambda block: _product(block, packed, layout, bias), x, layout.n)
+
+    def packed_bytes(self, layout: PackedLayout) -> int:
+        """What `pack` writes; 0 where nothing is quantised."""
+        if layout.quantization == "none":
+            return 0
+        return layout.n * (layout.k + 2 * -(-layout.k // SPANS[layout.quantization]))
+
+    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
+        """Write weight [N, K] to `out`, uint8 [packed_bytes(layout)]."""
+        codes, scales = _parts(out, layout)
+        padded = functional.pad(weight.float(), (0, -layout.k % SPANS[layout.quantization]))
+        spans = padded.view(*scales.shape, SPANS[layout.quantization])
+        high, low = spans.amax(-1), spans.amin(-1)
+        if layout.quantization == "int8":
+            limits, scale = (-127, 127), torch.maximum(high, -low) / 127
+        else:
+            limits, scale = (-8, 7), torch.where(-low > high, low, high) / -8
+        scales.copy_(scale)
+        divisor = torch.where(scales == 0, 1, scales).float().unsqueeze(-1)
+        codes.copy_((spans / divisor).round_().clamp_(*limits).view(padded.shape)[:, : layout.k])
+
+    def rows(self, packed: torch.Tensor, layout: PackedLayout, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows ids int64 [R] of a quantised weight as elements [R, K] of `dtype`. Raises IndexError."""
+        codes, scales = (part[ids].float() for part in _parts(packed, layout))
+        return (codes * scales.repeat_interleave(SPANS[layout.quantization], 1)[:, : layout.k]).to(dtype)
+
+
+def _parts(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales as views of their bytes."""
+    num_codes = layout.n * layout.k
+    return packed[:num_codes].view(torch.int8).view(layout.n, layout.k), packed[num_codes:].view(torch.bfloat16).view(layout.n, -1)
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [16, K] with a quantised weight: what csrc/linear_packed.h promises, but for the order within a span."""
+    codes, scales = _parts(packed, layout)
+    wide, span = x.float(), SPANS[layout.quantization]
+    total = wide.new_zeros(x.shape[0], layout.n)
+    for i, (part, code) in enumerate(zip(torch.split(wide, span, 1), torch.split(codes, span, 1), strict=True)):
+        total += functional.linear(part.contiguous(), code.float()) * scales[:, i]
+    return (total if bias is None else total + bias.float()).to(x.dtype)
 
 
 def _by_blocks(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, width: int) -> torch.Tensor:

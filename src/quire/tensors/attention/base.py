@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from quire.tensors.codec import RowFormat
+from quire.tensors.packed import PackedLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +111,24 @@ class Products(Protocol):
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times weight [K, N], plus bias [N]; fp32 accumulation, result in x's dtype."""
+        ...
+
+
+class PackingProducts(Products, Protocol):
+    """Products that multiply a `PackedWeight` in `linear` and `matmul`, and make one. `packed` below is the bytes of one."""
+
+    def packed(self, x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] times the weight [N, K] transposed, plus bias [N]; fp32 accumulation, result in x's dtype."""
+        ...
+
+    def packed_bytes(self, layout: PackedLayout) -> int:
+        """How many `pack` writes; 0 where such a weight is best left as it is."""
+        ...
+
+    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
+        """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)]."""
+        ...
+
+    def rows(self, packed: torch.Tensor, layout: PackedLayout, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows ids int64 [R] of the weight as elements [R, K] of `dtype`. Raises IndexError."""
         ...

@@ -31,6 +31,7 @@ from quire.tensors.models.hook import current
 from quire.tensors.models.opaque import OpaqueProducts
 from quire.tensors.models.surgery import Surgery
 from quire.tensors.models.trace import Call, Traced, UntraceableError, example_inputs, likeness, put_together, same_for, take_apart, trace
+from quire.tensors.packed import bytes_of
 
 GRANULE = 16  # tokens a step is padded to: floats in the longest vector
 _FEW, _MORE = 2 * GRANULE, 3 * GRANULE
@@ -163,7 +164,8 @@ def _forward(traced: Traced, compiled: Compiled) -> Callable[..., Any]:
             raise RuntimeError(f"layer {layer_idx} is called with other arguments than it was compiled for")
         step = current()
         step.layer_idx = layer_idx
-        return put_together(result, iter(compiled(*(part[name] for part, name in weights), step.padded, *(x.contiguous() for x in tensors))))
+        given = [bytes_of(part[name]) for part, name in weights]
+        return put_together(result, iter(compiled(*given, step.padded, *(x.contiguous() for x in tensors))))
 
     return forward
 

@@ -18,18 +18,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.hub import cached_file
 
 from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from quire.tensors.attention.base import Products
+from quire.tensors.attention.base import PackingProducts, Products
 from quire.tensors.models.model import CausalModel
+from quire.tensors.models.packing import pack_weights
 from quire.tensors.models.refusals import refuse_config
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
-def load_model(source: str | PreTrainedModel, *, dtype: str, trust_remote_code: bool, revision: str | None, products: Products) -> CausalModel:
+def load_model(
+    source: str | PreTrainedModel,
+    *,
+    dtype: str,
+    trust_remote_code: bool,
+    revision: str | None,
+    products: PackingProducts,
+    quantization: str = "none",
+) -> CausalModel:
     """Load `source` for serving through `products`. It is not probed (see probe.py).
 
     dtype: "auto" (the checkpoint's), or a name that torch has. A live model keeps its own and takes "auto" or that.
     revision: of a hub id only.
+    quantization: "none", "int8" or "int4", of what packing.py packs; "none" for a live model, whose weights stay as they are.
 
     Raises:
         ModelNotFoundError: there is no such folder or hub id, or the hub cannot be reached; the message says what was tried.
@@ -37,6 +47,8 @@ def load_model(source: str | PreTrainedModel, *, dtype: str, trust_remote_code: 
         ConfigError: an option that does not apply to this source.
     """
     if isinstance(source, PreTrainedModel):
+        if quantization != "none":
+            raise ConfigError(f"quantization={quantization!r}: a live model's weights are its owner's and stay as they are")
         return _live_model(source, dtype, revision, products)
     if not isinstance(source, str):
         raise ConfigError(f"model={type(source).__name__}: must be a hub id, a local folder or a transformers PreTrainedModel")
@@ -52,7 +64,9 @@ def load_model(source: str | PreTrainedModel, *, dtype: str, trust_remote_code: 
     elif not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"{source}: holds no .safetensors file{_other_weights(folder)}; only safetensors are loaded, as they run no code")
     model = _weights(source, config, dtype, where)
-    return CausalModel(model, products, name=source, identity=_identity(config, model.dtype, _fingerprint(folder)), live=False)
+    pack_weights(model, products, quantization)
+    weights = _fingerprint(folder) + ("" if quantization == "none" else f" {quantization}")
+    return CausalModel(model, products, name=source, identity=_identity(config, model.dtype, weights), live=False)
 
 
 def _live_model(model: PreTrainedModel, dtype: str, revision: str | None, products: Products) -> CausalModel:

@@ -22,6 +22,7 @@ from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
 from quire.tensors.models.surgery import Surgery
+from quire.tensors.packed import bytes_of
 
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -222,6 +223,6 @@ def _context_len(config: PreTrainedConfig) -> int:
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
-    tensors = (*model.parameters(), *model.buffers())
+    tensors = [bytes_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

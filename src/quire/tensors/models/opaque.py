@@ -10,17 +10,19 @@ Shape letters: T packed tokens with padding, n tokens without, Hq/Hkv query/KV h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 
-from quire.tensors.attention.base import Mask
+from quire.tensors.attention.base import Mask, PackingProducts
 from quire.tensors.models.hook import current
+from quire.tensors.packed import PackedLayout, PackedWeight, operands
 
 _library: Any = torch.library.Library("quire", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, int axis) -> Tensor")
 _library.define("matmul(Tensor x, Tensor weight, Tensor? bias, int axis) -> Tensor")
+_library.define("packed(Tensor x, Tensor packed, Tensor? bias, int n, int k, ScalarType dtype, str quantization, int axis) -> Tensor")
 _library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window, int chunk, float softcap) -> Tensor")
 
 
@@ -29,11 +31,15 @@ class OpaqueProducts:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See `Products.linear`."""
+        if isinstance(weight, PackedWeight):
+            return _packed_call(x, *operands(weight, False), bias)
         out: torch.Tensor = torch.ops.quire.linear(x, weight, bias, _token_axis(x))
         return out
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See `Products.matmul`."""
+        if isinstance(weight, PackedWeight):
+            return _packed_call(x, *operands(weight, True), bias)
         out: torch.Tensor = torch.ops.quire.matmul(x, weight, bias, _token_axis(x))
         return out
 
@@ -61,17 +67,37 @@ def _token_axis(x: torch.Tensor) -> int:
     return -1
 
 
-def _product(name: str) -> Callable[..., torch.Tensor]:
-    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: int) -> torch.Tensor:
-        forward = current()
-        compute: Callable[..., torch.Tensor] = getattr(forward.mode.products, name)
-        num_tokens = forward.positions.shape[0]
-        if axis < 0 or x.shape[axis] == num_tokens:
-            return compute(x, weight, bias)
-        out = compute(x.narrow(axis, 0, num_tokens), weight, bias)
-        return functional.pad(out, (0, 0) * (x.dim() - axis - 1) + (0, x.shape[axis] - num_tokens))
+def _packed_call(x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: torch.Tensor | None) -> torch.Tensor:
+    form = (layout.n, layout.k, layout.dtype, layout.quantization)
+    out: torch.Tensor = torch.ops.quire.packed(x, packed, bias, *form, _token_axis(x))
+    return out
 
-    return run
+
+def _rows(compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, axis: int) -> torch.Tensor:
+    """compute(x) without the padding along `axis`, which comes back zero."""
+    num_tokens = current().positions.shape[0]
+    if axis < 0 or x.shape[axis] == num_tokens:
+        return compute(x)
+    out = compute(x.narrow(axis, 0, num_tokens))
+    return functional.pad(out, (0, 0) * (x.dim() - axis - 1) + (0, x.shape[axis] - num_tokens))
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: int) -> torch.Tensor:
+    products = current().mode.products
+    return _rows(lambda part: products.linear(part, weight, bias), x, axis)
+
+
+def _matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: int) -> torch.Tensor:
+    products = current().mode.products
+    return _rows(lambda part: products.matmul(part, weight, bias), x, axis)
+
+
+def _packed(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int, k: int, dtype: torch.dtype, quantization: str, axis: int
+) -> torch.Tensor:
+    products = cast(PackingProducts, current().mode.products)
+    layout = PackedLayout(n, k, dtype, quantization)
+    return _rows(lambda part: products.packed(part, packed, layout, bias), x, axis)
 
 
 def _attend(
@@ -94,14 +120,19 @@ def _matmul_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
+def _packed_shape(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int, *_: object) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
 def _attend_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
 # Plain registrations: torch.library.custom_op wraps each call in several layers of Python, a tenth of a small layer's time.
 for _name, _run, _shape in (
-    ("linear", _product("linear"), _linear_shape),
-    ("matmul", _product("matmul"), _matmul_shape),
+    ("linear", _linear, _linear_shape),
+    ("matmul", _matmul, _matmul_shape),
+    ("packed", _packed, _packed_shape),
     ("attend", _attend, _attend_shape),
 ):
     _library.impl(_name, _run, "CPU")

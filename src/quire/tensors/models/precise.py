@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from quire.tensors.attention.base import Products
+from quire.tensors.packed import PackedWeight
 
 # What insists on operands of one dtype. Everything else in a forward promotes by itself.
 _STRICT = {
@@ -41,12 +42,16 @@ class WidenedProducts:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """As `Products.linear`, with weight and bias of any float dtype."""
-        return self._products.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self._products.linear(x, _as(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """As `Products.matmul`, with weight and bias of any float dtype."""
-        return self._products.matmul(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self._products.matmul(x, _as(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _as(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight if isinstance(weight, PackedWeight) else weight.to(dtype)  # a packed one is multiplied in x's dtype anyway
 
 
 def _widened(given: Any) -> Any:
-    return given.float() if isinstance(given, torch.Tensor) and given.is_floating_point() else given
+    return _as(given, torch.float32) if isinstance(given, torch.Tensor) and given.is_floating_point() else given

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from quire.tensors.attention.base import Products
 from quire.tensors.models.exact import VECTOR, ExactMode, in_whole_vectors
 from quire.tensors.models.hook import NAME, QueryScale
+from quire.tensors.packed import PackedWeight
 
 Forward = Callable[..., Any]
 Change = tuple[dict[str, Any], str, Any]  # an object's __dict__, a name in it, its value for a while
@@ -148,9 +149,9 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 def _forward_of(module: nn.Module, products: Products, mode: ExactMode) -> Forward | None:
     """The forward that `module` gets for the time of ours, or None if its own will do."""
     own = "forward" in module.__dict__  # put there by a library that wraps modules one by one; what it wraps is its own affair
-    if not own and _is_plain(module, nn.Linear):
+    if not own and is_plain(module, nn.Linear):
         return _linear(module, products)
-    if not own and _is_plain(module, Conv1D):
+    if not own and is_plain(module, Conv1D):
         return _conv1d(module, products)
     if isinstance(module, _ACTIVATIONS):
         return _activation(module)
@@ -161,10 +162,10 @@ def _forward_of(module: nn.Module, products: Products, mode: ExactMode) -> Forwa
     return None
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module computes exactly what `kind` does: a subclass may quantise, a tensor subclass may too."""
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module computes exactly what `kind` does: a subclass may quantise, a tensor subclass that is not ours may too."""
     weight = module._parameters.get("weight")
-    return isinstance(module, kind) and type(module).forward is kind.forward and type(weight) in (nn.Parameter, torch.Tensor)
+    return isinstance(module, kind) and type(module).forward is kind.forward and type(weight) in (nn.Parameter, torch.Tensor, PackedWeight)
 
 
 def _is_rotary(module: nn.Module) -> bool:

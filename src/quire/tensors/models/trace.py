@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from quire.tensors.models.hook import Running, running
 from quire.tensors.models.opaque import OpaqueStep
 from quire.tensors.models.surgery import Surgery
+from quire.tensors.packed import PackedWeight, bytes_of
 
 _TENSOR = object()  # where a tensor was in a skeleton
 _PLAIN = (bool, int, float, str, type(None))
@@ -118,7 +119,7 @@ def trace(layer: nn.Module, few: Call, more: Call, surgery: Surgery) -> Traced:
             results.append(take_apart(layer.forward(*args, **kwargs), outputs))
         return outputs
 
-    fakes = [fake(part[name]) for part, name in weights]
+    fakes = [fake(bytes_of(part[name])) for part, name in weights]
     with torch.inference_mode(False), torch.no_grad(), enable_python_dispatcher(), mode:
         graph = make_fx(flat)(fakes, positions, inputs)
     if len(step.layers) != 1:
@@ -165,14 +166,15 @@ def _token_axes(tensor: torch.Tensor, other: torch.Tensor) -> tuple[int, ...]:
 
 
 class _replaced:
-    """Other tensors in the place of a layer's weights, for the time of a trace."""
+    """Other tensors in the place of a layer's weights, or of the bytes of packed ones, for the time of a trace."""
 
     def __init__(self, weights: tuple[tuple[dict[str, Any], str], ...], given: list[torch.Tensor]) -> None:
         self._weights, self._given = weights, given
         self._before = [part[name] for part, name in weights]
 
     def __enter__(self) -> None:
-        self._put(self._given)
+        pairs = zip(self._before, self._given, strict=True)
+        self._put([before.with_packed(given) if isinstance(before, PackedWeight) else given for before, given in pairs])
 
     def __exit__(self, *_: object) -> None:
         self._put(self._before)

@@ -1,0 +1,267 @@
+// Products with packed weights (packed_formats.h). The law is that of linear.h, with the bits of the weight as it lay before. For codes it is
+//
+//   span s of k (int8: 128, int4: 32):  s_s = fma(x[k], code[k, n], s_s) for k ascending, from 0
+//   y[m, n] = rounded((s_0 * scale[0, n] + s_1 * scale[1, n] + ...) + bias[n]),  fp32 throughout, rounded once
+//
+// on every instruction set: a code is an fp32 number, so no instruction for pairs of bf16 is used.
+//
+// Few rows of x widen W in registers, as it streams by. For more, 16 or 32 columns of one block of k are widened to a scratch in L1 and
+// register tiles go over it.
+#pragma once
+#include "linear.h"
+
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+namespace product {
+
+#if defined(QUIRE_AVX512)
+constexpr int kFewPacked = 12;
+template <int MR>
+constexpr int kFewVectors = MR <= 4 ? 4 : 2;  // lines at once: enough sums to hide a multiply-add's latency
+#else
+constexpr int kFewPacked = 4;
+template <int MR>
+constexpr int kFewVectors = 1;
+#endif
+constexpr int kAhead = 4096;  // bytes ahead of what is read, on the way to the cache
+
+// One block of k of a panel, its columns from 16 * line on.
+struct FewPacked {
+  const float* x;     // cells of each row, a block apart
+  const char* block;  // of the panel
+  float* sums;        // [lines, rows, 16]
+  int line, k;        // k in this block, filled up
+  bool first;
+};
+
+// One unit of k: each cell is made when it is multiplied, so that sums and not weights fill the registers.
+template <class P, int MR, int NV, int I = 0>
+QUIRE_INLINE void few_unit(F32x16 (&acc)[NV][MR], const typename P::Raw* raws, const float* x) {
+  if constexpr (I < kCellsOfUnit<P>) {
+    F32x16 cells[NV];
+    QUIRE_UNROLL for (int j = 0; j < NV; ++j) cells[j] = P::template cell<I>(raws[j]);
+    QUIRE_UNROLL for (int i = 0; i < MR; ++i) {
+      const F32x16 xi = set1(x[i * (kBlock / P::kPerCell) + I]);
+      QUIRE_UNROLL for (int j = 0; j < NV; ++j) acc[j][i] = madd<P::kPerCell>(xi, cells[j], acc[j][i]);
+    }
+    few_unit<P, MR, NV, I + 1>(acc, raws, x);
+  }
+}
+
+template <class P, int MR>
+void few_packed(const FewPacked& g) {
+  constexpr int NV = kFewVectors<MR>;
+  const float* x = g.x;
+  const char* span = g.block;
+  bool first = g.first;
+  for (int k = g.k; k > 0; k -= P::kSpan) {
+    F32x16 acc[NV][MR];
+    QUIRE_UNROLL for (int j = 0; j < NV; ++j)
+      QUIRE_UNROLL for (int i = 0; i < MR; ++i) acc[j][i] = zero();
+    const char* w = span + kScaleBytes<P> + 64 * g.line;
+    for (int units = (k < P::kSpan ? k : P::kSpan) / P::kUnit; units > 0; --units) {
+      typename P::Raw raws[NV];
+      QUIRE_UNROLL for (int j = 0; j < NV; ++j) {
+        __builtin_prefetch(w + kAhead + 64 * j, 0, 2);
+        raws[j] = P::raw(w + 64 * j);
+      }
+      few_unit<P, MR, NV>(acc, raws, x);
+      x += kCellsOfUnit<P>;
+      w += 64 * kLines;
+    }
+    QUIRE_UNROLL for (int j = 0; j < NV; ++j) {
+      F32x16 scale;
+      if constexpr (P::kScaled) scale = load_bf16((const uint16_t*)span + 16 * (g.line + j));
+      QUIRE_UNROLL for (int i = 0; i < MR; ++i) add_block(g.sums + (j * MR + i) * 16, P::kScaled ? mul(acc[j][i], scale) : acc[j][i], first);
+    }
+    span += kSpanBytes<P>;
+    first = false;
+  }
+}
+
+typedef void (*Few)(const FewPacked&);
+template <class P>
+struct FewRows {
+  template <int MR>
+  static constexpr Few of() {
+    if constexpr (MR <= kFewPacked) return &few_packed<P, MR>;
+    return nullptr;
+  }
+  static constexpr Few rows[] = {nullptr, of<1>(), of<2>(), of<3>(), of<4>(), of<5>(), of<6>(), of<7>(), of<8>(), of<9>(), of<10>(), of<11>(), of<12>()};
+};
+
+template <class P>
+constexpr int kCellsOfBlock = kBlock / P::kPerCell;
+
+struct PackedPlan {
+  bool few;
+  int threads, rows, panels;
+  int64_t x_floats, thread_floats;
+};
+
+template <class P>
+PackedPlan packed_plan(const LinearArgs& g) {
+  PackedPlan p{};
+  const int64_t x_row = ceil_div(g.k, kBlock) * kCellsOfBlock<P>;
+  const double read = 0.1 * double(kBlockBytes<P>) / (kWide * kBlock), compute = 0.02 * double(g.m);
+  p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
+  p.few = g.m <= kFewPacked;
+  const int64_t fitting = smaller(kMaxRows, kMaxCells / (x_row + 1) / kTileRows * kTileRows), most = fitting > kTileRows ? fitting : kTileRows;
+  p.rows = p.few ? int(g.m) : int(smaller(g.m, round_up(ceil_div(g.m, ceil_div(g.m, most)), kTileRows)));
+  p.panels = g.m <= 64 ? 1 : kGroupColumns / kWide;
+  p.x_floats = smaller(g.m, most) * x_row;
+  p.thread_floats = p.few ? g.m * kWide : (kCellsOfBlock<P> + 1 + smaller(g.m, most) * p.panels * kWide / kPanel) * kPanel;
+  return p;
+}
+
+// Sums [panel, rows, width] -> y, by its dtype.
+inline void finish_as(const LinearArgs& g, const float* sums, int width, int64_t m0, int rows, int64_t n0, int64_t n1) {
+  if (g.dtype == kF32) return finish<Fp32>(g, sums, width, m0, rows, n0, n1);
+  g.dtype == kBF16 ? finish<Bf16>(g, sums, width, m0, rows, n0, n1) : finish<Fp16>(g, sums, width, m0, rows, n0, n1);
+}
+
+template <class P>
+void pack_x_as(const LinearArgs& g, int64_t m0, int rows, int first, int last, float* out) {
+  if constexpr (P::kPerCell == 2) return pack_x<Bf16>(g, m0, rows, first, last, out, P::kPad);
+  if (g.dtype == kF32) return pack_x<Fp32>(g, m0, rows, first, last, out, P::kPad);
+  g.dtype == kBF16 ? pack_x<WideBf16>(g, m0, rows, first, last, out, P::kPad) : pack_x<Fp16>(g, m0, rows, first, last, out, P::kPad);
+}
+
+template <class P>
+void few_rows_packed(const LinearArgs& g, const float* x, float* sums, int64_t begin, int64_t end) {
+  const int m = int(g.m), lines = m <= 4 ? kFewVectors<1> : kFewVectors<kFewPacked>;
+  const int64_t bytes = panel_bytes<P>(g.k);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const char* block = (const char*)g.w + panel * bytes;
+    int64_t k0 = 0;
+    do {
+      FewPacked a{x + k0 / kBlock * m * kCellsOfBlock<P>, block, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0};
+      for (; a.line < kLines; a.line += lines, a.sums += lines * m * 16) FewRows<P>::rows[m](a);
+      block += kBlockBytes<P>;
+      k0 += kBlock;
+    } while (k0 < g.k);
+    finish_as(g, sums, 16, 0, m, panel * kWide, smaller((panel + 1) * kWide, g.n));
+  }
+}
+
+// kPanel columns of one span, from 16 * line on, as cells [cells, kPanel], with their scales [kPanel].
+template <class P>
+void widen_span(const char* span, int line, int k, float* out, float* scales) {
+  const char* w = span + kScaleBytes<P> + 64 * line;
+  for (int at = 0; at < k; at += P::kUnit, w += 64 * kLines, out += kCellsOfUnit<P> * kPanel) {
+    QUIRE_UNROLL for (int j = 0; j < kTileVectors; ++j) {
+      F32x16 cells[kCellsOfUnit<P>];
+      decode<P>(P::raw(w + 64 * j), cells);
+      QUIRE_UNROLL for (int c = 0; c < kCellsOfUnit<P>; ++c) store(out + c * kPanel + 16 * j, cells[c]);
+    }
+  }
+  if constexpr (P::kScaled)
+    for (int j = 0; j < kTileVectors; ++j) store(scales + 16 * j, load_bf16((const uint16_t*)span + 16 * (line + j)));
+}
+
+// One block of k, kPanel columns of a panel. The tiles share among them the lines of what is wanted next.
+template <class P>
+void block_packed(const float* x, int rows, float* panel, float* sums, const char* block, int line, int k, bool first) {
+  constexpr int kSpans = kBlock / P::kSpan, kRounds = P::kSpan / P::kPerCell / 4, kShare = int(kBlockBytes<P> / 64) * kTileVectors / kLines;
+  float* scales = panel + kCellsOfBlock<P> * kPanel;
+  const int tiles = int(ceil_div(rows, kTileRows)), each = int(ceil_div(kShare, tiles * kSpans));
+  const int64_t per_round = ceil_div(each, kRounds);
+  const char* ahead = block + kBlockBytes<P> + line / kTileVectors * kShare * 64;
+  TileArgs a{x, panel, sums, 0, first, ahead, 64 * per_round, {}, P::kScaled ? scales : nullptr};
+  for (int u = 0; u < 4; ++u) a.ahead_lines[u] = 64 * smaller(u, per_round - 1);
+  int at = 0;
+  do {
+    const int here = k - at < P::kSpan ? k - at : P::kSpan;
+    widen_span<P>(block, line, here, panel, scales);
+    a.cells = here / P::kPerCell;
+    for (int t = 0; t < tiles; ++t) {
+      const int r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
+      a.x = x + r0 * kCellsOfBlock<P> + at / P::kPerCell;
+      a.sums = sums + r0 * kPanel;
+      Tiles<P::kPerCell>::rows[r1 - r0](a);
+      a.ahead += 64 * each;
+    }
+    a.first = false;
+    block += kSpanBytes<P>;
+    at += P::kSpan;
+  } while (at < k);
+}
+
+template <class P>
+void many_rows_packed(const LinearArgs& g, const PackedPlan& p, const float* x, int64_t m0, int rows, float* scratch, int64_t begin, int64_t end) {
+  float *panel = scratch, *sums = panel + (kCellsOfBlock<P> + 1) * kPanel;
+  const int64_t bytes = panel_bytes<P>(g.k);
+  for (int64_t first = begin; first < end; first += p.panels) {
+    const int64_t last = smaller(first + p.panels, end);
+    int64_t k0 = 0;
+    do {
+      const int k = int(round_up(smaller(g.k - k0, kBlock), P::kPad));
+      for (int64_t at = first; at < last; ++at) {
+        const char* block = (const char*)g.w + at * bytes + k0 / kBlock * kBlockBytes<P>;
+        for (int line = 0; line < kLines; line += kTileVectors)
+          block_packed<P>(x + k0 / kBlock * rows * kCellsOfBlock<P>, rows, panel, sums + ((at - first) * kWide + 16 * line) * rows, block, line, k, k0 == 0);
+      }
+      k0 += kBlock;
+    } while (k0 < g.k);
+    finish_as(g, sums, kPanel, m0, rows, first * kWide, smaller(last * kWide, g.n));
+  }
+}
+
+template <class P>
+void part_packed(const LinearArgs& g, const PackedPlan& p, int id, int team) {
+  float* scratch = g.scratch + p.x_floats + id * p.thread_floats;
+  const int64_t panels = ceil_div(g.n, kWide), begin = panels * id / team, end = panels * (id + 1) / team;
+  if (p.few) return few_rows_packed<P>(g, g.scratch, scratch, begin, end);
+  for (int64_t m0 = 0; m0 < g.m; m0 += p.rows) {
+    const int rows = int(smaller(g.m - m0, p.rows));
+    if (m0 > 0 && team > 1) {
+#pragma omp barrier
+    }
+    pack_x_as<P>(g, m0, rows, rows * id / team, rows * (id + 1) / team, g.scratch);
+    if (team > 1) {
+#pragma omp barrier
+    }
+    many_rows_packed<P>(g, p, g.scratch, m0, rows, scratch, begin, end);
+  }
+}
+
+template <class P>
+void run_packed(const LinearArgs& g) {
+  const PackedPlan p = packed_plan<P>(g);
+  if (p.few) pack_x_as<P>(g, 0, int(g.m), 0, int(g.m), g.scratch);
+  if (p.threads == 1) return part_packed<P>(g, p, 0, 1);
+#pragma omp parallel num_threads(p.threads)
+  part_packed<P>(g, p, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// f(P{}) for the struct by which a product reads its packed weight.
+template <class Function>
+void with_operand(const LinearArgs& g, const Function& f) {
+#if defined(QUIRE_ISA_avx512bf16)
+  if (g.format == kPackedBF16 && g.dtype == kBF16) return f(PackedPairs{});
+#endif
+  with_packed(g.format, f);
+}
+
+inline int64_t scratch_floats_for(const LinearArgs* g) {
+  if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
+  if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
+  int64_t floats = 0;
+  with_operand(*g, [&](auto operand) {
+    const PackedPlan p = packed_plan<decltype(operand)>(*g);
+    floats = p.x_floats + p.threads * p.thread_floats;
+  });
+  return floats;
+}
+
+inline void multiply_any(const LinearArgs* g) {
+  if (g->format == kRowsNK) return multiply<false>(*g);
+  if (g->format == kRowsKN) return multiply<true>(*g);
+  with_operand(*g, [&](auto operand) { run_packed<decltype(operand)>(*g); });
+}
+
+}  // namespace product
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire

@@ -1,0 +1,116 @@
+"""A model's weights, packed once at load (packed.py): linear layers, GPT-2's Conv1D, and the head, also where it is the embedding as well.
+
+For a model of our own alone; a live one's owner goes on with it. Weights go one by one and what was is let go at once, so that memory never holds
+two copies of more than one. A weight that other kinds of modules have too stays as it is, and so do the experts that are one parameter of three
+dimensions.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from quire.errors import UnsupportedModelError
+from quire.tensors.attention.base import PackingProducts
+from quire.tensors.device import give_back
+from quire.tensors.models.surgery import is_plain
+from quire.tensors.packed import PackedLayout, PackedWeight
+
+_ALIGNMENT = 4096
+
+
+@dataclass(slots=True)
+class _Weight:
+    """A weight that may be packed: its full name, the dicts that hold it, and whether it is [K, N]."""
+
+    tensor: torch.Tensor
+    name: str
+    transposed: bool
+    holders: list[dict[str, torch.Tensor | None]] = field(default_factory=list)
+    packs: bool = False  # a linear layer is among them
+    foreign: bool = False  # so is something else than linear layers and embeddings
+
+    def layout(self, quantization: str) -> PackedLayout:
+        n, k = self.tensor.shape[::-1] if self.transposed else self.tensor.shape
+        return PackedLayout(n, k, self.tensor.dtype, quantization)
+
+
+def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization: str) -> None:
+    """Replace the weights of `model`, which must be ours, by packed ones.
+
+    Raises UnsupportedModelError if `quantization` is asked for and there is nothing to quantise.
+    """
+    weights = _weights(model)
+    if quantization != "none" and not weights:
+        raise UnsupportedModelError(f"{model.config.model_type}: quantization={quantization!r}: none of its weights is a linear layer's")
+    layouts = [weight.layout(quantization) for weight in weights]
+    sizes = [products.packed_bytes(layout) for layout in layouts]
+    room = _room(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+    mapped = _file_mappings()
+    offset = 0
+    while weights:
+        weight, layout, size = weights.pop(0), layouts.pop(0), sizes.pop(0)
+        if size == 0:
+            continue
+        out = room[offset : offset + size]
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+        plain = weight.tensor.detach()
+        products.pack(plain.t() if weight.transposed else plain, layout, out)
+        packed = PackedWeight(out, layout, products.rows, weight.name, weight.transposed)
+        for holder in weight.holders:
+            holder["weight"] = packed
+        _let_go(plain, mapped)
+
+
+def _weights(model: PreTrainedModel) -> list[_Weight]:
+    """The weights that can be packed, in the model's order."""
+    found: dict[int, _Weight] = {}
+    for prefix, module in model.named_modules():
+        embedding = isinstance(module, nn.Embedding) and module.max_norm is None
+        served = is_plain(module, nn.Linear) or is_plain(module, Conv1D) or embedding
+        for name, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            known = found.setdefault(id(tensor), _Weight(tensor, f"{prefix}.{name}", isinstance(module, Conv1D)))
+            if served and name == "weight" and known.transposed == isinstance(module, Conv1D):
+                known.holders.append(module._parameters)
+                known.packs = known.packs or not embedding
+            else:
+                known.foreign = True
+    return [weight for weight in found.values() if weight.packs and not weight.foreign]
+
+
+def _room(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes] of memory not yet touched, in huge pages where the system gives them: a product walks through all of it."""
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """Where the checkpoint's files lie in memory."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    ends = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
+    return [(int(first, 16), int(last, 16)) for first, last in ends]
+
+
+def _let_go(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
+    """Nobody reads `tensor` again. If it is part of a mapped file, which is held as a whole, its pages leave memory now."""
+    first = tensor.data_ptr()
+    last = first + tensor.numel() * tensor.element_size()
+    if any(start <= first and last <= end for start, end in mapped):
+        give_back(first, last - first)
