@@ -39,13 +39,10 @@ float* scratch_of_this_thread(int64_t num_floats) {
 void product(int32_t format, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t x_stride,
              int64_t w_stride, int32_t dtype, int32_t num_threads) {
   require(m >= 0 && n >= 0 && k >= 0 && is_dtype(dtype) && format >= 0 && format < kNumWeightFormats && num_threads >= 1);
-  if (m == 0 || n == 0) return;  // the kernels want something to do
-  const LinearKernels& kernels = active_kernels().linear;
-  LinearArgs args{pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(y), m, n, k, x_stride, w_stride, dtype, format, num_threads, nullptr};
-  args.scratch = scratch_of_this_thread(kernels.scratch_floats(&args));
-  if (double(m) * double(n) * double(k) < 2e5) return kernels.multiply(&args);  // microseconds: not worth another thread's turn
+  const LinearArgs args{pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(y), m, n, k, x_stride, w_stride, dtype, format, num_threads, nullptr};
+  if (double(m) * double(n) * double(k) < 2e5) return multiply(args);  // microseconds: not worth another thread's turn
   nb::gil_scoped_release release;
-  kernels.multiply(&args);
+  multiply(args);
 }
 
 void pack(int32_t format, uintptr_t w, uintptr_t packed, int64_t n, int64_t k, int64_t stride, int32_t dtype, int32_t num_threads) {
@@ -61,7 +58,7 @@ void packed_rows(int32_t format, uintptr_t packed, uintptr_t ids, uintptr_t out,
   const auto* id = pointer<int64_t>(ids);
   for (int64_t i = 0; i < count; ++i)
     if (id[i] < 0 || id[i] >= n) throw nb::index_error("a row's id is out of range");
-  const RowsArgs args{pointer<void>(packed), id, pointer<void>(out), count, n, k, format, dtype, num_threads};
+  const UnpackArgs args{pointer<void>(packed), id, pointer<void>(out), count, n, k, format, dtype, num_threads};
   nb::gil_scoped_release release;
   active_kernels().linear.rows(&args);
 }
@@ -72,6 +69,13 @@ int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
 }
 
 }  // namespace
+
+void multiply(LinearArgs args) {
+  if (args.m == 0 || args.n == 0) return;  // the kernels want something to do
+  const LinearKernels& kernels = active_kernels().linear;
+  args.scratch = scratch_of_this_thread(kernels.scratch_floats(&args));
+  kernels.multiply(&args);
+}
 
 void bind_linear(nb::module_& m) {
   m.def("product", &product);

@@ -6,6 +6,7 @@
 #include "encode.h"
 #include "kernels.h"
 #include "linear_pack.h"
+#include "rows.h"
 #include "sampling.h"
 
 #define QUIRE_STRING2(x) #x
@@ -15,7 +16,7 @@ namespace quire {
 namespace QUIRE_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {QUIRE_STRING(QUIRE_ISA), kBlockRows, kSplitRows, &attend, &commit, &encode, linear_kernels, sampling_kernels};
+const Kernels kernels = {QUIRE_STRING(QUIRE_ISA), kBlockRows, kSplitRows, &attend, &commit, &encode, linear_kernels, sampling_kernels, &run_rows};
 
 }  // namespace QUIRE_ISA
 }  // namespace quire

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "linear_args.h"
+#include "rows_args.h"
 #include "sampling_args.h"
 
 namespace quire {
@@ -101,6 +102,7 @@ struct Kernels {
   int (*encode)(const EncodeArgs*);
   LinearKernels linear;
   SamplingKernels sampling;
+  void (*run_rows)(const RowsArgs*);
 };
 
 // Floats of one row's partial result: its output, its largest score, its sum.

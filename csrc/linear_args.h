@@ -26,7 +26,7 @@ struct PackArgs {
 };
 
 // Rows ids[i] of a packed weight [N, K] to out[i, K], contiguous, of a dtype.
-struct RowsArgs {
+struct UnpackArgs {
   const void* packed;
   const int64_t* ids;
   void* out;
@@ -38,7 +38,7 @@ struct LinearKernels {
   int64_t (*scratch_floats)(const LinearArgs*);
   void (*multiply)(const LinearArgs*);
   void (*pack)(const PackArgs*);
-  void (*rows)(const RowsArgs*);
+  void (*rows)(const UnpackArgs*);
   int64_t (*packed_bytes)(int32_t format, int64_t n, int64_t k);
 };
 

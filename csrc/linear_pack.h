@@ -108,7 +108,7 @@ float scale_of(const char* span, int64_t column) {
 
 // 16 whole columns of the packed weight, one after the other, to 16 rows of elements.
 template <class F, class P>
-void whole_group(const RowsArgs& g, int64_t group, typename F::Elem* out) {
+void whole_group(const UnpackArgs& g, int64_t group, typename F::Elem* out) {
   const int line = int(group % kLines);
   const char* span = (const char*)g.packed + group / kLines * panel_bytes<P>(g.k);
   for (int64_t k = 0; k < g.k; k += P::kSpan, span += kSpanBytes<P>) {
@@ -128,7 +128,7 @@ void whole_group(const RowsArgs& g, int64_t group, typename F::Elem* out) {
 }
 
 template <class F, class P>
-void one_row(const RowsArgs& g, int64_t n, typename F::Elem* out) {
+void one_row(const UnpackArgs& g, int64_t n, typename F::Elem* out) {
   const int line = int(n / 16 % kLines), column = int(n % 16);
   const char* span = (const char*)g.packed + n / kWide * panel_bytes<P>(g.k);
   for (int64_t k = 0; k < g.k; k += P::kSpan, span += kSpanBytes<P>) {
@@ -144,7 +144,7 @@ void one_row(const RowsArgs& g, int64_t n, typename F::Elem* out) {
 }
 
 template <class F>
-void rows_as(const RowsArgs& g) {
+void rows_as(const UnpackArgs& g) {
   with_packed(g.format, [&](auto packed) {
     using P = decltype(packed);
 #pragma omp parallel for schedule(static) num_threads(g.num_threads)
@@ -161,7 +161,7 @@ void rows_as(const RowsArgs& g) {
   });
 }
 
-inline void rows(const RowsArgs* g) { g->dtype == kF32 ? rows_as<Fp32>(*g) : g->dtype == kBF16 ? rows_as<WideBf16>(*g) : rows_as<Fp16>(*g); }
+inline void rows(const UnpackArgs* g) { g->dtype == kF32 ? rows_as<Fp32>(*g) : g->dtype == kBF16 ? rows_as<WideBf16>(*g) : rows_as<Fp16>(*g); }
 
 inline int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
   int64_t bytes = 0;

@@ -90,5 +90,6 @@ NB_MODULE(_native, m) {
   m.def("set_threads_here", [](int n) { omp_set_num_threads(n); }, nb::arg("num_threads"));
   bind_attention(m);
   bind_linear(m);
+  bind_rows(m);
   bind_sampling(m);
 }

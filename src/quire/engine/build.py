@@ -47,13 +47,14 @@ class EngineInfo:
 
     Sizes in bytes. A step computes at most `max_tokens_per_step` tokens, whose tensors take about `workspace_bytes`. `max_cached_tokens` is what a
     full pool holds of one long sequence; `bytes_per_token` is before any window has moved on. `hidden_size` is None for a model that
-    gives no embeddings.
+    gives no embeddings. `layers`: how many decoder layers run as native programs, as compiled code, or plain, and why.
     """
 
     model: str
     model_type: str
     dtype: str
     backend: str
+    layers: str
     num_threads: int
     context_len: int
     vocab_size: int
@@ -147,6 +148,8 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         _context_len(config, model)  # refused before compiling and probing take their time
         if config.compile:
             model.compile()
+        elif kernels.sampler == "native":
+            model.lower()
         probe(model)
     except BaseException:
         model.close()
@@ -256,6 +259,7 @@ def _info(
         model_type=model.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         backend=kernels.name,
+        layers=_layers(model),
         num_threads=num_threads,
         context_len=context_len,
         vocab_size=model.vocab_size,
@@ -272,6 +276,15 @@ def _info(
         max_cached_tokens=num_pages // len(full) * full[0].page_size,
         groups=tuple(_describe(g) for g in arrangement.groups),
     )
+
+
+def _layers(model: CausalModel) -> str:
+    if model.compiled:
+        return "compiled"
+    if model.lowered is None:
+        return "plain"
+    why = "; ".join(f"{name} is plain: {reason}" for name, reason in model.lowered.plain.items())
+    return f"{model.lowered.num_lowered} of {len(model.layers)} as programs{f' ({why})' if why else ''}"
 
 
 def _describe(group: Group) -> str:

@@ -96,6 +96,11 @@ def bytes_of(weight: torch.Tensor) -> torch.Tensor:
     return weight.packed if type(weight) is PackedWeight else weight
 
 
+def form_of(weight: torch.Tensor) -> PackedLayout | None:
+    """A packed weight's form, None of another."""
+    return weight.form if type(weight) is PackedWeight else None
+
+
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """torch's own product with a packed weight, some rows of it unpacked at a time, in x's dtype."""
     if not isinstance(weight, PackedWeight) or isinstance(x, PackedWeight):

@@ -23,14 +23,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quire.errors import ConfigError, UnsupportedModelError
+from quire.tensors.models.calls import Call, decoder_layers, foreign_module, layer_ids, likeness, put_together, take_apart
 from quire.tensors.models.geometry import LayerGeometry, NoAttention
 from quire.tensors.models.hook import current
 from quire.tensors.models.opaque import OpaqueProducts
 from quire.tensors.models.surgery import Surgery
-from quire.tensors.models.trace import Call, Traced, UntraceableError, example_inputs, likeness, put_together, same_for, take_apart, trace
+from quire.tensors.models.trace import Traced, UntraceableError, example_inputs, same_for, trace
 from quire.tensors.packed import bytes_of
 
 GRANULE = 16  # tokens a step is padded to: floats in the longest vector
@@ -53,6 +53,8 @@ def compile_layers(model: PreTrainedModel, surgery: Surgery, run: RunTokens, *, 
     """
     compiler = _compiler()
     layers = decoder_layers(model)
+    if not layers:
+        raise UnsupportedModelError(f"{model.config.model_type}: compile=True: it has no layers that transformers marks as decoder layers")
     if live:
         for layer in layers:
             _refuse_foreign(model, layer)
@@ -86,43 +88,21 @@ def compile_layers(model: PreTrainedModel, surgery: Surgery, run: RunTokens, *, 
     return hashlib.sha256("\n".join([compiler, *compiled]).encode()).hexdigest()
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The outermost of the layers that transformers marks as repeated ones and that hold attention, in order."""
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in model.modules():
-        if id(module) in inside or not isinstance(module, GradientCheckpointingLayer):
-            continue
-        inside.update(id(inner) for inner in module.modules())
-        if _layer_ids(module):
-            found.append(module)
-    if not found:
-        raise UnsupportedModelError(f"{model.config.model_type}: compile=True: it has no layers that transformers marks as decoder layers")
-    return found
-
-
-def _layer_ids(layer: nn.Module) -> set[int]:
-    found = {getattr(inner, "layer_idx", None) for inner in layer.modules()}
-    return {layer_idx for layer_idx in found if isinstance(layer_idx, int)}
-
-
 def _layer_idx(layer: nn.Module) -> int:
-    layer_ids = _layer_ids(layer)
-    if len(layer_ids) != 1:
-        raise UntraceableError(f"its modules belong to layers {sorted(layer_ids)}")
-    return layer_ids.pop()
+    found = layer_ids(layer)
+    if len(found) != 1:
+        raise UntraceableError(f"its modules belong to layers {sorted(found)}")
+    return found.pop()
 
 
 def _refuse_foreign(model: PreTrainedModel, layer: nn.Module) -> None:
     """A live model's own Python is read once, when it is traced: adapters that are switched on and off, or hooks, would be seen no more."""
-    for module in layer.modules():
-        foreign = type(module).__module__.split(".")[0] not in ("torch", "transformers")
-        hooked = module is not layer and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-        if foreign or hooked:
-            raise UnsupportedModelError(
-                f"{model.config.model_type}: compile=True: {type(module).__name__} in a layer of this live model is its owner's code, or wrapped:"
-                " it may change what it computes, and a compiled layer would not see that"
-            )
+    module = foreign_module(layer)
+    if module is not None:
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: compile=True: {type(module).__name__} in a layer of this live model is its owner's code, or wrapped:"
+            " it may change what it computes, and a compiled layer would not see that"
+        )
 
 
 def _record(layers: Sequence[nn.Module], run: Callable[[], object]) -> dict[nn.Module, list[Call]]:

@@ -38,15 +38,16 @@ def in_whole_vectors(function: Callable[[torch.Tensor], torch.Tensor], x: torch.
 
 
 class ExactMode(TorchFunctionMode):
-    """While on, products go to `products` and elementwise functions run in whole vectors, whoever calls them."""
+    """While on, products go to `products` and elementwise functions run in whole vectors, whoever calls them; the latter unless they are recorded."""
 
-    def __init__(self, products: Products) -> None:
+    def __init__(self, products: Products, *, whole_vectors: bool = True) -> None:
         super().__init__()
         self.products = products
+        self._handlers = HANDLERS if whole_vectors else {func: handler for func, handler in HANDLERS.items() if handler is not _elementwise}
         self._paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = None if self._paused else HANDLERS.get(func)
+        handler = None if self._paused else self._handlers.get(func)
         if handler is None:
             return func(*args, **(kwargs or {}))
         return handler(self.products, func, args, kwargs or {})

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,6 +24,10 @@ from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
 from quire.tensors.models.surgery import Surgery
 from quire.tensors.packed import bytes_of
+
+if TYPE_CHECKING:
+    from quire.tensors.models.lowered import LoweredLayers
+    from quire.tensors.models.recording import Recorder
 
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -41,6 +46,7 @@ class CausalModel:
         weight_bytes: of parameters and buffers, shared ones once. live: whether the caller owns the model.
         everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py).
         compiled: whether its layers are compiled code (see compiled.py), which gives other bits than plain ones do.
+        lowered: its layers that run as native programs (see lowered.py), which gives other bits too; None before `lower()`.
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be served.
     """
@@ -58,6 +64,7 @@ class CausalModel:
         self.everywhere = self.compiled = False
         self._model: PreTrainedModel | None = model
         self._products = products
+        self.lowered: LoweredLayers | None = None
         self._surgery: Surgery | None = Surgery(model, products, live=live)
         self._output_layer = output_layer(model)
         self.hidden_size = self._output_layer.in_features if self._output_layer is not None else None
@@ -108,6 +115,8 @@ class CausalModel:
         if self._takes_logits_at:
             inputs["logits_to_keep"] = logits_at
         model, surgery = self._open()
+        if self.lowered is not None and self.lowered.intact():
+            surgery = self.lowered.surgery
         # Buffers a live model makes lazily in a forward must serve its trainer's backward later, which inference tensors cannot.
         with (
             torch.inference_mode(not self.live),
@@ -129,7 +138,8 @@ class CausalModel:
         if not self.live:
             return 0
         model, _ = self._open()
-        return hash(tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters()))
+        weights = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters())
+        return hash((weights, self.lowered is not None and self.lowered.intact()))
 
     def compile(self) -> None:
         """Compile the decoder layers; every forward from now on runs the compiled ones. Takes a minute the first time, seconds from torch's cache.
@@ -148,6 +158,29 @@ class CausalModel:
         code = compile_layers(model, surgery, run, live=self.live, geometry=self.layers)
         self._tokens_multiple = GRANULE
         self.compiled, self.identity = True, f"{self.identity} {code}"
+
+    def lower(self) -> None:
+        """Run the decoder layers that can be as native programs from now on; `lowered` tells which cannot, and why. Takes milliseconds a layer.
+
+        Needs native products. Call it before anything is computed: the logits' bits, and `identity` with them, are others afterwards.
+        """
+        from quire.tensors.models.lowered import lower_layers  # needs the native kernels, without which this model may be served as well
+        from quire.tensors.models.recording import RecordingProducts, RecordingStep
+        from quire.tensors.native_products import NativeProducts
+
+        model, _ = self._open()
+        products = self._products
+        assert isinstance(products, NativeProducts)
+        token = ordinary_tokens(model.config, 64)[0]
+
+        def record(recorder: Recorder, num_tokens: int) -> None:
+            with self.with_products(RecordingProducts(recorder, products), whole_vectors=False), recorder.watching():
+                ids, nowhere = torch.full((num_tokens,), token), torch.empty(0, dtype=torch.long)
+                self.forward(RecordingStep(recorder), ids, torch.arange(num_tokens), nowhere)
+
+        self.lowered = lower_layers(model, products, record, live=self.live, geometry=self.layers)
+        if self.lowered.num_lowered:
+            self.identity = f"{self.identity} {self.lowered.code}"
 
     @property
     def transformers_model(self) -> PreTrainedModel:
@@ -168,18 +201,18 @@ class CausalModel:
             yield
 
     @contextmanager
-    def with_products(self, products: Products) -> Iterator[None]:
-        """Inside, this model's forwards take these products."""
-        model, before = self._open()
-        self._surgery = Surgery(model, products, live=self.live)
+    def with_products(self, products: Products, *, whole_vectors: bool = True) -> Iterator[None]:
+        """Inside, this model's forwards take these products, in plain layers. `whole_vectors`: see `Surgery`."""
+        (model, before), lowered = self._open(), self.lowered
+        self._surgery, self.lowered = Surgery(model, products, live=self.live, whole_vectors=whole_vectors), None
         try:
             yield
         finally:
-            self._surgery = before
+            self._surgery, self.lowered = before, lowered
 
     def close(self) -> None:
         """Let go of the model. Idempotent. Nothing is left on it, as nothing of ours outlives a forward."""
-        self._model = self._surgery = self._output_layer = None
+        self._model = self._surgery = self._output_layer = self.lowered = None
 
     def _open(self) -> tuple[PreTrainedModel, Surgery]:
         if self._model is None or self._surgery is None:

@@ -43,8 +43,9 @@ class Surgery:
     Attributes: `mode`, `query_scales` (layer_idx -> Llama 4's query temperature), `chunks` (layer_idx -> chunk, filled by the first forward).
     """
 
-    def __init__(self, model: PreTrainedModel, products: Products, *, live: bool) -> None:
-        self.mode = ExactMode(products)
+    def __init__(self, model: PreTrainedModel, products: Products, *, live: bool, whole_vectors: bool = True) -> None:
+        """`whole_vectors`: whether elementwise functions are given whole vectors (see exact.py)."""
+        self.mode = ExactMode(products, whole_vectors=whole_vectors)
         self.query_scales: dict[int, QueryScale] = {}
         self.chunks: dict[int, int] = {}
         self._forwards: list[tuple[dict[str, Any], Forward]] = []  # a module's __dict__, its forward during ours
@@ -52,7 +53,7 @@ class Surgery:
         self._states = [module.__dict__ for module in model.modules()] if live else []
         for module in model.modules():
             forward = _forward_of(module, products, self.mode)
-            if forward is not None:
+            if forward is not None and (whole_vectors or not isinstance(module, _ACTIVATIONS)):
                 self._forwards.append((module.__dict__, forward))
             self._take_over_query_scale(module)
         for config in _configs(model):

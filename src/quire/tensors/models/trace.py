@@ -9,7 +9,6 @@ Shape letters: T packed tokens, padding included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,31 +20,17 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from quire.tensors.models.calls import Call, Weights, put_together, take_apart, weights_of
 from quire.tensors.models.hook import Running, running
 from quire.tensors.models.opaque import OpaqueStep
 from quire.tensors.models.surgery import Surgery
 from quire.tensors.packed import PackedWeight, bytes_of
 
-_TENSOR = object()  # where a tensor was in a skeleton
-_PLAIN = (bool, int, float, str, type(None))
 _TOKENS = (16, 32, 48, 512, 4096, 2**20)  # numbers of tokens at which a graph's conditions must hold
 
 
 class UntraceableError(Exception):
     """The layer cannot be a graph; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a layer: its tensors in order, and its arguments with those taken out."""
-
-    skeleton: Any
-    tensors: tuple[torch.Tensor, ...]
-
-    @property
-    def shapes(self) -> tuple[object, ...]:
-        """What a trace of it depends on."""
-        return repr(self.skeleton), *((tensor.shape, tensor.dtype) for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +44,9 @@ class Traced:
     graph: GraphModule
     key: str
     layer_idx: int
-    weights: tuple[tuple[dict[str, Any], str], ...]
+    weights: Weights
     skeleton: Any
     result: Any
-
-
-def take_apart(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """The skeleton of nested arguments; their tensors are appended to `tensors`."""
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return _TENSOR
-    if type(value) in (tuple, list):
-        return [take_apart(item, tensors) for item in value] if type(value) is list else tuple([take_apart(item, tensors) for item in value])
-    if type(value) is dict:
-        return {name: take_apart(item, tensors) for name, item in value.items()}
-    return value
-
-
-def put_together(skeleton: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """The inverse of `take_apart`."""
-    if skeleton is _TENSOR:
-        return next(tensors)
-    if type(skeleton) in (tuple, list):
-        return type(skeleton)(put_together(item, tensors) for item in skeleton)
-    if type(skeleton) is dict:
-        return {name: put_together(item, tensors) for name, item in skeleton.items()}
-    return skeleton
 
 
 def trace(layer: nn.Module, few: Call, more: Call, surgery: Surgery) -> Traced:
@@ -92,7 +54,7 @@ def trace(layer: nn.Module, few: Call, more: Call, surgery: Surgery) -> Traced:
 
     Raises UntraceableError, and whatever a layer raises that branches on values or counts on a number of tokens.
     """
-    weights = _weights(layer)
+    weights = weights_of(layer)
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, static_shapes=False)
 
@@ -130,33 +92,12 @@ def trace(layer: nn.Module, few: Call, more: Call, surgery: Surgery) -> Traced:
 
 def same_for(traced: Traced, layer: nn.Module, layer_idx: int) -> Traced:
     """What `trace` would give for a layer alike the one that was traced."""
-    return replace(traced, layer_idx=layer_idx, weights=_weights(layer))
-
-
-def likeness(layer: nn.Module) -> tuple[object, ...]:
-    """Equal for layers that must give the same graph: the same modules, shapes and attributes but for layer_idx.
-
-    An attribute that is no plain value must be one and the same object.
-    """
-    told: list[object] = []
-    for name, module in layer.named_modules():
-        told += [name, type(module)]
-        for attribute, value in module.__dict__.items():
-            if attribute in ("_parameters", "_buffers"):
-                told += [(key, None if x is None else (x.shape, x.stride(), x.dtype, type(x))) for key, x in value.items()]
-            elif attribute not in ("_modules", "layer_idx") and not (attribute.startswith("_") and not value):  # empty: no hooks of any kind
-                told += [attribute, value if isinstance(value, _PLAIN) else id(value)]
-    return tuple(told)
+    return replace(traced, layer_idx=layer_idx, weights=weights_of(layer))
 
 
 def example_inputs(graph: GraphModule) -> list[Any]:
     """The shapes a graph was traced with, as tensors without data."""
     return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-
-
-def _weights(layer: nn.Module) -> tuple[tuple[dict[str, Any], str], ...]:
-    parts = [part for module in layer.modules() for part in (module._parameters, module._buffers)]
-    return tuple((part, name) for part in parts for name, weight in part.items() if weight is not None)
 
 
 def _token_axes(tensor: torch.Tensor, other: torch.Tensor) -> tuple[int, ...]:
@@ -168,7 +109,7 @@ def _token_axes(tensor: torch.Tensor, other: torch.Tensor) -> tuple[int, ...]:
 class _replaced:
     """Other tensors in the place of a layer's weights, or of the bytes of packed ones, for the time of a trace."""
 
-    def __init__(self, weights: tuple[tuple[dict[str, Any], str], ...], given: list[torch.Tensor]) -> None:
+    def __init__(self, weights: Weights, given: list[torch.Tensor]) -> None:
         self._weights, self._given = weights, given
         self._before = [part[name] for part, name in weights]
 

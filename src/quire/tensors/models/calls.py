@@ -1,0 +1,103 @@
+"""A model's decoder layers and the calls that are made of them: what compiled and lowered layers both begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_TENSOR = object()  # where a tensor was in a skeleton
+_PLAIN = (bool, int, float, str, type(None))
+
+Weights = tuple[tuple[dict[str, Any], str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a layer: its tensors in order, and its arguments with those taken out."""
+
+    skeleton: Any
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def shapes(self) -> tuple[object, ...]:
+        """What a trace of it depends on."""
+        return repr(self.skeleton), *((tensor.shape, tensor.dtype) for tensor in self.tensors)
+
+
+def take_apart(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """The skeleton of nested arguments; their tensors are appended to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _TENSOR
+    if type(value) in (tuple, list):
+        return [take_apart(item, tensors) for item in value] if type(value) is list else tuple([take_apart(item, tensors) for item in value])
+    if type(value) is dict:
+        return {name: take_apart(item, tensors) for name, item in value.items()}
+    return value
+
+
+def put_together(skeleton: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The inverse of `take_apart`."""
+    if skeleton is _TENSOR:
+        return next(tensors)
+    if type(skeleton) in (tuple, list):
+        return type(skeleton)(put_together(item, tensors) for item in skeleton)
+    if type(skeleton) is dict:
+        return {name: put_together(item, tensors) for name, item in skeleton.items()}
+    return skeleton
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The outermost of the layers that transformers marks as repeated ones and that hold attention, in order."""
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside or not isinstance(module, GradientCheckpointingLayer):
+            continue
+        inside.update(id(inner) for inner in module.modules())
+        if layer_ids(module):
+            found.append(module)
+    return found
+
+
+def layer_ids(layer: nn.Module) -> set[int]:
+    """Every layer_idx that a layer's modules have."""
+    found = {getattr(inner, "layer_idx", None) for inner in layer.modules()}
+    return {layer_idx for layer_idx in found if isinstance(layer_idx, int)}
+
+
+def foreign_module(layer: nn.Module) -> nn.Module | None:
+    """A module in `layer` that is its owner's code, or hooked or wrapped: what it computes may change without a trace."""
+    for module in layer.modules():
+        foreign = type(module).__module__.split(".")[0] not in ("torch", "transformers")
+        hooked = module is not layer and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+        if foreign or hooked:
+            return module
+    return None
+
+
+def likeness(layer: nn.Module) -> tuple[object, ...]:
+    """Equal for layers that must do the same: the same modules, shapes and attributes but for layer_idx.
+
+    An attribute that is no plain value must be one and the same object.
+    """
+    told: list[object] = []
+    for name, module in layer.named_modules():
+        told += [name, type(module)]
+        for attribute, value in module.__dict__.items():
+            if attribute in ("_parameters", "_buffers"):
+                told += [(key, None if x is None else (x.shape, x.stride(), x.dtype, type(x))) for key, x in value.items()]
+            elif attribute not in ("_modules", "layer_idx") and not (attribute.startswith("_") and not value):  # empty: no hooks of any kind
+                told += [attribute, value if isinstance(value, _PLAIN) else id(value)]
+    return tuple(told)
+
+
+def weights_of(layer: nn.Module) -> Weights:
+    """Where a layer's parameters and buffers are found at a call: a dictionary and a name in it, each."""
+    parts = [part for module in layer.modules() for part in (module._parameters, module._buffers)]
+    return tuple((part, name) for part in parts for name, weight in part.items() if weight is not None)

@@ -1,0 +1,181 @@
+"""A plan as the native program that carries it out: where each value lies, and what runs between two products in one go over each token's row.
+
+A value is kept as rows of its dtype where a product, attention, the caller or a later stretch of operators reads it; all others live in a thread's
+scratch, as fp32, for the time of one token.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire.tensors.models.lowering import Multiply, Operand, Plan, Work
+from quire.tensors.models.recording import UnlowerableError
+from quire.tensors.native import DTYPE_CODES, lib
+
+# csrc/rows_args.h: RowOp, by number.
+_OPS = (
+    "load", "store", "copy", "add", "sub", "mul", "div", "add_scalar", "mul_scalar", "div_scalar",
+    "rsqrt", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "mean", "layer_norm",
+)  # fmt: skip
+_CODES = {name: code for code, name in enumerate(_OPS)}
+_INSTRUCTION, _BUFFER, _STEP = struct.Struct("=6if16i"), struct.Struct("=3q"), struct.Struct("=13q")
+_LINE = 64  # bytes
+
+Stretch = list[Work]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`native`: quire._native.Program. Steps [0, middle) come before attention, [middle, end) after it. `given`: the values whose addresses each run
+    takes, in order."""
+
+    native: Any
+    middle: int
+    end: int
+    given: tuple[int, ...]
+
+
+def assemble(plan: Plan) -> Program:
+    """The program of a plan."""
+    before, after = _stretches(_scheduled(plan.before)), _stretches(_scheduled(plan.after))
+    steps = [*before, *after]
+    given = [value for value, _ in (*plan.weights, *plan.inputs)] + [*plan.attend.values, plan.attend.out] + [value for value, _ in plan.outputs]
+    if len(set(given)) != len(given):
+        raise UnlowerableError("two of its results are one tensor")
+    if any(count > 1 for count in Counter(value for step in steps for value in _written(step)).values()):
+        raise UnlowerableError("a product comes between two parts of a tensor")
+    weights = {value for value, _ in plan.weights}
+    lives: dict[int, tuple[int, int]] = {}  # value that is kept and not given -> first and last step
+    for i, step in enumerate(steps):
+        for value in _outside(step):
+            if value not in given:
+                lives[value] = (lives.get(value, (i, i))[0], i)
+    for i, step in enumerate(steps):  # what a later step reads is kept from the one that made it
+        for value in _written(step):
+            if value in lives:
+                lives[value] = (min(lives[value][0], i), lives[value][1])
+    sizes = {value: plan.sizes[value] * plan.dtypes[value].itemsize for value in lives}
+    places, arena_bytes = _placed([(value, *lives[value], sizes[value]) for value in lives], _LINE)
+    numbers = {value: number for number, value in enumerate([*given, *places])}
+    buffers = b"".join(
+        _BUFFER.pack(0 if v in weights else plan.sizes[v] * plan.dtypes[v].itemsize, _dtype(plan, v), places.get(v, -1)) for v in numbers
+    )
+    instructions: list[bytes] = []
+    packed, scratch_floats = [], 16
+    for step in steps:
+        if isinstance(step, Multiply):
+            bias = -1 if step.bias is None else numbers[step.bias]
+            packed.append(
+                _STEP.pack(
+                    1 + step.weight_format, 0, 0, numbers[step.x], step.x_at, numbers[step.weight], bias, numbers[step.out],
+                    step.rows, step.n, step.k, step.x_stride, step.weight_stride,
+                )
+            )  # fmt: skip
+            continue
+        made, floats = _instructions(step, plan, numbers)
+        packed.append(_STEP.pack(0, len(instructions), len(made), *(0,) * 10))
+        instructions += made
+        scratch_floats = max(scratch_floats, floats)
+    native = lib.Program(b"".join(instructions), buffers, b"".join(packed), scratch_floats, arena_bytes)
+    return Program(native, len(before), len(steps), tuple(given))
+
+
+def _dtype(plan: Plan, value: int) -> int:
+    """As the kernels know it; 0 for the bytes of a packed weight, whose form its product names."""
+    return DTYPE_CODES.get(plan.dtypes[value], 0)
+
+
+def _scheduled(steps: Sequence[Work | Multiply]) -> list[Work | Multiply]:
+    """The steps in an order in which products come as soon as they can, so that few stretches of operators lie between them."""
+    unwritten = Counter(step.out if isinstance(step, Multiply) else step.out.value for step in steps)
+    pending, ordered = list(steps), []
+    while pending:
+        ready = (i for i, step in enumerate(pending) if isinstance(step, Multiply) and not unwritten[step.x])
+        step = pending.pop(next(ready, 0))
+        unwritten[step.out if isinstance(step, Multiply) else step.out.value] -= 1
+        ordered.append(step)
+    return ordered
+
+
+def _stretches(steps: Iterable[Work | Multiply]) -> list[Stretch | Multiply]:
+    found: list[Stretch | Multiply] = []
+    for step in steps:
+        if isinstance(step, Multiply):
+            found.append(step)
+        elif found and isinstance(found[-1], list):
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return found
+
+
+def _written(step: Stretch | Multiply) -> set[int]:
+    return {step.out} if isinstance(step, Multiply) else {work.out.value for work in step}
+
+
+def _outside(step: Stretch | Multiply) -> set[int]:
+    """The values that a step needs to have been kept, and those that only it can keep."""
+    if isinstance(step, Multiply):
+        return {step.x, step.out}
+    return {value for work in step for value in work.reads} - _written(step)
+
+
+def _instructions(stretch: Stretch, plan: Plan, numbers: dict[int, int]) -> tuple[list[bytes], int]:
+    """A stretch as packed instructions, and how many floats of scratch it takes."""
+    last_write = {work.out.value: i for i, work in enumerate(stretch)}
+    order: list[Work | tuple[str, int]] = []
+    loaded: set[int] = set()
+    for i, work in enumerate(stretch):
+        for value in work.reads:
+            if value not in last_write and value not in loaded:
+                loaded.add(value)
+                order.append(("load", value))
+        order.append(work)
+        if last_write[work.out.value] == i and work.out.value in numbers:
+            order.append(("store", work.out.value))
+    lives: dict[int, tuple[int, int]] = {}
+    for i, step in enumerate(order):
+        for value in (step[1],) if isinstance(step, tuple) else (step.out.value, *step.reads):
+            lives[value] = (lives.get(value, (i, i))[0], i)
+    places, floats = _placed([(value, *lives[value], plan.sizes[value]) for value in lives], _LINE // 4)
+    made = []
+    for step in order:
+        if isinstance(step, tuple):
+            name, value = step
+            row = (places[value], 0, 0, 1)
+            flat: tuple[int, ...] = row + _NONE * 3 if name == "load" else _NONE + row + _NONE * 2
+            made.append(_INSTRUCTION.pack(_CODES[name], DTYPE_CODES[plan.dtypes[value]], 1, 1, plan.sizes[value], numbers[value], 0.0, *flat))
+        else:
+            operands = [_operand(operand, places) for operand in (step.out, *step.operands)]
+            flat = sum(operands, ()) + _NONE * (4 - len(operands))
+            made.append(_INSTRUCTION.pack(_CODES[step.op], DTYPE_CODES[step.dtype], *step.shape, 0, step.scalar, *flat))
+    return made, floats
+
+
+_NONE = (0, 0, 0, 0)
+
+
+def _operand(operand: Operand, places: dict[int, int]) -> tuple[int, ...]:
+    return (places[operand.value] + operand.at, *operand.step)
+
+
+def _placed(lives: Iterable[tuple[int, int, int, int]], line: int) -> tuple[dict[int, int], int]:
+    """Places for (value, first, last, size), such that those that live at one time do not overlap, and the end of all; multiples of `line`."""
+    places: dict[int, int] = {}
+    taken: list[tuple[int, int, int]] = []  # last, begin, end
+    total = 0
+    for value, first, last, size in sorted(lives, key=lambda life: life[1]):
+        size = -(-size // line) * line
+        at = 0
+        for _, begin, end in sorted((t for t in taken if t[0] >= first), key=lambda t: t[1]):
+            if at + size <= begin:
+                break
+            at = max(at, end)
+        places[value] = at
+        taken.append((last, at, at + size))
+        total = max(total, at + size)
+    return places, total
