@@ -37,6 +37,7 @@ def test_every_route_wants_a_key(server: Running) -> None:
         "/v1/models",
         "/tokenize",
         "/detokenize",
+        "/tokenizer_info",
         "/metrics",
         "/docs",
         "/openapi.json",

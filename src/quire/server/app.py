@@ -5,35 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 import quire
 from quire.server import chat, completions, embeddings, health, metrics, models, page, responses, tokens, traces
 from quire.server.errors import install
-from quire.server.guard import Guard
+from quire.server.guard import OPEN_PATHS, Guard
+from quire.server.schema_answers import REF, ChatCompletionChunk, CompletionChunk, ErrorEnvelope
+from quire.server.schema_response_answers import ResponseEvent
 from quire.server.serving import Serving
 
-
-class ErrorObject(BaseModel):
-    """What went wrong, for people and for programs."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorEnvelope(BaseModel):
-    """The one shape of errors, in a stream too."""
-
-    error: ErrorObject
-
-
+ERROR = {"application/json": {"schema": {"$ref": REF.format(model=ErrorEnvelope.__name__)}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorEnvelope, "description": "The request is refused; `param` names the field."},
-    "5XX": {"model": ErrorEnvelope, "description": "503 while the model loads, while the server ends, and when its engine has failed."},
+    "4XX": {"content": ERROR, "description": "The request is refused; `param` names the field."},
+    "5XX": {"content": ERROR, "description": "503 while the model loads, while the server ends, and when its engine has failed."},
 }
+
+UNSEEN = (ErrorEnvelope, CompletionChunk, ChatCompletionChunk, ResponseEvent)  # by FastAPI: they are in no route's one answer
 
 
 class App(FastAPI):
@@ -42,8 +31,14 @@ class App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document."""
         document = super().openapi()
-        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components = document.setdefault("components", {})
+        unseen = models_json_schema([(model, "serialization") for model in UNSEEN], ref_template=REF)[1]["$defs"]
+        components["schemas"] = unseen | components["schemas"]
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
+        for path in OPEN_PATHS & document["paths"].keys():
+            for operation in document["paths"][path].values():
+                operation["security"] = []
         return document
 
 

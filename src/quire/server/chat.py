@@ -17,6 +17,7 @@ from quire.server.errors import ServerError, refused
 from quire.server.models import check_model
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
+from quire.server.schema_answers import ChatCompletion, ChatCompletionChunk, answers, chunks_of
 from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, NamedTool, Tool, as_template_messages
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
@@ -30,7 +31,7 @@ TOOL_NAMES = {"structured": "tools"}
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", tags=["OpenAI"])
+@router.post("/v1/chat/completions", tags=["OpenAI"], responses=answers(ChatCompletion, chunks_of(ChatCompletionChunk)))
 async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a chat, `n` times."""
     serving = serving_of(request)

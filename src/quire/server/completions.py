@@ -18,6 +18,8 @@ from quire.server.models import check_model
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema import ResponseFormat, Sampling, as_prompts
+from quire.server.schema_answers import Completion as Completed
+from quire.server.schema_answers import CompletionChunk, answers, chunks_of
 from quire.server.serving import serving_of
 from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
 from quire.server.structure import named_as, structure_names, structure_of
@@ -58,7 +60,7 @@ class CompletionRequest(Sampling):
         return bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0)
 
 
-@router.post("/v1/completions", tags=["OpenAI"])
+@router.post("/v1/completions", tags=["OpenAI"], responses=answers(Completed, chunks_of(CompletionChunk)))
 async def completions(request: Request, asked: CompletionRequest) -> Response:
     """Continue one prompt or several. Choice `i` of prompt `p` has the index `p * n + i`."""
     serving = serving_of(request)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -151,7 +152,7 @@ class _EngineMetrics(Collector):
                 yield CounterMetricFamily(f"quire_disk_pages_{name}", f"Pages {name} by the tier on disk.", value=stats[f"num_{name}_pages"])
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
     serving = request.app.state.serving

@@ -20,7 +20,9 @@ from quire.server.response_store import ResponseStore, Stored, store_of
 from quire.server.response_told import Told
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
+from quire.server.schema_answers import answers
 from quire.server.schema_chat import ChatPrompt, Message
+from quire.server.schema_response_answers import TYPED_EVENTS, Deleted, ResponseObject
 from quire.server.schema_responses import ResponseRequest
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import EventStream, answer_at_end, json_response
@@ -39,7 +41,7 @@ FIELD_NAMES = {
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=answers(ResponseObject, TYPED_EVENTS))
 async def create(request: Request, asked: ResponseRequest) -> Response:
     """Answer what was said last."""
     serving, store, owner = serving_of(request), store_of(request), str(request.state.namespace)
@@ -73,7 +75,7 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     return TypedStream(run, told.events(run, keep)) if asked.stream else await answer_at_end(request, run, whole)
 
 
-@router.get("/v1/responses/{response_id}")
+@router.get("/v1/responses/{response_id}", responses=answers(ResponseObject))
 async def retrieve(request: Request, response_id: str) -> Response:
     """One that was stored, as it is now."""
     for name, value in request.query_params.items():
@@ -82,7 +84,7 @@ async def retrieve(request: Request, response_id: str) -> Response:
     return json_response(store_of(request).get(request.state.namespace, response_id).body)
 
 
-@router.post("/v1/responses/{response_id}/cancel")
+@router.post("/v1/responses/{response_id}/cancel", responses=answers(ResponseObject))
 async def cancel(request: Request, response_id: str) -> Response:
     """End one that runs in the background. One that has ended stays as it is."""
     store, owner = store_of(request), str(request.state.namespace)
@@ -96,7 +98,7 @@ async def cancel(request: Request, response_id: str) -> Response:
     return json_response(stored.body)
 
 
-@router.delete("/v1/responses/{response_id}")
+@router.delete("/v1/responses/{response_id}", responses=answers(Deleted))
 async def delete(request: Request, response_id: str) -> Response:
     """Forget one. If it runs in the background it ends."""
     store, owner = store_of(request), str(request.state.namespace)

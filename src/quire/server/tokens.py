@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, and GET /tokenizer_info: all that a client needs who has no tokenizer of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from quire.server.errors import ServerError, refused
 from quire.server.limits import MAX_LABEL_CHARS
 from quire.server.models import check_model
 from quire.server.schema import Asked, TokenId
+from quire.server.schema_answers import Answer, answers
 from quire.server.schema_chat import ChatPrompt, Messages
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import json_response
@@ -40,7 +41,34 @@ class DetokenizeRequest(Asked):
     skip_special_tokens: bool | None = None
 
 
-@router.post("/tokenize")
+class Tokens(Answer):
+    """The answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TokensText(Answer):
+    """The answer of POST /detokenize."""
+
+    prompt: str
+
+
+class TokenizerInfo(Answer):
+    """The answer of GET /tokenizer_info: special tokens as text, null where there is none."""
+
+    tokenizer_class: str
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
+@router.post("/tokenize", responses=answers(Tokens))
 async def tokenize(request: Request, asked: TokenizeRequest) -> Response:
     """The token ids that a prompt or a chat comes to."""
     serving = serving_of(request)
@@ -62,7 +90,7 @@ async def tokenize(request: Request, asked: TokenizeRequest) -> Response:
     return json_response({"count": len(ids), "max_model_len": info.context_len, "tokens": ids, "token_strs": strings})
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=answers(TokensText))
 async def detokenize(request: Request, asked: DetokenizeRequest) -> Response:
     """The text of token ids."""
     serving = serving_of(request)
@@ -73,6 +101,24 @@ async def detokenize(request: Request, asked: DetokenizeRequest) -> Response:
         raise refused("tokens", f"must be token ids from 0 to {info.vocab_size - 1}; {outside} is not")
     text = await asyncio.to_thread(_texts(serving).decode, asked.tokens, bool(asked.skip_special_tokens))
     return json_response({"prompt": text})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> TokenizerInfo:
+    """What the model's tokenizer is, for clients that make prompts out of templates and special tokens themselves."""
+    serving = serving_of(request)
+    llm = serving.engine()
+    _texts(serving)
+    hf = llm.tokenizer
+    return TokenizerInfo(
+        tokenizer_class=type(hf).__name__,
+        model_max_length=llm.info.context_len,
+        bos_token=hf.bos_token,
+        eos_token=hf.eos_token,
+        pad_token=hf.pad_token,
+        unk_token=hf.unk_token,
+        chat_template=hf.chat_template if isinstance(hf.chat_template, str) else None,
+    )
 
 
 def _encode(serving: Serving, text: str, add_special_tokens: bool) -> list[int]:

@@ -7,11 +7,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from quire.outputs import RequestOutput
+from quire.server.schema_answers import Answer, answers
 
 MAX_TRACES = 64  # of one key
 MAX_KEYS = 1024
@@ -19,6 +22,25 @@ MAX_TOKENS = 4096  # whose times are kept, of one request
 
 Event = dict[str, Any]
 router = APIRouter()
+
+
+class TraceEvent(BaseModel):
+    """As the Chrome trace event format has it."""
+
+    name: str
+    ph: Literal["X", "M"]
+    pid: int
+    tid: int | None = None
+    ts: int | None = None
+    dur: int | None = None
+    args: dict[str, Any]
+
+
+class TraceFile(Answer):
+    """A file for Perfetto."""
+
+    traceEvents: list[TraceEvent]
+    displayTimeUnit: Literal["ms"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +134,16 @@ def _own(request: Request) -> list[Trace]:
     return traces.of(request.state.key_id)
 
 
-@router.get("/traces")
-def all_traces(request: Request) -> dict[str, Any]:
+@router.get("/traces", responses=answers(TraceFile))
+def all_traces(request: Request) -> JSONResponse:
     """The last requests of this key, in the Chrome trace event format."""
-    return _as_json(request, _own(request))
+    return JSONResponse(_as_json(request, _own(request)))
 
 
-@router.get("/traces/{request_id}")
-def one_trace(request: Request, request_id: str) -> dict[str, Any]:
+@router.get("/traces/{request_id}", responses=answers(TraceFile))
+def one_trace(request: Request, request_id: str) -> JSONResponse:
     """One of them. Of others' requests nobody learns even that they exist."""
     found = [trace for trace in _own(request) if trace.request_id == request_id]
     if not found:
         raise HTTPException(404, f"no trace of {request_id!r} is kept for this key; the last {MAX_TRACES} requests are")
-    return _as_json(request, found)
+    return JSONResponse(_as_json(request, found))
