@@ -68,11 +68,11 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(load: Callable[[], LLM], *, wait: bool = True, **settings: Any) -> Iterator[Running]:
+def running(load: Callable[[], LLM], *, wait: bool = True, max_connections: int = 256, **settings: Any) -> Iterator[Running]:
     """A server with these settings. Without `wait` it may still be loading."""
     sock = bind("127.0.0.1", 0)
     serving = Serving(ServerSettings(**({"model": "tiny", "keys": KeyRing([KEY, OTHER_KEY]), "grace_s": 5.0} | settings)), load)
-    server = Server(create_app(serving), serving)
+    server = Server(create_app(serving), serving, max_connections)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
     thread.start()
     loading = start_loading(serving, lambda: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -11,17 +12,15 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quire.errors import ConfigError
 from quire.server.app import create_app
-from quire.server.errors import ServerError
-from quire.server.limits import KEEP_ALIVE_S, MAX_HEADER_BYTES
+from quire.server.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, MAX_HEADER_BYTES, UNREAD_S
+from quire.server.protocol import Protocol, allow_connections
 from quire.server.serving import Serving, start_loading
 from quire.server.settings import ServerSettings
 
@@ -29,6 +28,12 @@ if TYPE_CHECKING:
     from quire.engine.llm import LLM
 
 LAST_WORDS_S = 2  # after the grace time: for errors to reach their clients, and for streams without an end to be cut
+# Connections inherit it: one whose client has not taken what it was sent for so long, or is not there any more, is ended by the system.
+PATIENCE = {
+    getattr(socket, name): value
+    for name, value in {"TCP_USER_TIMEOUT": 1000 * UNREAD_S, "TCP_KEEPIDLE": UNREAD_S, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}.items()
+    if hasattr(socket, name)
+}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -41,7 +46,7 @@ def serve(settings: ServerSettings, load: Callable[[], LLM], listening: Callable
     """
     sock = bind(settings.host, settings.port)
     serving = Serving(settings, load)
-    server = Server(create_app(serving), serving)
+    server = Server(create_app(serving), serving, allow_connections())
     listening(address(sock))
 
     def loaded() -> None:
@@ -71,6 +76,9 @@ def bind(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for option, value in PATIENCE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.bind(where)
             sock.listen(2048)
         except BaseException:
@@ -90,11 +98,11 @@ def address(sock: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn without its clock: it sleeps until there is a request or a signal, and drains before it ends."""
 
-    def __init__(self, app: FastAPI, serving: Serving) -> None:
+    def __init__(self, app: FastAPI, serving: Serving, max_connections: int = MAX_CONNECTIONS) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=functools.partial(Protocol, max_connections=max_connections),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -147,24 +155,6 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(1)
         self.stop()
-
-
-class Protocol(H11Protocol):
-    """HTTP/1.1, with the one shape of errors also for what is not HTTP."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.access_log = False  # it would write addresses as they were sent; guard.py has ours
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what cannot be parsed, or has headers without an end."""
-        error = ServerError(400, msg, code="invalid_http")
-        body = error.response().body
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-        with contextlib.suppress(h11.LocalProtocolError):  # an answer may be on its way already
-            for part in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=bytes(body)), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(part) or b"")
-        self.transport.close()
 
 
 logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

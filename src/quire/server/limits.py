@@ -26,6 +26,10 @@ MAX_TOOLS = 128  # OpenAI's number
 MAX_TEMPLATE_S = 2.0  # a chat template renders in milliseconds; one that loops is killed
 MAX_TEMPLATE_BYTES = 2**29  # address space of the process that renders; it needs 30 MiB
 MAX_THREADED_CHARS = 16 * 2**10  # longer texts are tokenised beside the event loop: these take about 3 ms
+MAX_CONNECTIONS = 2048  # each costs a descriptor and some 10 KiB; requests beyond max_sequences wait on theirs
+OTHER_DESCRIPTORS = 256  # of the process: weights, the disk tier, logs
+REQUEST_S = 30  # from a request's first byte to its last: 4 MiB at 140 KB/s; whoever sends slower holds a connection
+UNREAD_S = 60  # what was sent and is not taken; a reader who is merely slow takes something in that time
 KEEP_ALIVE_S = 30  # an idle connection costs a descriptor; clients' pools keep theirs for 5 s
 RETRY_AFTER_S = 1  # in Retry-After: a queue that is full has moved on by then
 
