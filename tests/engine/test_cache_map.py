@@ -141,8 +141,37 @@ def test_behind_what_all_share_it_is_private_again(checkpoint: Checkpoint) -> No
             llm.generate(PROMPT[:16] + tail, SHORT, namespace=namespace)
             told = [llm.page(page_id, namespace=namespace) for page_id in contents(llm, namespace)]
             assert (16, tuple(tail[:4])) in {(page.position, page.token_ids) for page in told}
-            assert all(page.position >= 16 for page in told), "of the shared region nothing is told: whose request left it there is nobody's business"
-        assert not contents(llm, "a").keys() & contents(llm, "b").keys()
+        shared = contents(llm, "c")
+        assert sorted(shared.values()) == sorted(tuple(PROMPT[i : i + 4]) for i in range(0, 16, 4)), (
+            "what is no secret is told to all, and nothing more"
+        )
+        assert contents(llm, "a").keys() & contents(llm, "b").keys() == shared.keys()
+
+
+def test_what_was_shared_and_is_forgotten_is_not_told(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.policy.namespaces.MAX_SHARED", 1)
+    with LLM(checkpoint("llama"), page_size=4, cache_bytes=2**19) as llm:
+        llm.share(PROMPT[:16])
+        llm.generate(PROMPT, SHORT, namespace="a")
+        assert contents(llm, "b")
+        llm.share([1, 2, 3, 4])
+        assert not contents(llm, "b"), "nobody can hit it any more"
+
+
+def test_a_part_of_a_namespace_is_told_to_the_whole(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), page_size=4, cache_bytes=2**19) as llm:
+        llm.share(PROMPT[:8])
+        llm.generate(PROMPT, SHORT, namespace="a/b")
+        tokens = set(contents(llm, "a/b").values())
+        assert set(contents(llm, "a").values()) == tokens and tuple(PROMPT[8:12]) in tokens
+        for other in ("", "b", "a/", "a/bc", "a/b/c", "aa"):
+            assert set(contents(llm, other).values()) == {tuple(PROMPT[:4]), tuple(PROMPT[4:8])}
+        stream = llm.submit([9, 8, 7, 6, 5], SamplingParams(max_tokens=600, ignore_eos=True), namespace="a/b", request_id="mine")
+        next(iter(stream))
+        page_id = llm.cache_map().sequences[0].tables[0][0]
+        told = {namespace: llm.page(page_id, namespace=namespace) for namespace in ("a", "a/b", "a/bc", "")}
+        stream.cancel()
+        assert [told[name].request_ids for name in told] == [("mine",), ("mine",), (), ()]
 
 
 def test_no_such_page(checkpoint: Checkpoint) -> None:

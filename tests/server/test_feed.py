@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from quire import LLM, SamplingParams
 from quire.server import feed
 from quire.server.feed import changes, extended
+from quire.server.keys import salted
 from quire.server.page import STATIC, TYPES
 from tests.server.conftest import KEY, OTHER_KEY, Running, running
 
@@ -113,6 +114,14 @@ def test_of_other_keys_no_names(quiet: Running) -> None:
         assert known["requests"] == ["secret-name"] and known["text"] and PROMPT.startswith(known["text"])
         assert hidden["text"] is hidden["tokens"] is None and hidden["requests"] == [] and hidden["holders"] == 1
     assert quiet.get("/page/cache/999999").status_code == 400
+
+
+def test_a_salt_hides_nothing_from_its_own_key(quiet: Running) -> None:
+    quiet.complete(prompt="pack my box with", max_tokens=2, cache_salt="pepper")
+    space = salted(namespace_of(quiet, KEY), "pepper")
+    page_id = next(i for i in range(quiet.llm.info.num_pages) if quiet.llm.page(i, namespace=space).position == 0)
+    known, hidden = (quiet.get(f"/page/cache/{page_id}", key=key).json() for key in (KEY, OTHER_KEY))
+    assert known["text"] and "pack my box with".startswith(known["text"]) and hidden["text"] is hidden["tokens"] is None
 
 
 def namespace_of(server: Running, key: str) -> str:

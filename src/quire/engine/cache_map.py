@@ -6,7 +6,6 @@ what of it somebody may see, is worked out elsewhere.
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError
 from quire.policy.cache import PageCache
+from quire.policy.namespaces import lies_in
 from quire.policy.pages import PIN_MARK, STATES
-from quire.policy.prefix import PrefixKey
+from quire.policy.prefix import PrefixKey, unpack
 
 if TYPE_CHECKING:
     from quire.engine.engine import Engine  # brings torch, which a server listens without
@@ -60,8 +60,8 @@ class CacheMap:
 class PageContent:
     """What one page holds, as far as a namespace may know: `token_ids` are None where its content belongs to others or is not known.
 
-    `num_holders` counts sequences, `request_ids` are those of this namespace; the tokens begin at `position` of the prompt, and belong to the
-    layers of group `group_id`.
+    `num_holders` counts sequences, `request_ids` are those of this namespace and its parts; the tokens begin at `position` of the prompt, and
+    belong to the layers of group `group_id`.
     """
 
     page_id: int
@@ -110,7 +110,9 @@ def _sequences(engine: Engine) -> Iterator[MappedSequence]:
 
 
 def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
-    """What a namespace may know of a page: of its own content the tokens, of others' only the state. On the engine's thread.
+    """What a namespace may know of a page: of its own content, that of its parts and what all share the tokens, of others' only the state.
+
+    On the engine's thread.
 
     Raises:
         InvalidRequestError: there is no such page.
@@ -124,7 +126,7 @@ def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
     for request, branch in engine.branches():
         seq = branch.sequence
         for g, table in enumerate(seq.tables):
-            if seq.namespace == namespace and page_id in table:
+            if lies_in(seq.namespace, namespace) and page_id in table:
                 request_ids.append(request.request.request_id)
                 first = table.index(page_id) * cache.groups[g].page_size
                 place = g, first, tuple(seq.tokens[first : min(first + cache.groups[g].page_size, seq.num_committed)])
@@ -132,26 +134,29 @@ def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
     num_before = _pages_before(cache, key, namespace) if key is not None else None
     if place is None and key is not None and num_before is not None:
         group_id = key.pages.index(page_id)
-        token_ids = struct.unpack(f"{len(key.tokens) // 4}i", key.tokens)
-        place = group_id, num_before * cache.groups[group_id].page_size, token_ids
+        place = group_id, num_before * cache.groups[group_id].page_size, unpack(key.tokens)
     num_holders = cache.pool.references(page_id) - cache.pool.num_aside(page_id)
     return PageContent(page_id, STATES[state & ~PIN_MARK], bool(state & PIN_MARK), num_holders, tuple(dict.fromkeys(request_ids)), *(place or ()))
 
 
 def _pages_before(cache: PageCache, key: PrefixKey, namespace: str) -> int | None:
-    """How many pages come before this one, if its chain starts at the namespace's root, or leaves the region that all share by its bridge.
+    """How many pages come before this one, if its chain starts at a root of the namespace, leaves the shared region by a bridge of it, or ends there.
 
-    None if it does not: then the content is others', or in the shared region, of which everybody knows already.
+    None if it does not: then the content is others'. What lies in the shared region itself the operator has declared to be no secret.
     """
     names = cache.namespaces
     own = names.root(namespace).tokens
-    num_pages, bridged = 0, False
+    part = own + b"/"
+    num_pages, bridged, before = 0, False, key.tokens
     at = key.parent
     assert at is not None, "a root stands for no page"
     while at.parent is not None:
-        if at.tokens == own:
+        if at.tokens == own or at.tokens.startswith(part):
             bridged = True
         else:
             num_pages += 1
+        before = at.tokens + before
         at = at.parent
-    return num_pages if at.tokens == own or bridged and at is names.shared_root else None
+    if at is names.shared_root:
+        return num_pages if bridged or len(before) % 4 == 0 and names.is_shared(unpack(before)) else None
+    return num_pages if at.tokens == own or at.tokens.startswith(part) else None

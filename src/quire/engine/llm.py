@@ -183,7 +183,11 @@ class LLM:
         return self._worker.call(lambda: take_map(self._built.engine))
 
     def page(self, page_id: int, *, namespace: str | None = None) -> PageContent:
-        """What one page of the cache holds, as far as this namespace may know. Raises InvalidRequestError where there is no such page."""
+        """What one page of the cache holds, as far as this namespace, of which "a/b" is a part of "a", may know.
+
+        Raises:
+            InvalidRequestError: there is no such page.
+        """
         space = check_namespace(namespace)
         return self._worker.call(lambda: page_content(self._built.engine, page_id, space))
 

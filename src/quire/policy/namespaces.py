@@ -20,6 +20,11 @@ MAX_OTHERS = 8  # looked at to explain a miss
 MAX_SHARED = 256
 
 
+def lies_in(namespace: str, whole: str) -> bool:
+    """Whether a namespace is `whole`, or a part of it: one whose name begins with that of `whole` and a slash."""
+    return namespace == whole or namespace.startswith(f"{whole}/")
+
+
 class Namespaces:
     """Roots of the prefix index. `identity` stands for all that changes values; a shared prefix ends at a multiple of `unit` tokens."""
 
@@ -55,6 +60,11 @@ class Namespaces:
         """(root, n): the first n tokens, a multiple of `unit`, lie in the region under the shared root; None if none do."""
         num_shared = max((self._common(prefix, tokens) for prefix in self._shared), default=0)
         return (self.shared_root, num_shared) if num_shared else None
+
+    def is_shared(self, tokens: Tokens[int]) -> bool:
+        """Whether all of these tokens lie in the region that all namespaces share."""
+        part = self.shared_part(tokens)
+        return part is not None and part[1] == len(tokens)
 
     def _common(self, prefix: tuple[int, ...], tokens: Tokens[int]) -> int:
         unit, end = self._unit, min(len(prefix), len(tokens))

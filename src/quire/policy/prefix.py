@@ -57,6 +57,11 @@ def pack(tokens: Sequence[int]) -> bytes:
     return struct.pack(f"{len(tokens)}i", *tokens)
 
 
+def unpack(tokens: bytes) -> tuple[int, ...]:
+    """The token ids that a key is made of."""
+    return struct.unpack(f"{len(tokens) // 4}i", tokens)
+
+
 class PrefixIndex:
     """Maps a key to its pages and a page to its key, and a key to the keys that continue it. One key a page, one page a key and group."""
 

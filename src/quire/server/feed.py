@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.engine.cache_map import CacheMap, MappedSequence
 from quire.errors import EngineDeadError
+from quire.policy.namespaces import lies_in
 from quire.policy.pages import STATES
 from quire.server.serving import Serving
 
@@ -167,7 +168,7 @@ class View:
         return message
 
     def _row(self, seq: MappedSequence) -> list[Any]:
-        own = seq.namespace == self.namespace or seq.namespace.startswith(f"{self.namespace}/")
+        own = lies_in(seq.namespace, self.namespace)
         running = any(seq.tables)
         return [
             seq.arrival,
