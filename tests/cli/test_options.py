@@ -44,6 +44,7 @@ SAMPLING_TYPED: dict[str, tuple[Any, Any]] = {
 }
 ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "dtype": ("float32", "float32"),
+    "quantization": ("int8", "int8"),
     "max_tokens_per_step": ("64", 64),
     "workspace_bytes": ("2GB", 2 * 10**9),
     "max_sequences": ("8", 8),

@@ -18,7 +18,7 @@ from quire.engine.intake import Intake, Prompt, as_list
 from quire.engine.keeper import CacheKeeper
 from quire.engine.pooling import normalized
 from quire.engine.steps import StepLog
-from quire.engine.stream import RequestStream
+from quire.engine.stream import RequestStream, shown
 from quire.engine.worker import Worker
 from quire.errors import ConfigError, InvalidRequestError
 from quire.outputs import Explanation, RequestOutput, TokenEvent
@@ -111,7 +111,7 @@ class LLM:
         streams: list[RequestStream] = []
         try:
             streams.extend(self._worker.submit(request) for request in requests)
-            return [stream.wait() for stream in _shown(streams, progress)]
+            return [stream.wait() for stream in shown(streams, progress)]
         except BaseException:
             for stream in streams:
                 stream.cancel()
@@ -313,14 +313,6 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None = None) -> Request:
         self._forget_old_weights()
         return self._intake.request(prompt, params, namespace, priority, request_id)
-
-
-def _shown(streams: list[RequestStream], progress: bool) -> Iterator[RequestStream]:
-    if not progress:
-        return iter(streams)
-    from tqdm.auto import tqdm  # comes with transformers
-
-    return iter(tqdm(streams, unit="request"))
 
 
 def _shut_down(worker: Worker, built: Built) -> None:

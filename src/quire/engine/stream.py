@@ -122,3 +122,12 @@ def _merged(events: list[TokenEvent], new: TokenEvent) -> list[TokenEvent]:
 
 def _joined(old: list[T] | None, new: list[T] | None) -> list[T] | None:
     return new if old is None else old if new is None else old + new
+
+
+def shown(streams: list[RequestStream], progress: bool) -> Iterator[RequestStream]:
+    """The streams in order, with a progress bar or without."""
+    if not progress:
+        return iter(streams)
+    from tqdm.auto import tqdm  # comes with transformers
+
+    return iter(tqdm(streams, unit="request"))

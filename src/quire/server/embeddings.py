@@ -17,6 +17,7 @@ from quire.server.limits import MAX_LABEL_CHARS
 from quire.server.models import check_model
 from quire.server.runs import Job, start_run
 from quire.server.schema import Asked, Label, as_prompts
+from quire.server.schema_answers import Embeddings, answers
 from quire.server.serving import serving_of
 from quire.server.sse import answer_at_end, new_id
 from quire.server.structure import named_as
@@ -42,7 +43,7 @@ class EmbeddingRequest(Asked):
     )
 
 
-@router.post("/v1/embeddings", tags=["OpenAI"])
+@router.post("/v1/embeddings", tags=["OpenAI"], responses=answers(Embeddings))
 async def embeddings(request: Request, asked: EmbeddingRequest) -> Response:
     """The model's final hidden states of each text, pooled to one vector."""
     serving = serving_of(request)

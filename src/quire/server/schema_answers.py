@@ -205,6 +205,31 @@ class ChatCompletionChunk(Answer):
     prompt_token_ids: list[int] | None = None
 
 
+class Embedding(Answer):
+    """The vector of one text: numbers, or the base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer):
+    """What embeddings cost."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class Embeddings(Answer):
+    """The answer of POST /v1/embeddings."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 def answers(model: type[BaseModel], event: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
     """A route's `responses`: this, or events of that schema if there is a stream."""
     content = {} if event is None else {"content": {"text/event-stream": {"itemSchema": event}}}

@@ -139,6 +139,7 @@ class ResponseEvent(BaseModel):
     delta: str | None = None
     text: str | None = None
     arguments: str | None = None
+    name: str | None = None
 
 
 class Deleted(Answer):

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from quire.tensors.models.calls import decoder_layers, foreign_module, layer_ids, likeness, put_together, take_apart, weights_of
 from quire.tensors.models.geometry import DryRun, LayerGeometry
 from quire.tensors.models.hook import Running, current, running
-from quire.tensors.models.lowering import Plan, lower
+from quire.tensors.models.lowering import lower
 from quire.tensors.models.program import Program, assemble
 from quire.tensors.models.recording import Recorder, Recording, Seen, UnlowerableError
+from quire.tensors.models.rowplan import Plan
 from quire.tensors.models.surgery import Surgery
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import bytes_of

@@ -7,7 +7,7 @@ Values are numbered: rows of one size and dtype each, of weights, of the call's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -15,85 +15,13 @@ import torch
 
 from quire.tensors.attention.base import Mask
 from quire.tensors.models.recording import Done, Recording, Seen, UnlowerableError
-from quire.tensors.models.rowviews import Rows, RowView, contiguous
+from quire.tensors.models.rowplan import Attend, Multiply, Operand, Plan, Work
+from quire.tensors.models.rowviews import Rows, RowView, collapsed, contiguous, with_dimension
 from quire.tensors.native import DTYPE_CODES
 from quire.tensors.native_products import format_code
 
 _ONE_BY_ONE = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "silu", "relu": "relu", "rsqrt": "rsqrt"}
 _TWO = {"add": "add", "sub": "sub", "mul": "mul", "div": "div"}
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """Elements of a value's row: from `at` on, in three dimensions of `step`."""
-
-    value: int
-    at: int
-    step: tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One operator (csrc/rows_args.h) over `shape` elements of a row, whose result is rounded to `dtype`."""
-
-    op: str
-    dtype: torch.dtype
-    shape: tuple[int, int, int]
-    out: Operand
-    operands: tuple[Operand, ...]
-    scalar: float = 0.0
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The values it needs."""
-        return tuple(operand.value for operand in self.operands)
-
-
-@dataclass(frozen=True, slots=True)
-class Multiply:
-    """x W, with `rows` rows of x for each token, from element `x_at` of its row on, `x_stride` apart. `weight_format`: csrc/linear_args.h."""
-
-    weight_format: int
-    x: int
-    x_at: int
-    x_stride: int
-    weight: int
-    weight_stride: int
-    bias: int | None
-    rows: int
-    n: int
-    k: int
-    out: int
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The values it needs, besides weights."""
-        return (self.x,)
-
-
-@dataclass(frozen=True, slots=True)
-class Attend:
-    """The layer's attention: whole values q [Hq,Dk], k [Hkv,Dk], v [Hkv,Dv], result [Hq,Dv] for each token."""
-
-    values: tuple[int, int, int]
-    shapes: tuple[tuple[int, ...], ...]
-    mask: Mask
-    out: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A layer. `dtypes`, `sizes` [value]; `weights`, `inputs`: values, and their numbers among the layer's weights and its call's tensors;
-    `outputs`: values and shapes of what it returns, with the dimension of tokens in front."""
-
-    before: tuple[Work | Multiply, ...]
-    attend: Attend
-    after: tuple[Work | Multiply, ...]
-    dtypes: tuple[torch.dtype, ...]
-    sizes: tuple[int, ...]
-    weights: tuple[tuple[int, int], ...]
-    inputs: tuple[tuple[int, int], ...]
-    outputs: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def lower(few: Recording, more: Recording) -> Plan:
@@ -267,7 +195,7 @@ class _Lowering:
         views = [self._view(part) for part in parts if prod(part.shape)]
         dim %= len(done.out.shape)
         if done.name == "stack":
-            views = [_with_dimension(view, dim) for view in views]
+            views = [with_dimension(view, dim) for view in views]
         axis = max(view.axis for view in views)
         out = self._new(done.out, axis)
         if dim == len(out.shape) - axis:
@@ -347,35 +275,6 @@ class _Lowering:
         shapes = tuple(seen.shape[1:] for seen in qkv)
         self._attend = Attend((values[0], values[1], values[2]), shapes, Mask(scale, window, chunk, softcap), out.value)
         self._before, self._steps = self._steps, []
-
-
-def collapsed(shape: tuple[int, ...], steps: list[tuple[int, ...]], along: int) -> tuple[tuple[int, int, int], list[tuple[int, int, int]]]:
-    """The same elements in three dimensions, the last of which is the longest possible; `along`: the last so many are not joined with others."""
-    sizes: list[int] = []
-    joined: list[list[int]] = [[] for _ in steps]
-    for d, n in enumerate(shape):
-        last = d >= len(shape) - along
-        if n == 1 and not last:
-            continue
-        if sizes and not last and all(j[-1] == step[d] * n for j, step in zip(joined, steps, strict=True)):
-            sizes[-1] *= n
-            for j, step in zip(joined, steps, strict=True):
-                j[-1] = step[d]
-            continue
-        sizes.append(n)
-        for j, step in zip(joined, steps, strict=True):
-            j.append(step[d])
-    if len(sizes) > 3:
-        raise UnlowerableError("it has an operator over more than three dimensions")
-    front = 3 - len(sizes)
-    whole = [*(1,) * front, *sizes]
-    return (whole[0], whole[1], whole[2]), [((0,) * front + tuple(j))[:3] for j in joined]  # type: ignore[misc]
-
-
-def _with_dimension(view: RowView, dim: int) -> RowView:
-    """A view with one more dimension, of one element."""
-    axis = view.axis + 1 if view.axis and dim > len(view.shape) - view.axis else view.axis
-    return replace(view, shape=(*view.shape[:dim], 1, *view.shape[dim:]), step=(*view.step[:dim], 0, *view.step[dim:]), axis=axis)
 
 
 _Handler = Callable[[_Lowering, Any], None]

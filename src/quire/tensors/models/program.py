@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.tensors.models.lowering import Multiply, Operand, Plan, Work
 from quire.tensors.models.recording import UnlowerableError
+from quire.tensors.models.rowplan import Multiply, Operand, Plan, Work
 from quire.tensors.native import DTYPE_CODES, lib
 
 # csrc/rows_args.h: RowOp, by number.

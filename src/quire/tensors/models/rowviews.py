@@ -7,7 +7,7 @@ came from. Views, transpositions and copies are thereby never interpreted, only 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -144,3 +144,32 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 def steps_apart(shape: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
     """The steps that matter: those of dimensions of more than one element."""
     return tuple(s for n, s in zip(shape, step, strict=True) if n > 1)
+
+
+def collapsed(shape: tuple[int, ...], steps: list[tuple[int, ...]], along: int) -> tuple[tuple[int, int, int], list[tuple[int, int, int]]]:
+    """The same elements in three dimensions, the last of which is the longest possible; `along`: the last so many are not joined with others."""
+    sizes: list[int] = []
+    joined: list[list[int]] = [[] for _ in steps]
+    for d, n in enumerate(shape):
+        last = d >= len(shape) - along
+        if n == 1 and not last:
+            continue
+        if sizes and not last and all(j[-1] == step[d] * n for j, step in zip(joined, steps, strict=True)):
+            sizes[-1] *= n
+            for j, step in zip(joined, steps, strict=True):
+                j[-1] = step[d]
+            continue
+        sizes.append(n)
+        for j, step in zip(joined, steps, strict=True):
+            j.append(step[d])
+    if len(sizes) > 3:
+        raise UnlowerableError("it has an operator over more than three dimensions")
+    front = 3 - len(sizes)
+    whole = [*(1,) * front, *sizes]
+    return (whole[0], whole[1], whole[2]), [((0,) * front + tuple(j))[:3] for j in joined]  # type: ignore[misc]
+
+
+def with_dimension(view: RowView, dim: int) -> RowView:
+    """A view with one more dimension, of one element."""
+    axis = view.axis + 1 if view.axis and dim > len(view.shape) - view.axis else view.axis
+    return replace(view, shape=(*view.shape[:dim], 1, *view.shape[dim:]), step=(*view.step[:dim], 0, *view.step[dim:]), axis=axis)
