@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 
-from bench import attention, cache, codecs, faces, machine, workloads
+from bench import attention, cache, codecs, faces, linear, machine, weights, workloads
 
 
 def main() -> None:
@@ -19,18 +19,24 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48, help="ragged requests")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the long prompt")
     parser.add_argument("--no-peers", action="store_true", help="Quire alone")
-    parts = ["machine", "attention", "codecs", "cache", "faces", "workloads"]
+    parts = ["machine", "attention", "codecs", "cache", "faces", "linear", "weights", "workloads"]
     parser.add_argument("--only", choices=parts, help="one part (the machine is always measured)")
     parser.add_argument("--workload", default="", help="only workloads whose name holds this")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16, 32], help="padded batches")
     parser.add_argument("--new", type=int, default=256, help="new tokens of each row of a padded batch")
-    parser.add_argument("--text", nargs="+", default=[], help="books the demo checkpoint was made of; codecs are judged on their held-out ends")
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="books the demo checkpoint was made of; codecs and quantised weights are judged on their held-out ends"
+    )
     args = parser.parse_args()
     results: machine.Bench = {"date": time.strftime("%Y-%m-%d"), "args": vars(args), "machine": machine.run()}
     if args.only in (None, "attention"):
         results["attention"] = attention.run(results["machine"])
     if args.only in (None, "codecs"):
         results["codecs"] = codecs.run(args.text)
+    if args.only in (None, "linear"):
+        results["linear"] = linear.run(results["machine"])
+    if args.only in (None, "weights"):
+        results["weights"] = weights.run(args.text)
     if args.only in (None, "cache"):
         results["cache"] = cache.run(args.layers)
     if args.only in (None, "faces"):

@@ -1,6 +1,8 @@
-"""`python -m bench.linear`: matrix products beside torch's, as weights read a second and as GFLOP/s, with the read bandwidth of the same run.
+"""(g) `python -m bench.linear`: products with weights packed, quantised and as they lie, beside torch's, in GB/s of weights and GFLOP/s.
 
-Weights are not in cache: each call takes the next of many copies. Ends with one JSON line.
+Weights are not in cache: each call takes the next of many copies. A product's limit is what reading its weights or computing it takes at the least,
+whichever is more, at the read bandwidth of its own turns and the matrix rate of the run. Times are medians of turns in which all take part, one after
+the other, so that a busy moment of a shared host hits them alike. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -10,71 +12,70 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
-from bench.machine import Bench, processor
+from bench import machine
+from bench.machine import Bench
 from quire.tensors.native_products import NativeProducts
+from quire.tensors.packed import PackedLayout, PackedWeight
 
 SHAPES = [(1024, 3072), (3072, 1024), (1024, 1024), (2048, 1024), (1024, 151_936)]
-ROWS = [1, 4, 8, 16, 32, 128, 512]
+ROWS = [1, 2, 4, 8, 16, 32, 64, 512]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COPIES_BYTES = 200_000_000
+Call = Callable[[], object]
 
 
-def best_of(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Seconds of the fastest call of each, taking turns, so that a busy moment of a shared host hits them alike."""
-    times: dict[str, float] = {}
+def turns(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call, turn by turn; the first turn warms up and does not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    turns = 0
-    while turns < 4 or time.perf_counter() < end:
-        for name, function in functions.items():
+    while len(times["read"]) < 6 or time.perf_counter() < end:
+        for name, call in calls.items():
             start = time.perf_counter()
-            function()
-            taken = time.perf_counter() - start
-            if turns:
-                times[name] = min(times.get(name, taken), taken)
-        turns += 1
-    return times
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: taken[1:] for name, taken in times.items()}
 
 
-def weights(k: int, n: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Copies of a weight [N, K], over 200 MB of them, round and round."""
-    copies = max(2, -(-200_000_000 // (k * n * dtype.itemsize)))
-    return itertools.cycle((torch.randn(copies, n, k, dtype=dtype) * 0.02).unbind())
+def packed(products: NativeProducts, weight: torch.Tensor, quantization: str) -> Iterator[PackedWeight]:
+    """Copies of a packed weight, round and round."""
+    layout = PackedLayout(*weight.shape, weight.dtype, quantization)
+    size = products.packed_bytes(layout)
+    copies = torch.empty(max(2, -(-COPIES_BYTES // size)), size, dtype=torch.uint8)
+    for copy in copies:
+        products.pack(weight, layout, copy)
+    return itertools.cycle([PackedWeight(copy, layout, products.rows, "") for copy in copies])
 
 
-def reads(size: int) -> Iterator[torch.Tensor]:
-    """As many bytes as a weight has, to be summed up: what reading costs at the least."""
-    numbers = size // 4
-    return itertools.cycle(torch.ones(max(2, -(-50_000_000 // numbers)), numbers).unbind())
-
-
-def race(
-    products: NativeProducts, x: torch.Tensor, following: Iterator[torch.Tensor], plain: Iterator[torch.Tensor]
-) -> dict[str, Callable[[], object]]:
-    """A plain read, Quire and torch, each on the next memory."""
-    return {
-        "read": lambda: next(plain).sum(),
-        "quire": lambda: products.linear(x, next(following)),
-        "torch": lambda: F.linear(x, next(following)),
-    }
-
-
-def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows: list[int], seconds: float) -> Bench:
-    """Both products at each number of rows, and a plain read of the weights in the same turns."""
-    size, results = k * n * dtype.itemsize, Bench()
-    following, plain = weights(k, n, dtype), reads(size)
+def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows: list[int], seconds: float, matrix_limit: float) -> Bench:
+    """Every product at each number of rows, with a plain read of 32 MB in the same turns."""
+    weight, results = (torch.randn(n, k) * 0.02).to(dtype), Bench()
+    size = k * n * dtype.itemsize
+    plain = itertools.cycle(weight.expand(max(2, -(-COPIES_BYTES // size)), n, k).clone().unbind())
+    forms = {name: packed(products, weight, quantization) for name, quantization in (("packed", "none"), ("int8", "int8"), ("int4", "int4"))}
+    memory = itertools.cycle(torch.ones(4, 2**23).unbind())
+    sizes = {"torch": size, "plain": size} | {name: next(form).packed.numel() for name, form in forms.items()}
     for m in rows if n <= 10_000 else rows[:5]:
-        taken = best_of(race(products, torch.randn(m, k).to(dtype), following, plain), seconds)
-        gb_s = {name: size / t / 1e9 for name, t in taken.items()}
-        gflop_s = {name: 2 * m * n * k / taken[name] / 1e9 for name in ("quire", "torch")}
-        results[str(m)] = {"gb_s": gb_s, "gflop_s": gflop_s}
-        ours, theirs, speedup = gb_s["quire"], gb_s["torch"], taken["torch"] / taken["quire"]
-        print(
-            f"  {k:>5} -> {n:<6} {m:>4} rows: {ours:6.1f} GB/s {gflop_s['quire']:5.0f} GFLOP/s, {ours / gb_s['read']:4.0%} of {gb_s['read']:4.1f}"
-            f" | torch {theirs:5.1f} GB/s {gflop_s['torch']:5.0f} GFLOP/s | x{speedup:.2f}"
-        )
+        x = torch.randn(m, k).to(dtype)
+        calls: dict[str, Call] = {"read": lambda: next(memory).sum()}
+        calls["torch"] = lambda x=x: F.linear(x, next(plain))  # type: ignore[misc]
+        calls["plain"] = lambda x=x: products.linear(x, next(plain))  # type: ignore[misc]
+        for name, form in forms.items():
+            calls[name] = lambda x=x, form=form: products.linear(x, next(form))  # type: ignore[misc]
+        taken = turns(calls, seconds)
+        read = 2**25 / median(taken.pop("read"))
+        results[str(m)] = row = {"read_gb_s": read / 1e9}
+        for name, times in taken.items():
+            middle, flops = median(times), 2 * m * n * k
+            share = max(sizes[name] / read, flops / matrix_limit / 1e9) / middle
+            speedup = median(before / after for before, after in zip(taken["plain"], times, strict=True))
+            row[name] = {"gb_s": sizes[name] / middle / 1e9, "gflop_s": flops / middle / 1e9, "share": share, "times_plain": speedup}
+        told = " | ".join(f"{name} {row[name]['gb_s']:5.1f} GB/s {row[name]['share']:4.0%} x{row[name]['times_plain']:.2f}" for name in taken)
+        print(f"  {k:>5} -> {n:<6} {m:>3} rows, read {read / 1e9:4.1f}: {told}")
     return results
 
 
@@ -83,10 +84,26 @@ def small_calls(products: NativeProducts, seconds: float) -> Bench:
     results: Bench = {}
     for m, k, n in ((1, 64, 96), (4, 64, 96), (1, 256, 256)):
         x, weight = torch.randn(m, k), torch.randn(n, k)
+        form = next(packed(products, weight, "none"))
+        calls: dict[str, Call] = {"read": lambda x=x: x.sum(), "torch": lambda x=x, w=weight: F.linear(x, w)}  # type: ignore[misc]
+        calls |= {"plain": lambda x=x, w=weight: products.linear(x, w), "packed": lambda x=x, w=form: products.linear(x, w)}  # type: ignore[misc]
         with torch.inference_mode():
-            taken = best_of(race(products, x, itertools.repeat(weight), itertools.repeat(x)), seconds)
-        results[f"{m}x{k}x{n}"] = {name: t * 1e6 for name, t in taken.items()}
-        print(f"  {k:>5} -> {n:<6} {m:>4} rows: {taken['quire'] * 1e6:5.1f} us a call | torch {taken['torch'] * 1e6:5.1f} us")
+            taken = {name: median(times) * 1e6 for name, times in turns(calls, seconds).items()}
+        results[f"{m}x{k}x{n}"] = taken
+        print(f"  {k:>5} -> {n:<6} {m:>3} rows: " + " | ".join(f"{name} {taken[name]:5.1f} us" for name in ("torch", "plain", "packed")))
+    return results
+
+
+def run(of_machine: Bench, shapes: int = 2, rows: list[int] = ROWS, dtypes: tuple[str, ...] = ("bf16",), seconds: float = 1.0) -> Bench:
+    """Measure and print. `shapes`: only the first of them."""
+    products = NativeProducts(torch.get_num_threads())
+    print("products: GB/s of weights, share of the limit, times as fast as with weights as they lie")
+    results: Bench = {"small_calls_us": small_calls(products, seconds)}
+    with torch.inference_mode():
+        for name in dtypes:
+            print(name)
+            limit = of_machine["matrix_limit_gflop_s"]
+            results[name] = {f"{k}x{n}": one_shape(products, k, n, DTYPES[name], rows, seconds, limit) for k, n in SHAPES[:shapes]}
     return results
 
 
@@ -99,15 +116,9 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first of them")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    products = NativeProducts(args.threads)
-    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}")
-    results: Bench = {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "threads": args.threads}
-    results["small_calls_us"] = small_calls(products, args.seconds)
-    with torch.inference_mode():
-        for name in args.dtypes:
-            print(name)
-            results[name] = {f"{k}x{n}": one_shape(products, k, n, DTYPES[name], args.rows, args.seconds) for k, n in SHAPES[: args.shapes]}
-    print(json.dumps(results))
+    of_machine = machine.run()
+    results = run(of_machine, args.shapes, args.rows, tuple(args.dtypes), args.seconds)
+    print(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": of_machine, "linear": results}))
 
 
 if __name__ == "__main__":

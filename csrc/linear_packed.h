@@ -16,7 +16,7 @@ namespace {
 namespace product {
 
 #if defined(QUIRE_AVX512)
-constexpr int kFewPacked = 12;
+constexpr int kFewPacked = 8;
 template <int MR>
 constexpr int kFewVectors = MR <= 4 ? 4 : 2;  // lines at once: enough sums to hide a multiply-add's latency
 #else
@@ -88,7 +88,7 @@ struct FewRows {
     if constexpr (MR <= kFewPacked) return &few_packed<P, MR>;
     return nullptr;
   }
-  static constexpr Few rows[] = {nullptr, of<1>(), of<2>(), of<3>(), of<4>(), of<5>(), of<6>(), of<7>(), of<8>(), of<9>(), of<10>(), of<11>(), of<12>()};
+  static constexpr Few rows[] = {nullptr, of<1>(), of<2>(), of<3>(), of<4>(), of<5>(), of<6>(), of<7>(), of<8>()};
 };
 
 template <class P>

@@ -1,6 +1,6 @@
 """Matrix products in plain torch whose row bits do not depend on the batch: the oracle of the native kernels, and the fallback without them.
 
-Quantised weights are codes int8 [N, K] and after them scales bf16 [N, spans of K], chosen as csrc/linear_pack.h says; others are left as they are.
+Quantised weights are scales bf16 [N, spans of K] and after them codes int8 [N, K], chosen as csrc/linear_pack.h says; others are left as they are.
 
 torch picks a GEMM by the number of rows, and another GEMM adds in another order: fp32 has three to four classes of row counts, bf16 too at some
 widths. So every product here has exactly 16 rows, from a block of its own (a slice of a larger tensor could be aligned differently): one class.
@@ -75,8 +75,9 @@ class ReferenceProducts:
 
 def _parts(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales as views of their bytes."""
-    num_codes = layout.n * layout.k
-    return packed[:num_codes].view(torch.int8).view(layout.n, layout.k), packed[num_codes:].view(torch.bfloat16).view(layout.n, -1)
+    num_spans = -(-layout.k // SPANS[layout.quantization])
+    scales, codes = torch.split(packed, [2 * layout.n * num_spans, layout.n * layout.k])
+    return codes.view(torch.int8).view(layout.n, layout.k), scales.view(torch.bfloat16).view(layout.n, num_spans)
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: torch.Tensor | None) -> torch.Tensor:

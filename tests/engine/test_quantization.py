@@ -1,0 +1,30 @@
+"""Promise 1 with quantised weights: alone, together, in chunks and from cached pages, the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quire import LLM
+from quire.errors import ConfigError
+from tests.engine.conftest import Checkpoint
+from tests.engine.test_codecs import jobs
+from tests.engine.test_transparency import bits
+
+
+@pytest.mark.parametrize(("quantization", "family", "dtype"), [("int8", "gemma3_text", torch.bfloat16), ("int4", "llama", torch.float32)])
+def test_bits_do_not_move(checkpoint: Checkpoint, quantization: str, family: str, dtype: torch.dtype) -> None:
+    folder, (prompts, params) = checkpoint(family, dtype), jobs()
+    with LLM(folder, quantization=quantization, num_threads=1, prefix_sharing=False) as llm:
+        expected = [bits(llm.generate([p], s)[0]) for p, s in zip(prompts, params, strict=True)]
+    with LLM(folder) as llm:
+        assert expected != [bits(o) for o in llm.generate(prompts, params)], "a quantisation that changes nothing is not in use"
+    for budget in (4096, 7):
+        with LLM(folder, quantization=quantization, num_threads=2, max_tokens_per_step=budget) as llm:
+            for _ in ("cold", "cached"):
+                assert [bits(o) for o in llm.generate(prompts, params)] == expected
+
+
+def test_quantization_is_validated() -> None:
+    with pytest.raises(ConfigError, match="quantization='int2': must be one of none, int8, int4"):
+        LLM("/nowhere", quantization="int2")

@@ -1,0 +1,107 @@
+"""A model whose weights are packed at load: the bits of the same model with plain weights; quantised, close to it; its own forward still runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from quire.errors import ConfigError, UnsupportedModelError
+from quire.tensors.models.load import load_model
+from quire.tensors.models.model import CausalModel
+from quire.tensors.models.packing import pack_weights
+from quire.tensors.models.probe import probe
+from quire.tensors.packed import PackedWeight
+from quire.tensors.products import ReferenceProducts
+from tests.tensors.checkpoints import make, one_thread, tiny_model
+from tests.tensors.test_models import ids, packed
+
+pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
+
+from quire.tensors.native_products import NativeProducts
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def load(folder: str, quantization: str = "none", products: NativeProducts | ReferenceProducts | None = None) -> CausalModel:
+    products = products or NativeProducts(2)
+    return load_model(folder, dtype="auto", trust_remote_code=False, revision=None, products=products, quantization=quantization)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt_oss", "phi3", "gpt2", "mixtral", "deepseek_v3", "llama4_text"])
+def test_the_bits_of_plain_weights(family: str, tmp_path: Path) -> None:
+    dtype = torch.float32 if family in ("gpt_oss", "llama4_text") else torch.bfloat16
+    folder = make(tmp_path, family, dtype)
+    model = load(folder)
+    probe(model)
+    plain = CausalModel(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), NativeProducts(1), name=folder, identity="", live=False)
+    plain.everywhere = model.everywhere
+    sequences = [ids(1, 40), ids(2, 1), ids(3, 9)]
+    for got, expected in zip(packed(model, sequences), packed(plain, sequences), strict=True):
+        assert torch.equal(got, expected)
+    kinds = [module for module in model.transformers_model.modules() if type(module) in (nn.Linear, Conv1D)]
+    assert kinds and all(isinstance(module._parameters["weight"], PackedWeight) for module in kinds)
+    assert model.weight_bytes >= 0.9 * plain.weight_bytes
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "mixtral", "gemma3_text"])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_is_close(family: str, quantization: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, family, hidden_size=128, n_embd=128)
+    plain, model = load(folder), load(folder, quantization)
+    report = probe(model)
+    assert report.max_error < 1e-3 and model.identity != plain.identity
+    sequence = ids(1, 30)
+    got, expected = (packed(x, [sequence])[0].log_softmax(-1) for x in (model, plain))
+    divergence = (expected.exp() * (expected - got)).sum(-1).mean()
+    assert 0 < divergence < {"int8": 0.02, "int4": 2}[quantization]
+    reference = load(folder, quantization, ReferenceProducts())
+    probe(reference)
+    assert (packed(reference, [sequence])[0] - packed(model, [sequence])[0]).abs().max() < 1e-2
+
+
+def test_an_embedding_that_is_the_head_is_packed_once(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama", tie_word_embeddings=True)
+    model = load(folder).transformers_model
+    head = model.lm_head._parameters["weight"]
+    assert isinstance(head, PackedWeight) and model.model.embed_tokens._parameters["weight"] is head
+    untied = load(make(tmp_path, "llama")).transformers_model
+    assert type(untied.model.embed_tokens.weight) is nn.Parameter
+
+
+def test_the_model_runs_by_itself(tmp_path: Path) -> None:
+    folder = make(tmp_path, "gpt2")
+    model = load(folder).transformers_model
+    own = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        sequence = ids(1, 9)[None]
+        assert torch.allclose(model(sequence).logits, own(sequence).logits, atol=1e-3)
+    with pytest.raises(RuntimeError, match=r"transformer\.h\.0\.attn\.c_attn\.weight is packed"):
+        model.transformer.h[0].attn.c_attn.weight + 1
+
+
+def test_a_weight_with_other_readers_stays(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    other = nn.Module()
+    other.weight = model.model.layers[0].mlp.up_proj.weight
+    model.other = other
+    pack_weights(model, NativeProducts(1), "none")
+    assert type(other.weight) is nn.Parameter and model.model.layers[0].mlp.up_proj.weight is other.weight
+    assert isinstance(model.model.layers[1].mlp.up_proj._parameters["weight"], PackedWeight)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantization='int8': a live model's weights are its owner's"):
+        load_model(tiny_model("llama"), dtype="auto", trust_remote_code=False, revision=None, products=NativeProducts(1), quantization="int8")
+    bare = tiny_model("llama")
+    for module in bare.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = module.forward
+            module.__class__ = type("Own", (nn.Linear,), {"forward": lambda self, x: x})
+    with pytest.raises(UnsupportedModelError, match="quantization='int4': none of its weights is a linear layer's"):
+        pack_weights(bare, NativeProducts(1), "int4")

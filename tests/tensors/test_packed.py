@@ -1,0 +1,183 @@
+"""Packed weights have the bits of plain ones; quantised weights keep a law of their own; what reads a packed weight some other way is told so."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+native = pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
+
+from quire.tensors.native_products import NativeProducts  # noqa: E402
+from quire.tensors.packed import PackedLayout, PackedWeight  # noqa: E402
+from quire.tensors.products import SPANS, ReferenceProducts, _parts  # noqa: E402
+from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, random  # noqa: E402
+
+CODES = ["int8", "int4"]
+SHAPES = [(33, 31), (130, 129), (200, 257), (64, 640)]
+ROWS = [*range(1, 17), 29, 64, 100, 260]  # every number of few rows, whole and broken tiles, more than a scratch holds
+
+
+def pack(weight: torch.Tensor, quantization: str = "none", products: NativeProducts | ReferenceProducts | None = None) -> PackedWeight:
+    products = products or NativeProducts(2)
+    layout = PackedLayout(*weight.shape, weight.dtype, quantization)
+    out = torch.full((products.packed_bytes(layout),), 0xFF, dtype=torch.uint8)
+    products.pack(weight, layout, out)
+    return PackedWeight(out, layout, products.rows, "layer.weight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_packed_has_the_bits_of_plain(isa: str, dtype: torch.dtype, n: int, k: int) -> None:
+    weight, bias = random(1, n, k, dtype=dtype), random(2, n, dtype=dtype)
+    packed = pack(weight)
+    whole = random(0, max(ROWS), k, dtype=dtype)
+    for m in ROWS:
+        products = NativeProducts(1 + m % 2)
+        given = bias if m % 3 else None
+        assert_same_bits(products.linear(whole[:m], packed, given), products.linear(whole[:m], weight, given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_keeps_signs_of_zero_and_what_is_not_a_number(isa: str, dtype: torch.dtype) -> None:
+    products = NativeProducts(2)
+    for m, k in itertools.product((1, 5, 20), (16, 20, 33, 130, 144)):
+        x, weight = torch.full((m, k), -1e-4, dtype=dtype), torch.full((40, k), 1e-5, dtype=dtype)
+        weight[7, k - 1] = torch.inf
+        weight[39, 0] = NAN
+        expected = products.linear(x, weight)
+        assert expected[:, 39].isnan().all() and (expected[:, 7] == -torch.inf).all()
+        got = products.linear(x, pack(weight))
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert_same_bits(got.nan_to_num(), expected.nan_to_num())
+        assert_same_bits(products.linear(x * 0, pack(weight.abs().nan_to_num(1, 1))), products.linear(x * 0, weight.abs().nan_to_num(1, 1)))
+
+
+def test_one_fused_step_at_a_time(isa: str) -> None:
+    """Products that round, which those of bf16 numbers never do: fused or not shows."""
+    x, weight = random(0, 20, 150), random(1, 70, 150)
+    assert_same_bits(NativeProducts(2).linear(x, pack(weight)), NativeProducts(1).linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quantization", ["none", *CODES])
+def test_rows_are_the_weight(isa: str, dtype: torch.dtype, quantization: str) -> None:
+    for n, k in SHAPES:
+        weight = random(1, n, k, dtype=dtype)
+        packed = pack(weight, quantization)
+        expected = weight if quantization == "none" else pack(weight, quantization, ReferenceProducts()).rows(torch.arange(n))
+        for ids in (torch.arange(n), torch.arange(5, n), torch.arange(n).flip(0), torch.tensor([[n - 1, 0], [3, 3]])):
+            assert_same_bits(packed.rows(ids), expected[ids])
+        assert_same_bits(packed.rows(torch.arange(n), torch.float32), pack(weight, quantization).rows(torch.arange(n).flip(0), torch.float32).flip(0))
+    for bad in (-1, n):
+        with pytest.raises(IndexError):
+            packed.rows(torch.tensor([0, bad]))
+
+
+@functools.cache
+def coded(quantization: str, dtype: torch.dtype, m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, weight and what csrc/linear_packed.h promises for them, term by term. Exact: no product of x's few bits and a code rounds."""
+    x, weight = random(3, m, k, dtype=torch.bfloat16).to(dtype), random(4, n, k, dtype=dtype)
+    reference = ReferenceProducts()
+    layout = PackedLayout(n, k, dtype, quantization)
+    out = torch.empty(reference.packed_bytes(layout), dtype=torch.uint8)
+    reference.pack(weight, layout, out)
+    codes, scales = (part.float() for part in _parts(out, layout))
+    total, wide, span = torch.zeros(m, n), x.float(), SPANS[quantization]
+    for start in range(0, k, span):
+        part = torch.zeros(m, n)
+        for i in range(start, min(start + span, k)):
+            part += wide[:, i : i + 1] * codes[:, i]
+        part *= scales[:, start // span]
+        total = total + part if start else part
+    return x, weight, total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quantization", CODES)
+def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -> None:
+    for n, k in ((33, 31), (130, 129), (70, 300)):
+        x, weight, total = coded(quantization, dtype, 100, n, k)
+        packed, bias = pack(weight, quantization), random(5, n, dtype=dtype)
+        for m in (*range(1, 17), 29, 64, 100):
+            products = NativeProducts(1 + m % 2)
+            assert_same_bits(products.linear(x[:m], packed), total[:m].to(dtype))
+            assert_same_bits(products.linear(x[:m], packed, bias), (total[:m] + bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize("quantization", ["none", *CODES])
+def test_weights_may_have_another_dtype_than_x(isa: str, quantization: str) -> None:
+    weight = random(1, 100, 200, dtype=torch.bfloat16)
+    x = random(0, 30, 200)
+    expected = pack(weight.float(), quantization)
+    for m in (1, 7, 30):
+        assert_same_bits(NativeProducts(2).linear(x[:m], pack(weight, quantization)), NativeProducts(2).linear(x[:m], expected))
+
+
+@pytest.mark.parametrize("quantization", CODES)
+def test_codes_are_close_to_their_weights(quantization: str) -> None:
+    weight = random(1, 256, 1024, dtype=torch.bfloat16)
+    weight[3] = 0
+    weight[4, 100] = 1000
+    rows = pack(weight, quantization).rows(torch.arange(256), torch.float32)
+    steps = weight.float().view(256, -1, SPANS[quantization]).abs().amax(-1) / {"int8": 127, "int4": 8}[quantization]
+    error = (rows - weight.float()).abs().view(256, -1, SPANS[quantization]).amax(-1)
+    # What lies opposite an int4 extreme may be a whole step beyond the last code.
+    assert (error <= {"int8": 0.76, "int4": 1.05}[quantization] * steps + 1e-30).all() and not rows[3].any()
+
+
+@pytest.mark.parametrize("quantization", CODES)
+def test_the_reference_is_near_the_kernels(quantization: str) -> None:
+    weight, bias, x = random(1, 70, 300), random(2, 70), random(0, 40, 300)
+    reference = ReferenceProducts()
+    got = reference.linear(x, pack(weight, quantization, reference), bias)
+    assert torch.allclose(got, NativeProducts(2).linear(x, pack(weight, quantization), bias), atol=1e-4)
+    assert torch.equal(got[5:6], reference.linear(x[5:6], pack(weight, quantization, reference), bias))
+
+
+@pytest.mark.parametrize("quantization", ["none", *CODES])
+def test_modules_of_torch_still_run(quantization: str) -> None:
+    weight, bias = random(1, 70, 40, dtype=torch.bfloat16), random(2, 70, dtype=torch.bfloat16)
+    x, ids = random(0, 5, 40, dtype=torch.bfloat16), torch.tensor([[3, 69], [0, 3]])
+    packed = pack(weight, quantization)
+    elements = packed.rows(torch.arange(70))
+    linear, embedding = nn.Linear(40, 70, dtype=torch.bfloat16), nn.Embedding(70, 40)
+    linear._parameters["weight"] = embedding._parameters["weight"] = packed
+    linear._parameters["bias"] = bias
+    with torch.inference_mode():
+        assert torch.allclose(linear(x), functional.linear(x, elements, bias), atol=0.1)
+        assert torch.equal(embedding(ids), elements[ids])
+        turned = PackedWeight(packed.packed, packed.form, NativeProducts(1).rows, "conv.weight", transposed=True)
+        assert torch.allclose(torch.addmm(bias, x, turned), functional.linear(x, elements, bias), atol=0.1)
+        assert_same_bits(NativeProducts(2).matmul(x, turned, bias), NativeProducts(2).linear(x, packed, bias))
+    assert packed.shape == (70, 40) and turned.shape == (40, 70) and packed.dtype == torch.bfloat16 and packed.is_floating_point()
+
+
+def test_other_readers_are_told() -> None:
+    packed, x = pack(random(1, 70, 40)), random(0, 5, 40)
+    for read in (lambda: packed + 1, lambda: x @ packed.T, lambda: packed[0], lambda: packed.float().sum(), packed.detach, packed.tolist):
+        with pytest.raises(RuntimeError, match=r"layer\.weight is packed"):
+            read()
+    with pytest.raises(ValueError, match=r"layer\.weight is packed and cannot be multiplied as its transpose"):
+        NativeProducts(1).matmul(x, packed)
+    with pytest.raises(ValueError, match=r"x \(5, 39\), weight \(70, 40\)"):
+        NativeProducts(1).linear(x[:, :39], packed)
+    with pytest.raises(ValueError, match="do not fit"):
+        NativeProducts(1).linear(x, packed, random(2, 71))
+    with pytest.raises(TypeError, match="native products take one dtype"):
+        NativeProducts(1).linear(x.double(), packed)
+    with pytest.raises(TypeError, match="bias torch.float16"):
+        NativeProducts(1).linear(x, packed, random(2, 70).half())
+
+
+def test_no_columns_no_k_no_rows(isa: str) -> None:
+    for quantization in ("none", *CODES):
+        products = NativeProducts(2)
+        bias = random(0, 20)
+        assert products.linear(torch.empty(0, 8), pack(torch.zeros(20, 8), quantization)).shape == (0, 20)
+        for m in (3, 30):
+            assert torch.equal(products.linear(torch.empty(m, 0), pack(torch.empty(20, 0), quantization), bias), bias.expand(m, -1))
