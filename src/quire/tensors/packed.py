@@ -49,7 +49,7 @@ class PackedWeight(torch.Tensor):
         self.packed, self.form, self.weight_name, self.transposed, self._rows = packed, layout, weight_name, transposed, rows
         return self
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

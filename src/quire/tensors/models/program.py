@@ -9,8 +9,11 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
+
+import torch
 
 from quire.tensors.models.recording import UnlowerableError
 from quire.tensors.models.rowplan import Multiply, Operand, Plan, Work
@@ -41,9 +44,10 @@ class Program:
 
 def assemble(plan: Plan) -> Program:
     """The program of a plan."""
-    before, after = _stretches(_scheduled(plan.before)), _stretches(_scheduled(plan.after))
-    steps = [*before, *after]
     given = [value for value, _ in (*plan.weights, *plan.inputs)] + [*plan.attend.values, plan.attend.out] + [value for value, _ in plan.outputs]
+    read = Counter(value for step in (*plan.before, *plan.after) for value in step.reads) + Counter(given)
+    before, after = (_stretches(_scheduled(_without_copies(steps, read))) for steps in (plan.before, plan.after))
+    steps = [*before, *after]
     if len(set(given)) != len(given):
         raise UnlowerableError("two of its results are one tensor")
     if any(count > 1 for count in Counter(value for step in steps for value in _written(step)).values()):
@@ -87,6 +91,38 @@ def assemble(plan: Plan) -> Program:
 def _dtype(plan: Plan, value: int) -> int:
     """As the kernels know it; 0 for the bytes of a packed weight, whose form its product names."""
     return DTYPE_CODES.get(plan.dtypes[value], 0)
+
+
+def _without_copies(steps: Sequence[Work | Multiply], read: Counter[int]) -> list[Work | Multiply]:
+    """The steps, where an operator whose result is only copied, rounded or not, writes the copy itself: the same numbers with one pass less."""
+    kept: list[Work | Multiply] = []
+    made: dict[int, int] = {}  # value -> place of the operator that makes it, all of it and nothing else
+    for step in steps:
+        if isinstance(step, Work) and step.op == "copy":
+            at = made.get(step.operands[0].value)
+            maker = kept[at] if at is not None and read[step.operands[0].value] == 1 else None
+            joined = _joined(maker, step) if isinstance(maker, Work) else None
+            if at is not None and joined is not None:
+                kept[at] = joined
+                continue
+        if isinstance(step, Work):
+            made[step.out.value] = len(kept)
+        kept.append(step)
+    return kept
+
+
+def _joined(maker: Work, copy: Work) -> Work | None:
+    """An operator that writes where its result is copied to; None where that is not the same."""
+    (source,) = copy.operands
+    flat = (0, 0, 1)
+    if maker.op == "mean" or (maker.dtype != copy.dtype and torch.float32 not in (maker.dtype, copy.dtype)):
+        return None
+    dtype = copy.dtype if maker.dtype == torch.float32 else maker.dtype
+    if (maker.shape, maker.out) == (copy.shape, source):
+        return replace(maker, out=copy.out, dtype=dtype)
+    if copy.shape[:2] == (1, 1) and (source.at, source.step, copy.out.step) == (0, flat, flat) and prod(maker.shape) == copy.shape[2]:
+        return replace(maker, out=replace(maker.out, value=copy.out.value, at=copy.out.at), dtype=dtype)  # all of it, in order
+    return None
 
 
 def _scheduled(steps: Sequence[Work | Multiply]) -> list[Work | Multiply]:
