@@ -39,6 +39,7 @@ float* scratch_of_this_thread(int64_t num_floats) {
 void product(int32_t format, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t x_stride,
              int64_t w_stride, int32_t dtype, int32_t num_threads) {
   require(m >= 0 && n >= 0 && k >= 0 && is_dtype(dtype) && format >= 0 && format < kNumWeightFormats && num_threads >= 1);
+  require(!is_packed(format) || k > 0);
   const LinearArgs args{pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(y), m, n, k, x_stride, w_stride, dtype, format, num_threads, nullptr};
   if (double(m) * double(n) * double(k) < 2e5) return multiply(args);  // microseconds: not worth another thread's turn
   nb::gil_scoped_release release;
@@ -46,7 +47,7 @@ void product(int32_t format, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
 }
 
 void pack(int32_t format, uintptr_t w, uintptr_t packed, int64_t n, int64_t k, int64_t stride, int32_t dtype, int32_t num_threads) {
-  require(n >= 0 && k >= 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
+  require(n > 0 && k > 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
   require(format > kPackedF16 || format == kPackedF32 + dtype);  // elements keep their dtype
   const PackArgs args{pointer<void>(w), pointer<void>(packed), n, k, stride, dtype, format, num_threads};
   nb::gil_scoped_release release;
@@ -54,7 +55,7 @@ void pack(int32_t format, uintptr_t w, uintptr_t packed, int64_t n, int64_t k, i
 }
 
 void packed_rows(int32_t format, uintptr_t packed, uintptr_t ids, uintptr_t out, int64_t count, int64_t n, int64_t k, int32_t dtype, int32_t num_threads) {
-  require(count >= 0 && n >= 0 && k >= 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
+  require(count >= 0 && n > 0 && k > 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
   const auto* id = pointer<int64_t>(ids);
   for (int64_t i = 0; i < count; ++i)
     if (id[i] < 0 || id[i] >= n) throw nb::index_error("a row's id is out of range");
@@ -64,7 +65,7 @@ void packed_rows(int32_t format, uintptr_t packed, uintptr_t ids, uintptr_t out,
 }
 
 int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
-  require(n >= 0 && k >= 0 && is_packed(format));
+  require(n > 0 && k > 0 && is_packed(format));
   return active_kernels().linear.packed_bytes(format, n, k);
 }
 

@@ -92,7 +92,7 @@ def _weights(model: PreTrainedModel) -> list[_Weight]:
                 known.packs = known.packs or not embedding
             else:
                 known.foreign = True
-    return [weight for weight in found.values() if weight.packs and not weight.foreign]
+    return [weight for weight in found.values() if weight.packs and not weight.foreign and weight.tensor.numel()]
 
 
 def _room(num_bytes: int) -> torch.Tensor:
