@@ -1,6 +1,6 @@
-"""`python -m bench`: the machine, attention alone, whole workloads beside transformers, in one run. Ends with one JSON line.
+"""`python -m bench`: the engine's parts, each beside the machine's own limits, in one run. Ends with one JSON line.
 
-The full run takes most of an hour on two cores, nearly all of it in the peers; `--layers 6 --scale 0.5` shows the same ratios in minutes.
+Whole workloads beside other engines are `python -m bench.speed`. All that is here: docs/bench.md.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ import argparse
 import json
 import time
 
-from bench import attention, cache, codecs, faces, linear, machine, weights, workloads
+from bench import attention, cache, codecs, faces, linear, machine, weights
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28, help="layers of the Qwen3-0.6B shape")
-    parser.add_argument("--scale", type=float, default=1.0, help="scales the lengths of ragged and shared-prefix requests")
-    parser.add_argument("--requests", type=int, default=48, help="ragged requests")
-    parser.add_argument("--long", type=int, default=8192, help="tokens of the long prompt")
-    parser.add_argument("--no-peers", action="store_true", help="Quire alone")
-    parts = ["machine", "attention", "codecs", "cache", "faces", "linear", "weights", "workloads"]
+    parser.add_argument("--long", type=int, default=8192, help="half the tokens of the prompt that is computed in chunks")
+    parser.add_argument("--no-peers", action="store_true", help="Quire alone in padded batches")
+    parts = ["machine", "attention", "codecs", "cache", "faces", "linear", "weights"]
     parser.add_argument("--only", choices=parts, help="one part (the machine is always measured)")
-    parser.add_argument("--workload", default="", help="only workloads whose name holds this")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16, 32], help="padded batches")
     parser.add_argument("--new", type=int, default=256, help="new tokens of each row of a padded batch")
     parser.add_argument(
@@ -41,8 +38,6 @@ def main() -> None:
         results["cache"] = cache.run(args.layers)
     if args.only in (None, "faces"):
         results["faces"] = faces.run(args.layers, args.batches, args.new, 2 * args.long, not args.no_peers)
-    if args.only in (None, "workloads"):
-        results["workloads"] = workloads.run(args.layers, args.scale, args.requests, args.long, not args.no_peers, args.workload)
     print(json.dumps(results))
 
 

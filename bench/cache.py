@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.attention import HKV, HQ, MASK, B, D
+from bench.live import Jobs, prompt, random_model, with_quire
 from bench.machine import Bench, best
-from bench.workloads import Jobs, prompt, random_model, with_quire
 from quire import LLM, SamplingParams
 from quire.tensors.attention.base import LayerPlace, StepInputs, TableInputs
 from quire.tensors.attention.native import NativeAttention

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from bench.live import random_model
 from bench.machine import Bench
-from bench.workloads import random_model
 from quire import LLM
 from quire.tensors.attention.base import StepInputs, TableInputs
 from quire.tensors.device import one_torch_thread_here

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 import quire
+from bench.live import Result, line, measured, prompt, random_model, with_quire
 from bench.machine import Bench
-from bench.workloads import Result, line, measured, prompt, random_model, with_quire
 
 CHUNKS = (64, 256, 512, 2048)
 
