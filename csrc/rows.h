@@ -4,7 +4,7 @@
 // is computed by itself, each element by the same vector operations wherever it lies: rows, their number and the threads do
 // not meet. The order of a sum over n elements is that of torch's CPU kernel in its AVX-512 build (aten/src/ATen/native/cpu/
 // SumKernel.cpp), for all instruction sets: 16 lanes, 4 accumulators each in a cascade of 4 levels, their sum, the rest of n
-// one by one, the lanes one by one. So norms agree with torch's bit for bit where torch has AVX-512.
+// one by one, the lanes one by one. So norms of 16 elements and more agree with torch's bit for bit where torch has AVX-512.
 #pragma once
 #include "elements.h"
 

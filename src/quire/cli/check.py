@@ -79,6 +79,7 @@ def _table(found: dict[str, Any]) -> Table:
         "vocabulary": f"{found['vocab_size']:,} tokens{'' if found['has_tokenizer'] else '; no tokenizer, so prompts are token ids'}",
         "context": f"{found['context_len']:,} tokens",
         "backend": f"{found['backend']}, {found['num_threads']} thread{'s' if found['num_threads'] != 1 else ''}",
+        "layers": found["layers"],
         "layer groups": "\n".join(found["groups"]),
         "page": f"{found['page_size']} tokens, {size(found['page_bytes'])}",
         "cache per token": size(found["bytes_per_token"]),

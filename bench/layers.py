@@ -1,4 +1,4 @@
-"""`python -m bench.compiled`: compiled decoder layers beside plain ones, on Qwen3-0.6B's shape, in one run, steps alternated.
+"""`python -m bench.layers`: decoder layers as programs, and as compiled code, beside plain ones, on Qwen3-0.6B's shape, steps alternated in one run.
 
 Three steps: one stream that decodes after 128 tokens, 32 streams that do, and a prompt of 512. `--start` prints only how long an engine takes to
 start, so that two processes after each other (with TORCHINDUCTOR_CACHE_DIR set to an empty folder before the first) show a cold and a warm one.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from bench.live import random_model
 from bench.machine import Bench
@@ -43,15 +45,23 @@ def void(_: object) -> None:
     """Nothing."""
 
 
-def alternated(plain: Callable[[], None], compiled: Callable[[], None], count: int) -> tuple[list[float], list[float]]:
-    """Seconds of each, sorted; one after the other `count` times."""
-    times: tuple[list[float], list[float]] = ([], [])
+def alternated(functions: Sequence[Callable[[], None]], count: int) -> list[list[float]]:
+    """Seconds of each, in the order of the runs; one after the other `count` times."""
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(count):
-        for function, into in zip((plain, compiled), times, strict=True):
+        for function, into in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
             into.append(time.perf_counter() - start)
-    return sorted(times[0]), sorted(times[1])
+    return times
+
+
+def engine(model: PreTrainedModel, kind: str, threads: int) -> LLM:
+    """An engine whose layers are plain, programs or compiled."""
+    llm = LLM(model, compile=kind == "compiled", cache_bytes=2**28, num_threads=threads)
+    if kind == "plain":
+        llm._built.engine.runner.model.lowered = None
+    return llm
 
 
 def main() -> None:
@@ -59,29 +69,33 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--start", action="store_true", help="only the time to start, plain and compiled")
+    parser.add_argument("--kinds", nargs="+", default=["plain", "programs"], help="of plain, programs, compiled")
+    parser.add_argument("--repeats", type=float, default=1.0, help="times as many runs of each step as usual")
+    parser.add_argument("--start", action="store_true", help="only the time to start")
     args = parser.parse_args()
     results: Bench = {}
     for name in args.dtypes:
         model, started = random_model(args.layers, getattr(torch, name)), []
         engines = []
-        for compile in (False, True):
+        for kind in args.kinds:
             start = time.perf_counter()
-            engines.append(LLM(model, compile=compile, cache_bytes=2**30, num_threads=args.threads))
+            engines.append(engine(model, kind, args.threads))
             started.append(time.perf_counter() - start)
-        print(f"{name}: start {started[0]:.1f} s, compiled {started[1]:.1f} s", flush=True)
+        print(f"{name}: start " + ", ".join(f"{kind} {took:.1f} s" for kind, took in zip(args.kinds, started, strict=True)), flush=True)
         entry: Bench = {"start_s": started}
         one_torch_thread_here()  # as the engine's own thread has it
         for what, (num_seqs, committed, new), count in () if args.start else STEPS:
-            plain, compiled = (step_of(llm, num_seqs, committed, new) for llm in engines)
-            alternated(plain, compiled, 2)
-            a, b = alternated(plain, compiled, count)
-            entry[what] = {"best_s": (a[0], b[0]), "median_s": (a[count // 2], b[count // 2])}
-            print(
-                f"  {what:<16} best: plain {a[0] * 1e3:7.2f} ms, compiled {b[0] * 1e3:7.2f} ms, {a[0] / b[0]:.2f} times as fast;"
-                f" median: {a[count // 2] * 1e3:.2f}, {b[count // 2] * 1e3:.2f}, {a[count // 2] / b[count // 2]:.2f}",
-                flush=True,
-            )
+            steps = [step_of(llm, num_seqs, committed, new) for llm in engines]
+            alternated(steps, 2)
+            times = alternated(steps, max(2, round(count * args.repeats)))
+            for kind, taken in zip(args.kinds, times, strict=True):
+                paired = statistics.median(a / b for a, b in zip(times[0], taken, strict=True))
+                entry[f"{what}, {kind}"] = {"best_s": min(taken), "median_s": statistics.median(taken), "times_as_fast": paired}
+                print(
+                    f"  {what:<16} {kind:<9} best {min(taken) * 1e3:8.2f} ms, median {statistics.median(taken) * 1e3:8.2f},"
+                    f" {paired:.2f} times as fast as {args.kinds[0]} (median of pairs)",
+                    flush=True,
+                )
         for llm in engines:
             llm.close()
         results[name] = entry
