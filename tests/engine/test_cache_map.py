@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from quire import LLM, SamplingParams
-from quire.engine.cache_map import CacheMap
+from quire.engine.cache_map import CacheMap, OnDisk
+from quire.engine.tier import page_content_id
 from quire.errors import InvalidRequestError
-from quire.policy.pages import PIN_MARK, STATES
+from quire.policy.pages import DISK_MARK, PIN_MARK, STATE_BITS, STATES
+from quire.tensors.disk import DiskStore
 from tests.engine.conftest import Checkpoint
 
 PROMPT = [5 + (i * i * 7 + 3 * i) % 180 for i in range(37)]
@@ -24,13 +27,15 @@ def agrees(seen: CacheMap, num_pages: int) -> None:
     assert len(seen.states) == num_pages == sum(counts.values())
     assert (counts["free"], counts["cached"], counts["retired"]) == (stats["num_free_pages"], stats["num_cached_pages"], stats["num_retired_pages"])
     assert counts["held"] + counts["shared"] + counts["pinned"] + counts["moving"] == stats["num_held_pages"]
+    marked = sum(bool(state & DISK_MARK) for state in seen.states)
+    assert marked == (seen.disk.num_also if seen.disk else 0)
     assert sum(bool(state & PIN_MARK) for state in seen.states) == stats["num_pinned_pages"]
     holders = [0] * num_pages
     for seq in seen.sequences:
         for page_id in {page_id for table in seq.tables for page_id in table if page_id >= 0}:
             holders[page_id] += 1
     for page_id, state in enumerate(seen.states):
-        name = STATES[state & ~PIN_MARK]
+        name = STATES[state & STATE_BITS]
         assert (holders[page_id] > 1) == (name == "shared") and (holders[page_id] == 1) == (name == "held"), (page_id, name, holders[page_id])
     assert sum(any(seq.tables) for seq in seen.sequences) == stats["num_running"]
 
@@ -75,6 +80,69 @@ def test_states_agree_with_the_counters_under_a_random_load(checkpoint: Checkpoi
         assert seen.counts()["retired"] == 50 and not seen.sequences
         assert seen_states >= {"free", "held", "shared", "cached", "pinned"}
         llm.check_integrity()
+
+
+@pytest.fixture
+def looks_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.engine.disk_eye.LISTED_S", 0.0)
+    monkeypatch.setattr("quire.engine.disk_eye.SHARE", 1e9)
+
+
+def settled(llm: LLM) -> CacheMap:
+    """The picture when nothing is on its way to the disk any more."""
+    while (seen := llm.cache_map()).counts()["moving"] or not seen.disk.settled:  # type: ignore[union-attr]
+        time.sleep(0.005)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_lies_on_disk_is_marked(checkpoint: Checkpoint, tmp_path: Path, looks_every_time: None, family: str) -> None:
+    def files() -> list[Path]:
+        return sorted(tmp_path.glob("*.page"))
+
+    def names(llm: LLM, seen: CacheMap) -> set[str]:
+        """Of marked pages the names that the store gives them, made anew from what the index says of each."""
+        cache, store = llm._built.engine.scheduler.cache, llm._built.eye._disk  # type: ignore[union-attr]
+        keys = {page_id: cache.index.key_of(page_id) for page_id, state in enumerate(seen.states) if state & DISK_MARK}
+        return {store._name(page_content_id(key, key.pages.index(page_id))) for page_id, key in keys.items() if key is not None}
+
+    with LLM(checkpoint(family), page_size=4, cache_dir=tmp_path) as llm:
+        assert settled(llm).disk == OnDisk(0, 0, True)
+        llm.generate(PROMPT, SHORT, namespace="a")
+        seen = settled(llm)
+        assert names(llm, seen) == {path.name for path in files()} and seen.disk == OnDisk(len(files()), 0, True)
+        assert all(STATES[state & STATE_BITS] == "cached" for state in seen.states if state & DISK_MARK)
+        llm.reset_cache()
+        num_files = len(files())
+        assert settled(llm).disk == OnDisk(0, num_files, True) and num_files > 8
+    with LLM(checkpoint(family), page_size=4, cache_dir=tmp_path) as llm:
+        assert llm.cache_map().disk == OnDisk(0, num_files, True), "what another process left there"
+        stream = llm.submit(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True), namespace="a")
+        next(iter(stream))
+        seen = settled(llm)
+        held = {page_id for table in seen.sequences[0].tables for page_id in table}
+        marked = {page_id for page_id, state in enumerate(seen.states) if state & DISK_MARK}
+        assert marked & held and names(llm, seen) <= {path.name for path in files()}
+        assert (seen.disk.num_also, seen.disk.num_only) == (len(marked), num_files - len(marked))  # type: ignore[union-attr]
+        for path in files():
+            path.unlink()
+        assert llm.cache_map().disk == OnDisk(0, 0, True), "somebody has emptied the folder"
+        stream.cancel()
+    with LLM(checkpoint(family, dtype=torch.bfloat16), page_size=4, cache_dir=tmp_path) as llm:
+        assert llm.cache_map().disk == OnDisk(0, 0, True), "pages of another dtype are not its own"
+
+
+def test_the_folder_is_not_listed_at_every_look(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[int] = []
+    listed = DiskStore.listed
+    monkeypatch.setattr(DiskStore, "listed", lambda store: lists.append(1) or listed(store))
+    monkeypatch.setattr("quire.engine.disk_eye.LISTED_S", 1000.0)
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
+        llm.generate(PROMPT, SHORT)
+        while llm.cache_map().counts()["moving"]:
+            pass
+        seen = llm.cache_map()
+        assert len(lists) == 1 and seen.disk is not None and not seen.disk.settled
 
 
 def test_more_holders_than_a_byte_counts(checkpoint: Checkpoint) -> None:

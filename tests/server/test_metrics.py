@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,22 @@ def test_pinned_pages_are_not_held(llm: LLM) -> None:
     llm.unpin(with_pin)
     assert [line.split()[-1] for line in text.splitlines() if line.startswith("quire_pages") and 'state="held"' in line] == ["0.0"]
     assert parsed(text.encode())["quire_pages", ("pinned",)] == with_pin.num_pages > 0
+
+
+def test_pages_on_disk(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.engine.disk_eye.LISTED_S", 0.0)
+    monkeypatch.setattr("quire.engine.disk_eye.SHARE", 1e9)
+    with LLM(model, page_size=4, cache_bytes=2**20, num_threads=1, cache_dir=tmp_path) as llm:
+        llm.generate(PROMPT, SamplingParams(max_tokens=2))
+        while (seen := llm.cache_map()).counts()["moving"] or not seen.disk.settled:  # type: ignore[union-attr]
+            pass
+        num_files = len(list(tmp_path.glob("*.page")))
+        for only, also in ((0, num_files), (num_files, 0)):
+            found = parsed(Metrics().render(llm))
+            assert (found["quire_pages", ("on_disk",)], found["quire_pages_also_on_disk", ()]) == (only, also)
+            assert sum(value for (name, _), value in found.items() if name == "quire_pages") == llm.info.num_pages + only
+            llm.reset_cache()
+    assert num_files > 4
 
 
 def test_a_scrape_is_one_question_to_the_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig, split_codec
+from quire.engine.disk_eye import DiskEye
 from quire.engine.engine import Engine
 from quire.engine.runner import Runner
 from quire.engine.tier import DiskTier
@@ -113,6 +114,7 @@ class Built:
     info: EngineInfo
     tier: DiskTier | None
     grammars: GrammarCompiler
+    eye: DiskEye | None
 
 
 def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
@@ -170,13 +172,15 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
     identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()
     cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
-    tier = _tier(config, model, cache, store, f"{identity.hex()}/{kernels.name}/{version('quire')}") if config.cache_dir is not None else None
+    disk = _disk(config, model, store, f"{identity.hex()}/{kernels.name}/{version('quire')}") if config.cache_dir is not None else None
+    tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
     tokenizer = _tokenizer(source, config)
     engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes)
     info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace)
-    return Built(engine, model, tokenizer, Limits(model.vocab_size, context_len), info, tier, GrammarCompiler(tokenizer, model.vocab_size))
+    limits, eye = Limits(model.vocab_size, context_len), DiskEye(disk) if disk is not None else None
+    return Built(engine, model, tokenizer, limits, info, tier, GrammarCompiler(tokenizer, model.vocab_size), eye)
 
 
 def _max_tokens_per_step(config: EngineConfig, workspace: Workspace) -> int:
@@ -192,7 +196,7 @@ def _max_tokens_per_step(config: EngineConfig, workspace: Workspace) -> int:
     return num_tokens
 
 
-def _tier(config: EngineConfig, model: CausalModel, cache: PageCache, store: PageStore, identity: str) -> DiskTier:
+def _disk(config: EngineConfig, model: CausalModel, store: PageStore, identity: str) -> DiskStore:
     assert config.cache_dir is not None
     if not config.prefix_sharing:
         raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None with prefix_sharing=False, which nothing stored could serve")
@@ -203,8 +207,7 @@ def _tier(config: EngineConfig, model: CausalModel, cache: PageCache, store: Pag
     if capacity is None:
         there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
         capacity = shutil.disk_usage(there).free // 2
-    disk = DiskStore(folder, capacity_bytes=capacity, page_bytes=store.page_bytes, identity=identity.encode())
-    return DiskTier(cache, store, disk)
+    return DiskStore(folder, capacity_bytes=capacity, page_bytes=store.page_bytes, identity=identity.encode())
 
 
 def _tokenizer(source: str | PreTrainedModel, config: EngineConfig) -> TextTokenizer | None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from quire.errors import InvalidRequestError
 from quire.policy.cache import PageCache
 from quire.policy.namespaces import lies_in
-from quire.policy.pages import PIN_MARK, STATES
+from quire.policy.pages import PIN_MARK, STATE_BITS, STATES
 from quire.policy.prefix import PrefixKey, unpack
 
 if TYPE_CHECKING:
     from quire.engine.engine import Engine  # brings torch, which a server listens without
 
+UNMARKED = bytes(state & STATE_BITS for state in range(256))
 MAX_WAITING = 64  # are shown: the queue may be long
 
 
@@ -39,21 +40,36 @@ class MappedSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class OnDisk:
+    """Pages of this model and configuration in the `cache_dir`: how many lie in the pool too, and how many there alone.
+
+    Unless `settled` the folder has changed since it was looked at.
+    """
+
+    num_also: int
+    num_only: int
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CacheMap:
-    """One picture. `states[p]` is page p's place in `STATES`, with PIN_MARK where it is pinned.
+    """One picture. `states[p]` is page p's place in `STATES`, with PIN_MARK where it is pinned and DISK_MARK where its content lies on disk too.
 
     A page is `held` by one sequence or `shared` by several; else `pinned`, or `moving` to or from the tier below; else `cached`, `free`, or
     `retired`: given back to the system. `stats` are those of `LLM.stats` at the same moment; `step_seconds` is where the time of steps went.
+    `disk` is None without a `cache_dir`.
     """
 
     states: bytes
     sequences: tuple[MappedSequence, ...]
     stats: dict[str, Any]
     step_seconds: dict[str, float]
+    disk: OnDisk | None = None
 
     def counts(self) -> dict[str, int]:
-        """Pages in each state; every page is in one."""
-        return {name: self.states.count(state) + self.states.count(state | PIN_MARK) for state, name in enumerate(STATES)}
+        """Pages of the pool in each state; every page is in one."""
+        plain = self.states.translate(UNMARKED)
+        return {name: plain.count(state) for state, name in enumerate(STATES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +152,7 @@ def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
         group_id = key.pages.index(page_id)
         place = group_id, num_before * cache.groups[group_id].page_size, unpack(key.tokens)
     num_holders = cache.pool.references(page_id) - cache.pool.num_aside(page_id)
-    return PageContent(page_id, STATES[state & ~PIN_MARK], bool(state & PIN_MARK), num_holders, tuple(dict.fromkeys(request_ids)), *(place or ()))
+    return PageContent(page_id, STATES[state & STATE_BITS], bool(state & PIN_MARK), num_holders, tuple(dict.fromkeys(request_ids)), *(place or ()))
 
 
 def _pages_before(cache: PageCache, key: PrefixKey, namespace: str) -> int | None:

@@ -36,7 +36,7 @@ class Engine:
         self.keeper = CacheKeeper(scheduler, runner.store, tokenizer, reserve_bytes)
         self.masks = MaskThread()
         self.num_steps = 0
-        self.num_computed_tokens = 0
+        self.num_computed_tokens = self.num_drawn_tokens = 0
         self._arrivals = 0
         self._requests: dict[str, RequestState] = {}
         self._branches: dict[int, tuple[RequestState, Branch]] = {}
@@ -171,6 +171,7 @@ class Engine:
         else:
             if state.first_token_s is None:
                 state.first_token_s = time.perf_counter()
+            self.num_drawn_tokens += 1
             event = branch.push(token)
         if branch.finish_reason is not None:
             self._close(branch)
@@ -249,7 +250,8 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the state of the pool now."""
-        return {"num_computed_tokens": self.num_computed_tokens, "num_steps": self.num_steps, **self.keeper.stats()}
+        counts = {"num_computed_tokens": self.num_computed_tokens, "num_drawn_tokens": self.num_drawn_tokens, "num_steps": self.num_steps}
+        return {**counts, **self.keeper.stats()}
 
 
 def _failure(request_id: str, token: Sampled, guide: Guide | None = None) -> RequestFailedError:

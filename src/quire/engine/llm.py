@@ -180,7 +180,10 @@ class LLM:
 
     def cache_map(self) -> CacheMap:
         """The state of every page and the way of every open sequence through them, taken between two steps."""
-        return self._worker.call(lambda: take_map(self._built.engine))
+        engine, eye = self._built.engine, self._built.eye
+        if eye is None:
+            return self._worker.call(lambda: take_map(engine))
+        return eye.look(*self._worker.call(lambda: (take_map(engine), engine.scheduler.cache.index.indexed())))
 
     def page(self, page_id: int, *, namespace: str | None = None) -> PageContent:
         """What one page of the cache holds, as far as this namespace, of which "a/b" is a part of "a", may know.

@@ -44,7 +44,7 @@ class _Page(NamedTuple):
 
     @property
     def content_id(self) -> bytes:
-        return hashlib.blake2b(content_id(self.key) + bytes([self.group_id % 256, self.group_id // 256]), digest_size=32).digest()
+        return page_content_id(self.key, self.group_id)
 
 
 @dataclass(slots=True)
@@ -70,6 +70,11 @@ def content_id(key: PrefixKey) -> bytes:
         step.content = hashlib.blake2b(before + step.tokens, digest_size=32).digest()
     assert key.content is not None
     return key.content
+
+
+def page_content_id(key: PrefixKey, group_id: int) -> bytes:
+    """32 bytes that stand for what one group's page of a key holds."""
+    return hashlib.blake2b(content_id(key) + bytes([group_id % 256, group_id // 256]), digest_size=32).digest()
 
 
 class DiskTier:

@@ -20,7 +20,9 @@ from quire.errors import IntegrityError
 
 STATES = ("free", "held", "shared", "cached", "pinned", "moving", "retired")
 FREE, HELD, SHARED, CACHED, PINNED, MOVING, RETIRED = range(len(STATES))
+STATE_BITS = 0x07
 PIN_MARK = 0x08  # beside any state of a page that is pinned
+DISK_MARK = 0x10  # beside any state of a page that lies on disk too
 
 
 class Contents(Protocol):

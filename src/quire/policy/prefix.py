@@ -148,6 +148,10 @@ class PrefixIndex:
         """The key a page is indexed under."""
         return self._pages.get(page_id)
 
+    def indexed(self) -> dict[int, PrefixKey]:
+        """The key of every page that has one, as it is now."""
+        return self._pages.copy()
+
     def longest_start(self, parent: PrefixKey, tokens: bytes) -> tuple[list[int], int]:
         """(pages, n): a continuation of `parent` with a page in every group whose first n tokens are the first n of `tokens`.
 

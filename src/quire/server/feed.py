@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 TICK_S = 0.15
 LOADING_S = 1.0
 KEEP_ALIVE_S = 5.0
+SETTLE_S = 1.0  # until what was written last to the disk is seen there
+COUNTERS = ("num_running", "num_waiting", "num_computed_tokens", "num_drawn_tokens", "num_preemptions", "num_steps")
 MAX_WATCHERS = 64
 BLOCK = 128  # bytes of states compared at once
 
@@ -45,7 +47,11 @@ class Look:
         """How long nothing new is expected."""
         if self.status == "loading":
             return LOADING_S
-        return TICK_S if self.seen is not None and (self.seen.sequences or self.seen.counts()["moving"]) else KEEP_ALIVE_S
+        if self.seen is None:
+            return KEEP_ALIVE_S
+        if self.seen.sequences or self.seen.counts()["moving"]:
+            return TICK_S
+        return KEEP_ALIVE_S if self.seen.disk is None or self.seen.disk.settled else SETTLE_S
 
 
 class Feed:
@@ -151,7 +157,8 @@ class View:
         message: dict[str, Any] = {
             "counts": seen.counts(),
             "rows": [self._row(seq) for seq in seen.sequences],
-            "stats": {name: stats[name] for name in ("num_running", "num_waiting", "num_computed_tokens", "num_preemptions", "num_steps")},
+            "stats": {name: stats[name] for name in COUNTERS},
+            "disk": None if seen.disk is None else {"also": seen.disk.num_also, "only": seen.disk.num_only},
             "prompt_tokens": metrics.prompt_tokens,
             "cached_tokens": metrics.cached_tokens,
         }

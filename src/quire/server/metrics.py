@@ -132,14 +132,19 @@ class _EngineMetrics(Collector):
         stats = self._seen.stats
         yield GaugeMetricFamily("quire_sequences_running", "Sequences that hold pages.", value=stats["num_running"])
         yield GaugeMetricFamily("quire_sequences_waiting", "Sequences in the queue.", value=stats["num_waiting"])
-        pages = GaugeMetricFamily("quire_pages", "Pages of the cache; every page is in one state.", labels=["state"])
+        pages = GaugeMetricFamily("quire_pages", "Pages; every page is in one state. All but on_disk are of the pool.", labels=["state"])
         for state, count in self._seen.counts().items():
             pages.add_metric([state], count)
+        disk = self._seen.disk
+        pages.add_metric(["on_disk"], disk.num_only if disk is not None else 0)
         yield pages
+        if disk is not None:
+            yield GaugeMetricFamily("quire_pages_also_on_disk", "Pages of the pool whose content lies on disk too.", value=disk.num_also)
         yield GaugeMetricFamily("quire_pinned_pages", "Pages that are pinned, whoever else holds them.", value=stats["num_pinned_pages"])
         yield CounterMetricFamily("quire_preemptions", "Sequences that gave their pages up for others.", value=stats["num_preemptions"])
         yield CounterMetricFamily("quire_steps", "Steps of the engine.", value=stats["num_steps"])
         yield CounterMetricFamily("quire_computed_tokens", "Tokens that went through the model.", value=stats["num_computed_tokens"])
+        yield CounterMetricFamily("quire_drawn_tokens", "Tokens drawn, also those of requests that run.", value=stats["num_drawn_tokens"])
         yield CounterMetricFamily(
             "quire_cache_hit_tokens", "Tokens found in the cache whenever a sequence started.", value=stats["num_cached_tokens"]
         )

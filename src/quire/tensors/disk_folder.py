@@ -96,6 +96,11 @@ class Folder:
                             found[entry.name] = PageFile(info.st_size, info.st_mtime_ns)
         return found
 
+    def names(self) -> Iterator[str]:
+        """The names that page files have, trusted or not. Raises OSError."""
+        with os.scandir(self._fd) as entries:
+            yield from (entry.name for entry in entries if is_page_name(entry.name))
+
     def sweep(self) -> None:
         """Remove temporary files whose writers are gone."""
         with contextlib.suppress(OSError), os.scandir(self._fd) as entries:

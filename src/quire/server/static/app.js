@@ -1,5 +1,6 @@
 // Puts the page together.
 import { key } from "./api.js";
+import { DiskStrip } from "./disk.js";
 import { Feed } from "./feed.js";
 import { CacheMap } from "./map.js";
 import { Numbers } from "./numbers.js";
@@ -16,6 +17,7 @@ theme.start($("theme"));
 theme.drawMark($("mark"), $("icon"));
 const feed = new Feed(), map = new CacheMap($("map"), $("cells"), feed), paths = new Paths($("paths"), map, $("follow"), feed);
 new Tip($("map"), $("tip"), $("tip-said"), map, paths, feed);
+new DiskStrip($("disk"), $("disk-cells"), $("disk-said"), map, feed);
 new Numbers($("numbers"), $("legend"), $("map-size"), feed);
 new Timeline($("timeline"), $("timeline-hint"), feed);
 const playground = new Playground();

@@ -6,7 +6,7 @@ const FIRST_RETRY_MS = 500, LONGEST_RETRY_MS = 10000, SILENCE_MS = 20000;
 export class Feed extends EventTarget {
   constructor() {
     super();
-    this.states = new Uint8Array(0); // of each page: its place in names, and 8 where it is pinned
+    this.states = new Uint8Array(0); // of each page: its place in names, 8 where it is pinned, 16 where it lies on disk too
     this.names = [];
     this.rows = new Map(); // sequence -> what is known of it
     this.paths = new Map(); // sequence -> its pages, a list for each group of layers

@@ -1,7 +1,8 @@
 // The cache map: a cell for each page on one canvas, where only cells that have changed are drawn again.
 import { changed as themeChanged, colour } from "./theme.js";
 
-export const PINNED = 8, STATE = 7;
+export const PINNED = 8, ON_DISK = 16, STATE = 7;
+const MARKS = 32;
 const LARGEST = 20, SMALLEST = 3, TALLEST = 400, MARGIN = 3; // the margin is for the frame around a page
 
 export class CacheMap {
@@ -64,6 +65,7 @@ export class CacheMap {
     this.colours = names.map(colour);
     this.ground = colour("panel");
     this.rim = colour("line");
+    this.disk = colour("moving");
     this.#drawAll();
   }
 
@@ -75,8 +77,8 @@ export class CacheMap {
   }
 
   #draw(pages) {
-    const began = performance.now(), { states } = this.feed, byState = Array.from({ length: 16 }, () => []);
-    for (const page of pages) byState[states[page] & 15].push(page);
+    const began = performance.now(), { states } = this.feed, byState = Array.from({ length: MARKS }, () => []);
+    for (const page of pages) byState[states[page] & (MARKS - 1)].push(page);
     byState.forEach((some, state) => { if (some.length) this.#drawSome(some, state); });
     this.frames.push(performance.now() - began);
     if (this.frames.length > 600) this.frames.shift();
@@ -104,6 +106,13 @@ export class CacheMap {
       pen.fillStyle = this.colours[4];
       const corner = Math.max(2, side / 2.6);
       each((x, y) => { pen.beginPath(); pen.moveTo(x + side - corner, y); pen.lineTo(x + side, y); pen.lineTo(x + side, y + corner); pen.fill(); });
+    }
+    if (state & ON_DISK && side >= 4) { // a foot in the disk's colour
+      const foot = Math.max(1, Math.round(side / 5));
+      pen.fillStyle = this.ground;
+      if (side >= 9) each((x, y) => pen.fillRect(x, y + side - foot - 1, side, 1));
+      pen.fillStyle = this.disk;
+      each((x, y) => pen.fillRect(x, y + side - foot, side, foot));
     }
     for (const page of pages) drawn[page] = state;
   }

@@ -1,7 +1,7 @@
 // What is known of the page under the pointer, or under the keyboard's frame. Its tokens are asked for only now, and told only to their owner.
 import { ask } from "./api.js";
 import { nameOf } from "./feed.js";
-import { PINNED, STATE } from "./map.js";
+import { ON_DISK, PINNED, STATE } from "./map.js";
 
 const PATIENCE_MS = 90;
 const SAID = {
@@ -46,10 +46,11 @@ export class Tip {
 
   async #show(aloud) {
     const { page, feed } = this, state = (this.state = feed.states[page]), name = feed.names[state & STATE];
-    const holders = feed.holders(page).map(nameOf), lines = [`${SAID[name]}${state & PINNED && name !== "pinned" ? " Pinned." : ""}`];
+    const marks = `${state & PINNED && name !== "pinned" ? " Pinned." : ""}${state & ON_DISK ? " Its content lies on disk too." : ""}`;
+    const holders = feed.holders(page).map((row) => `${nameOf(row)}${this.#stored(row)}`), lines = [SAID[name] + marks];
     if (holders.length) lines.push(holders.slice(0, 4).join(", ") + (holders.length > 4 ? ` and ${holders.length - 4} more` : ""));
     this.#fill(`Page ${page.toLocaleString()}: ${name}`, lines);
-    if (aloud) this.said.textContent = `Page ${page}, ${name}. ${holders.join(", ")}`;
+    if (aloud) this.said.textContent = `Page ${page}, ${name}.${marks} ${holders.join(", ")}`;
     if (name === "free" || name === "retired") return;
     await new Promise((resume) => setTimeout(resume, PATIENCE_MS));
     if (this.page !== page) return;
@@ -59,6 +60,13 @@ export class Tip {
     else lines.push(`Tokens ${known.position.toLocaleString()} to ${(known.position + known.tokens - 1).toLocaleString()} of its sequence`);
     this.#fill(`Page ${page.toLocaleString()}: ${known.state}`, lines, known.text);
     if (aloud && known.text) this.said.textContent += ` Text: ${known.text}`;
+  }
+
+  // How many of a sequence's pages lie on disk too, where there is a disk.
+  #stored(row) {
+    if (!this.feed.message.disk) return "";
+    const pages = row.pages.flat();
+    return ` (${pages.filter((page) => this.feed.states[page] & ON_DISK).length} of its ${pages.length} pages on disk too)`;
   }
 
   #fill(title, lines, text) {
