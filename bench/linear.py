@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from bench import machine
 from bench.machine import Bench
+from quire.tensors.models.packing import room
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedLayout, PackedWeight
 
@@ -45,19 +46,19 @@ def packed(products: NativeProducts, weight: torch.Tensor, quantization: str) ->
     """Copies of a packed weight, round and round."""
     layout = PackedLayout(*weight.shape, weight.dtype, quantization)
     size = products.packed_bytes(layout)
-    copies = torch.empty(max(2, -(-COPIES_BYTES // size)), size, dtype=torch.uint8)
+    copies = room(max(2, -(-COPIES_BYTES // size)) * size).view(-1, size)  # the memory that a model's weights get
     for copy in copies:
         products.pack(weight, layout, copy)
     return itertools.cycle([PackedWeight(copy, layout, products.rows, "") for copy in copies])
 
 
 def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows: list[int], seconds: float, matrix_limit: float) -> Bench:
-    """Every product at each number of rows, with a plain read of 32 MB in the same turns."""
+    """Every product at each number of rows, with a plain read of as many bytes as the weight has in the same turns."""
     weight, results = (torch.randn(n, k) * 0.02).to(dtype), Bench()
     size = k * n * dtype.itemsize
     plain = itertools.cycle(weight.expand(max(2, -(-COPIES_BYTES // size)), n, k).clone().unbind())
     forms = {name: packed(products, weight, quantization) for name, quantization in (("packed", "none"), ("int8", "int8"), ("int4", "int4"))}
-    memory = itertools.cycle(torch.ones(4, 2**23).unbind())
+    memory = itertools.cycle(torch.ones(max(2, COPIES_BYTES // size), size // 4).unbind())
     sizes = {"torch": size, "plain": size} | {name: next(form).packed.numel() for name, form in forms.items()}
     for m in rows if n <= 10_000 else rows[:5]:
         x = torch.randn(m, k).to(dtype)
@@ -67,7 +68,7 @@ def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows
         for name, form in forms.items():
             calls[name] = lambda x=x, form=form: products.linear(x, next(form))  # type: ignore[misc]
         taken = turns(calls, seconds)
-        read = 2**25 / median(taken.pop("read"))
+        read = size / median(taken.pop("read"))
         results[str(m)] = row = {"read_gb_s": read / 1e9}
         for name, times in taken.items():
             middle, flops = median(times), 2 * m * n * k

@@ -53,14 +53,14 @@ def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     layouts = [weight.layout(_quantization_of(weight, head, quantization)) for weight in weights]
     sizes = [products.packed_bytes(layout) for layout in layouts]
-    room = _room(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+    space = room(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
     mapped = _file_mappings()
     offset = 0
     while weights:
         weight, layout, size = weights.pop(0), layouts.pop(0), sizes.pop(0)
         if size == 0:
             continue
-        out = room[offset : offset + size]
+        out = space[offset : offset + size]
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
         plain = weight.tensor.detach()
         products.pack(plain.t() if weight.transposed else plain, layout, out)
@@ -95,7 +95,7 @@ def _weights(model: PreTrainedModel) -> list[_Weight]:
     return [weight for weight in found.values() if weight.packs and not weight.foreign and weight.tensor.numel()]
 
 
-def _room(num_bytes: int) -> torch.Tensor:
+def room(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of memory not yet touched, in huge pages where the system gives them: a product walks through all of it."""
     if not num_bytes:
         return torch.empty(0, dtype=torch.uint8)
