@@ -2,9 +2,9 @@
 //
 // Every result is rounded to its dtype and kept as fp32, so the numbers are those of one torch operator after the other. A row
 // is computed by itself, each element by the same vector operations wherever it lies: rows, their number and the threads do
-// not meet. The order of a sum over n elements is that of torch's CPU kernel in its AVX-512 build (aten/src/ATen/native/cpu/
-// SumKernel.cpp), for all instruction sets: 16 lanes, 4 accumulators each in a cascade of 4 levels, their sum, the rest of n
-// one by one, the lanes one by one. So norms of 16 elements and more agree with torch's bit for bit where torch has AVX-512.
+// not meet. The order of a sum over n elements is that of torch's CPU kernel (aten/src/ATen/native/cpu/SumKernel.cpp), for all
+// instruction sets: 4 accumulators of 8 lanes in a cascade of 4 levels, their sum, the rest of n one by one, the lanes one by
+// one. So norms of 8 elements and more agree with torch's bit for bit.
 #pragma once
 #include "elements.h"
 
@@ -113,26 +113,25 @@ QUIRE_INLINE void each_of_one(const RowInstruction& g, float* s, F f) {
   each(h, s, [&](F32x16 a, F32x16) { return f(a); });
 }
 
-// The sum of f(x[0]), f(x[1]), ... in the order given above.
+// The sum of f(x[0]), f(x[1]), ... in the order given above. A vector holds two accumulators of 8 lanes, two vectors all 4.
 template <class F>
 QUIRE_INLINE float sum(const float* x, int64_t n, F f) {
-  constexpr int kLevels = 4, kLanes = 4;
-  const int64_t vectors = n / 16, size = vectors / kLanes;
+  constexpr int kLevels = 4;
+  const int64_t size = n / 32, eights = n / 8;
   int64_t power = 0;
   while ((int64_t(1) << power) < size) ++power;
   power = power / kLevels > 4 ? power / kLevels : 4;
   const int64_t step = int64_t(1) << power;
-  F32x16 acc[kLevels][kLanes];
-  for (auto& level : acc)
-    for (F32x16& lane : level) lane = zero();
+  F32x16 acc[kLevels][2];
+  for (auto& level : acc) level[0] = level[1] = zero();
   const auto take = [&](int64_t i) {
-    for (int k = 0; k < kLanes; ++k) acc[0][k] = add(acc[0][k], f(load(x + 16 * (i * kLanes + k))));
+    for (int k = 0; k < 2; ++k) acc[0][k] = add(acc[0][k], f(load(x + 32 * i + 16 * k)));
   };
   int64_t i = 0;
   while (i + step <= size) {
     for (int64_t j = 0; j < step; ++j, ++i) take(i);
     for (int j = 1; j < kLevels; ++j) {
-      for (int k = 0; k < kLanes; ++k) {
+      for (int k = 0; k < 2; ++k) {
         acc[j][k] = add(acc[j][k], acc[j - 1][k]);
         acc[j - 1][k] = zero();
       }
@@ -141,14 +140,20 @@ QUIRE_INLINE float sum(const float* x, int64_t n, F f) {
   }
   for (; i < size; ++i) take(i);
   for (int j = 1; j < kLevels; ++j)
-    for (int k = 0; k < kLanes; ++k) acc[0][k] = add(acc[0][k], acc[j][k]);
-  for (int64_t v = size * kLanes; v < vectors; ++v) acc[0][0] = add(acc[0][0], f(load(x + 16 * v)));
-  for (int k = 1; k < kLanes; ++k) acc[0][0] = add(acc[0][0], acc[0][k]);
-  float rest[16], lanes[16], total = 0.0f;
-  store(rest, f(load_n(x + 16 * vectors, int(n - 16 * vectors))));
-  store(lanes, acc[0][0]);
-  for (int64_t k = 0; k < n - 16 * vectors; ++k) total += rest[k];
-  for (const float lane : lanes) total += lane;
+    for (int k = 0; k < 2; ++k) acc[0][k] = add(acc[0][k], acc[j][k]);
+  float sums[4][8], rest[16], total = 0.0f;
+  store(sums[0], acc[0][0]);
+  store(sums[2], acc[0][1]);
+  const auto more = [&](int64_t at, int64_t count) { store(rest, f(load_n(x + at, int(count)))); };
+  for (int64_t v = 4 * size; v < eights; ++v) {
+    more(8 * v, 8);
+    for (int k = 0; k < 8; ++k) sums[0][k] += rest[k];
+  }
+  for (int j = 1; j < 4; ++j)
+    for (int k = 0; k < 8; ++k) sums[0][k] += sums[j][k];
+  more(8 * eights, n - 8 * eights);
+  for (int64_t k = 0; k < n - 8 * eights; ++k) total += rest[k];
+  for (const float lane : sums[0]) total += lane;
   return total;
 }
 
