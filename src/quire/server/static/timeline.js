@@ -62,7 +62,7 @@ export class Timeline {
     pen.font = "11px system-ui, sans-serif";
     pen.textBaseline = "middle";
     pen.strokeStyle = colour("line");
-    for (let s = 0; s <= SHOWN_S; s += 5) {
+    for (let s = 0; s <= SHOWN_S; s += width < 400 ? 10 : 5) {
       const at = Math.min(width - 0.5, Math.max(0.5, Math.round(x(this.at - s)) + 0.5));
       pen.beginPath();
       pen.moveTo(at, 0);
