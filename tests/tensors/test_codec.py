@@ -43,11 +43,12 @@ def test_a_decoded_row_is_near_and_encodes_to_itself(name: str, dim: int, seed: 
     back = decode(coded, row)
     assert coded.dtype == torch.uint8 and coded.shape == (4, 2, row.num_bytes) and back.shape == x.shape
     assert torch.equal(encode(back, row), coded)
-    # Half a step, and a whole one for the far end of int4, whose codes reach from -8 to 7. A step is a share of the largest magnitude.
+    # Half a step, and a whole one for the far end of int4, whose codes reach from -8 to 7. A step is a share of the largest magnitude; its rounding
+    # to bf16 may take 2^-8 off it, seven times at the far end.
     width, share = (dim, 0.5 / 127) if name == "int8" else (32, 1.0 / 8)
     for first in range(0, dim, width):
         part, near = x[..., first : first + width].float(), back[..., first : first + width]
-        assert ((part - near).abs() <= part.abs().amax(-1, keepdim=True) * share * 1.02).all()
+        assert ((part - near).abs() <= part.abs().amax(-1, keepdim=True) * share * (1.0 + 7 / 256)).all()
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
