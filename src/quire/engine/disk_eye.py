@@ -24,40 +24,52 @@ class DiskEye:
     def __init__(self, disk: DiskStore) -> None:
         self._disk = disk
         self._lock = threading.Lock()
-        self._listed: set[bytes] = set()
+        self._listed: set[str] = set()
         self._listed_until_s = 0.0
         self._changes: list[int] = []
-        self._ids: dict[int, tuple[PrefixKey, bytes]] = {}  # of the pages seen last time: hashing all of them anew would take longest
+        # Of the last picture: its keys, the ids of their content, and the marks of its pages. Only what is new is hashed and looked up.
+        self._keys: Mapping[int, PrefixKey] = {}
+        self._ids: dict[int, str] = {}
+        self._marks = bytearray()
 
     def look(self, seen: CacheMap, indexed: Mapping[int, PrefixKey]) -> CacheMap:
         """The picture with what lies on disk. `indexed` are the keys of its pages, as they were when it was taken."""
         with self._lock:
             changes = [seen.stats[name] for name in CHANGES]
+            self._follow(indexed, len(seen.states))
             self._list(changes)
-            states, ids, num_also = bytearray(seen.states), {}, 0
-            for page_id, key in indexed.items():
-                known = self._ids.get(page_id)
-                if known is None or known[0] is not key:
-                    known = key, self._content_id(page_id, key)
-                ids[page_id] = known
-                if known[1] in self._listed:
-                    states[page_id] |= DISK_MARK
-                    num_also += 1
-            self._ids = ids
+            num_also = self._marks.count(DISK_MARK)
+            states = int.from_bytes(seen.states, "little") | int.from_bytes(self._marks, "little")
             disk = OnDisk(num_also, max(0, len(self._listed) - num_also), self._changes == changes)
-            return replace(seen, states=bytes(states), disk=disk)
+            return replace(seen, states=states.to_bytes(len(seen.states), "little"), disk=disk)
+
+    def _follow(self, indexed: Mapping[int, PrefixKey], num_pages: int) -> None:
+        """Know the pages as they are now."""
+        if not self._marks:
+            self._marks = bytearray(num_pages)
+        before = self._keys.get
+        for page_id in self._keys.keys() - indexed.keys():
+            del self._ids[page_id]
+            self._marks[page_id] = 0
+        for page_id, key in [item for item in indexed.items() if before(item[0]) is not item[1]]:
+            self._ids[page_id] = self._content_id(page_id, key)
+            self._marks[page_id] = DISK_MARK if self._ids[page_id] in self._listed else 0
+        self._keys = indexed
 
     def _list(self, changes: list[int]) -> None:
+        """List the folder, if it is time."""
         began = time.monotonic()
         if began < self._listed_until_s:
             return
         self._listed, self._changes = self._disk.listed(), changes
+        for page_id, content in self._ids.items():
+            self._marks[page_id] = DISK_MARK if content in self._listed else 0
         ended = time.monotonic()
         self._listed_until_s = ended + max(LISTED_S, (ended - began) / SHARE)
 
     @staticmethod
-    def _content_id(page_id: int, key: PrefixKey) -> bytes:
+    def _content_id(page_id: int, key: PrefixKey) -> str:
         try:
-            return page_content_id(key, key.pages.index(page_id))
+            return page_content_id(key, key.pages.index(page_id)).hex()
         except ValueError:  # evicted since the picture was taken
-            return b""
+            return ""

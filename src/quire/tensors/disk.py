@@ -82,13 +82,13 @@ class DiskStore:
         index.note_used(present)
         return len(present)
 
-    def listed(self) -> set[bytes]:
-        """The ids of all pages of this identity in the folder, by their names. Takes a while where there are many; never raises."""
+    def listed(self) -> set[str]:
+        """The ids, in hexadecimal, of all pages of this identity in the folder, by their names. Takes a while where there are many; never raises."""
         folder = self._folder
         if folder is None:
             return set()
         try:
-            return {bytes.fromhex(name[: 2 * ID_BYTES]) for name in folder.names() if name.endswith(self._name_end)}
+            return {name[: 2 * ID_BYTES] for name in folder.names() if name.endswith(self._name_end)}
         except OSError:
             return set()
 

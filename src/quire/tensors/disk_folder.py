@@ -96,10 +96,9 @@ class Folder:
                             found[entry.name] = PageFile(info.st_size, info.st_mtime_ns)
         return found
 
-    def names(self) -> Iterator[str]:
-        """The names that page files have, trusted or not. Raises OSError."""
-        with os.scandir(self._fd) as entries:
-            yield from (entry.name for entry in entries if is_page_name(entry.name))
+    def names(self) -> list[str]:
+        """The names of all that is there. Raises OSError."""
+        return os.listdir(self._fd)
 
     def sweep(self) -> None:
         """Remove temporary files whose writers are gone."""
