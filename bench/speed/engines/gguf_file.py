@@ -1,9 +1,13 @@
-"""A checkpoint as a GGUF file for llama.cpp, written with the `gguf` package. Needs numpy and gguf, not torch."""
+"""A checkpoint as a GGUF file for llama.cpp, written with the `gguf` package. Needs numpy and gguf, not torch.
+
+python -m bench.speed.engines.gguf_file FOLDER QUANTIZATION      prints the file's name
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,3 +88,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
             first, last = entry["data_offsets"]
             bits = data[8 + size + first : 8 + size + last].view(np.uint16).astype(np.uint32) << 16
             yield name, bits.view(np.float32).reshape(entry["shape"])
+
+
+if __name__ == "__main__":
+    print(gguf_of(Path(sys.argv[1]), sys.argv[2]))

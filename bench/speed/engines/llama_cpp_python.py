@@ -6,6 +6,8 @@ and copied (`llama_memory_seq_cp`), with one cache for all sequences; else each 
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +35,13 @@ def load(task: Task) -> Engine:
     import llama_cpp
     import numpy as np
 
-    from bench.speed.engines.gguf_file import gguf_of
-
     c = llama_cpp
-    path = gguf_of(Path(task.folder), task.quantization)
+    # In a process of its own, so that its memory is not counted.
+    command = [sys.executable, "-m", "bench.speed.engines.gguf_file", task.folder, task.quantization]
+    written = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if written.returncode:
+        raise RuntimeError(f"no GGUF file: {(written.stderr.strip().splitlines() or ['?'])[-1]}")
+    path = Path(written.stdout.strip().splitlines()[-1])
     c.llama_backend_init()
     model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
     if not model:

@@ -38,6 +38,7 @@ def load(task: Task) -> Engine:
         handles = []
         for i, (ids, count) in enumerate(zip(prompts, new, strict=True)):
             config = openvino_genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, num_return_sequences=n, do_sample=n > 1)
+            config.set_eos_token_id(0)  # ignored, but the checkpoint's own, none, is refused
             handles.append(pipeline.add_request(i, openvino.Tensor(np.array([ids], dtype=np.int64)), config))
         while pipeline.has_non_finished_requests():
             pipeline.step()
