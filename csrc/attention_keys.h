@@ -85,7 +85,7 @@ constexpr KeyFormat key_format() {
   return {&score_few<E, kDot>, &transpose_keys<E, F>, &score_panel<F, kMaxRows>, E::kSpan, E::kPer, kDot};
 }
 
-#if defined(QUIRE_ISA_avx512bf16)
+#if defined(QUIRE_BF16_DOT)
 constexpr bool kBrainDot = true;
 #else
 constexpr bool kBrainDot = false;

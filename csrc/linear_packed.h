@@ -3,7 +3,7 @@
 //   span s of k (int8: 128, int4: 32):  s_s = fma(x[k], code[k, n], s_s) for k ascending, from 0
 //   y[m, n] = rounded((s_0 * scale[0, n] + s_1 * scale[1, n] + ...) + bias[n]),  fp32 throughout, rounded once
 //
-// on every instruction set: a code is an fp32 number, so no instruction for pairs of bf16 is used.
+// on every instruction set but AMX (linear_amx.h): a code is an fp32 number, so no instruction for pairs of bf16 is used.
 //
 // Few rows of x widen W in registers, as it streams by. For more, 16 or 32 columns of one block of k are widened to a scratch in L1 and
 // register tiles go over it.
@@ -238,27 +238,10 @@ void run_packed(const LinearArgs& g) {
 // f(P{}) for the struct by which a product reads its packed weight.
 template <class Function>
 void with_operand(const LinearArgs& g, const Function& f) {
-#if defined(QUIRE_ISA_avx512bf16)
+#if defined(QUIRE_BF16_DOT)
   if (g.format == kPackedBF16 && g.dtype == kBF16) return f(PackedPairs{});
 #endif
   with_packed(g.format, f);
-}
-
-inline int64_t scratch_floats_for(const LinearArgs* g) {
-  if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
-  if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
-  int64_t floats = 0;
-  with_operand(*g, [&](auto operand) {
-    const PackedPlan p = packed_plan<decltype(operand)>(*g);
-    floats = p.x_floats + p.threads * p.thread_floats;
-  });
-  return floats;
-}
-
-inline void multiply_any(const LinearArgs* g) {
-  if (g->format == kRowsNK) return multiply<false>(*g);
-  if (g->format == kRowsKN) return multiply<true>(*g);
-  with_operand(*g, [&](auto operand) { run_packed<decltype(operand)>(*g); });
 }
 
 }  // namespace product

@@ -64,7 +64,7 @@ struct WideBf16 {
   QUIRE_INLINE void narrow_n(Elem* p, F32x16 v, int n) { store_bf16_n(p, v, n); }
 };
 
-#if defined(QUIRE_ISA_avx512bf16)
+#if defined(QUIRE_BF16_DOT)
 struct Bf16 : WideBf16 {
   static constexpr int kPerCell = 2, kSplit = 1;
   QUIRE_INLINE void split(F32x16 raws, F32x16* cells) { cells[0] = raws; }

@@ -3,6 +3,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <omp.h>
+#ifdef QUIRE_HAVE_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -22,8 +27,20 @@ QUIRE_DECLARE(plain)
 QUIRE_DECLARE(avx2)
 QUIRE_DECLARE(avx512)
 QUIRE_DECLARE(avx512bf16)
+QUIRE_DECLARE(amx)
 
 namespace {
+
+#ifdef QUIRE_HAVE_amx
+// Whether the CPU has tiles of bf16 and the system lets this process use them: their state is large, so Linux wants to be asked once.
+bool tiles_allowed() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTiles = 1u << 24, kBrain = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBrain) == 0) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // Slowest first.
 std::vector<const Kernels*> runnable() {
@@ -45,6 +62,9 @@ std::vector<const Kernels*> runnable() {
 #endif
 #ifdef QUIRE_HAVE_avx512bf16
   if (avx512_fits && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+#endif
+#ifdef QUIRE_HAVE_amx
+  if (avx512_fits && __builtin_cpu_supports("avx512bf16") && tiles_allowed()) found.push_back(&amx::kernels);
 #endif
   return found;
 }

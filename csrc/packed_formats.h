@@ -54,7 +54,7 @@ struct PackedBf16 {
   QUIRE_INLINE float element(const char* line, int column, int k) { return bf16_to_f32(((const uint16_t*)line)[2 * column + k]); }
 };
 
-#if defined(QUIRE_ISA_avx512bf16)
+#if defined(QUIRE_BF16_DOT)
 // The same bytes, multiplied in pairs.
 struct PackedPairs : PackedBf16 {
   static constexpr int kPerCell = 2;

@@ -15,7 +15,13 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(QUIRE_ISA_avx512) || defined(QUIRE_ISA_avx512bf16)
+#if defined(QUIRE_ISA_amx)
+#define QUIRE_AMX 1
+#endif
+#if defined(QUIRE_ISA_avx512bf16) || defined(QUIRE_AMX)
+#define QUIRE_BF16_DOT 1
+#endif
+#if defined(QUIRE_ISA_avx512) || defined(QUIRE_BF16_DOT)
 #define QUIRE_AVX512 1
 #include <immintrin.h>
 #elif defined(QUIRE_ISA_avx2)
@@ -62,7 +68,7 @@ QUIRE_INLINE U32x16 make_pairs(F32x16 low, F32x16 high) {
   return or_(shr<16>(round_bf16(low)), and_(round_bf16(high), set1_u32(0xffff0000u)));
 }
 
-#if !defined(QUIRE_ISA_avx512bf16)
+#if !defined(QUIRE_BF16_DOT)
 // acc + a.even * b.even + a.odd * b.odd, in that order.
 QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {
   acc = fma(pair_low(a), pair_low(b), acc);

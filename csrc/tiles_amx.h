@@ -1,0 +1,50 @@
+// AMX: eight registers t0..t7 of up to 16 rows of 64 bytes, and one instruction that multiplies two of them into a third.
+//
+//   C [M, 16] fp32  +=  A [M, 32] bf16  x  B [16 pairs of k, 16 columns] bf16 pairs,   M <= 16
+//
+// In what order it adds (Intel's manual, TDPBF16PS): for each m and n, e = fma(A[m, k], B[k, n], e) over even k ascending, from 0, and o
+// likewise over odd k; then C[m, n] += e + o. Denormal numbers count as zero. So an output's bits depend on nothing but its row and its column.
+#pragma once
+#include "simd.h"
+
+#if defined(QUIRE_AMX)
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+
+constexpr int kTileK = 32, kTileBytes = 1024;  // k of one multiplication; a whole tile
+
+// Shapes of a thread's tiles from here on, until it ends: whoever else uses them on this thread (oneDNN) sets its own.
+struct TileShapes {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  // `few`: the tiles, as bits, that have only `few_rows` rows.
+  explicit TileShapes(int few_rows = 16, uint32_t few = 0) {
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = uint8_t(few >> i & 1u ? few_rows : 16);
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+  }
+  ~TileShapes() { asm volatile("tilerelease" ::: "memory"); }
+  TileShapes(const TileShapes&) = delete;
+  TileShapes& operator=(const TileShapes&) = delete;
+};
+
+// Written out, since GCC's intrinsics do not say that they read and write memory, and their order against plain loads and stores is lost.
+template <int T>
+QUIRE_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <int T>
+QUIRE_INLINE void tile_load(const void* p, int64_t stride) { asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory"); }
+template <int T>
+QUIRE_INLINE void tile_store(void* p, int64_t stride) { asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory"); }
+template <int C, int A, int B>
+QUIRE_INLINE void tile_dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
+#endif
