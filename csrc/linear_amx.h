@@ -6,12 +6,13 @@
 // for every number of rows. A code's element is bf16(code * scale): a quantised weight is a bf16 weight that takes less memory, and has
 // the bits of the product with its own rows.
 //
-// A panel of 64 columns is made of lines of pairs (packed_formats.h), 4 KB for a step; where the weight lies in that form it is read in place,
-// where not, blocks of it are decoded or transposed to scratch. Up to 16 rows of x pass a panel once, more of them in pairs of tiles of 16:
+// A panel of 64 columns is made of lines of pairs (packed_formats.h); a step of a line is one operand, B. Up to 16 rows of x pass a panel once;
+// more of them, in pairs of tiles of 16, pass one block of k after another, which lies in the first cache, operand by operand, decoded,
+// transposed or copied; their sums wait in scratch meanwhile. Up to kStreamRows rows a packed bf16 weight is read where it is.
 //
 //            B 6  B 7            x is copied to tiles: [tile of rows][step][rows of the tile][64 bytes]
 //      A 4 | C 0  C 1
-//      A 5 | C 2  C 3            while they pass, the next panel is asked for, evenly
+//      A 5 | C 2  C 3            while they pass, what will be read next is asked for, evenly
 #pragma once
 #include "linear_packed.h"
 #include "tiles_amx.h"
@@ -22,99 +23,100 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kStepLines = kTileK / 2 * kLines, kStepLineBytes = 64 * kStepLines;  // of a panel, for one step of k
-constexpr int64_t kTileXBytes = 1 << 20;                                           // of x at once: it stays in the second cache
-constexpr int kStepsOfBlock = kBlock / kTileK;
+constexpr int kStepBytes = kTileBytes * kLines;  // of a panel, for one step of k
+constexpr int kInterleaved = 64 * kLines;       // from pair to pair of a line, as packed; in scratch they lie together
+constexpr int kDecodeAhead = 4 * kAhead;  // lines are walked one after the other, so what is near is asked for too late
+constexpr int kBlockSteps = 8, kStreamRows = 64;
+constexpr int64_t kTileXBytes = 3 << 19;  // of x at once: it stays in the second cache
 
 QUIRE_INLINE int64_t steps_of(int64_t k) { return ceil_div(k, kTileK); }
 
 // fp32 rounded to bf16, by the CPU's own instruction: 16 of them, or pairs of them.
-QUIRE_INLINE void store_brain_n(uint16_t* p, F32x16 x, int n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x.v));
-}
+QUIRE_INLINE void store_brain_n(uint16_t* p, F32x16 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x.v)); }
 QUIRE_INLINE U32x16 brain_pairs(F32x16 low, F32x16 high) {
-  const __m256i a = (__m256i)_mm512_cvtneps_pbh(low.v), b = (__m256i)_mm512_cvtneps_pbh(high.v);
-  return or_({_mm512_cvtepu16_epi32(a)}, shl<16>(U32x16{_mm512_cvtepu16_epi32(b)}));
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v))};
 }
 
-// How a weight gives a panel's lines: `block` those of `steps` steps from k0 on, in place or in `scratch` (64 bytes of slack are not needed), and
-// `ahead` where the bytes of the next panel begin and how many they are, if they lie in a row.
-struct InPlace {
-  static constexpr bool kInPlace = true;
+// How a weight gives operands: those of `steps` steps of a panel from k0 on, to scratch [step][line][1 KB]. `bytes` of a panel, if it is packed.
+struct Copied {
+  static constexpr bool kStreams = true;  // or may be read in place
   QUIRE_INLINE int64_t bytes(const LinearArgs& g) { return panel_bytes<PackedBf16>(g.k); }
-  QUIRE_INLINE const char* block(const LinearArgs& g, int64_t panel, int64_t k0, int, char*) {
-    return (const char*)g.w + panel * bytes(g) + k0 / kTileK * kStepLineBytes;
+  QUIRE_INLINE const char* at(const LinearArgs& g, int64_t panel, int64_t k0) { return (const char*)g.w + panel * bytes(g) + k0 / kTileK * kStepBytes; }
+  static void block(const LinearArgs& g, int64_t panel, int64_t k0, int steps, char* out) {
+    const char* from = at(g, panel, k0);
+    for (int s = 0; s < steps; ++s, out += kStepBytes)
+      for (int i = 0; i < kTileK / 2; ++i, from += kInterleaved)
+        QUIRE_UNROLL for (int line = 0; line < kLines; ++line) store_u32((uint32_t*)(out + line * kTileBytes + 64 * i), load_bytes(from + 64 * line));
   }
 };
 
 template <class P>
 struct Decoded {
-  static constexpr bool kInPlace = false;
+  static constexpr bool kStreams = false;
   QUIRE_INLINE int64_t bytes(const LinearArgs& g) { return panel_bytes<P>(g.k); }
-  static const char* block(const LinearArgs& g, int64_t panel, int64_t k0, int steps, char* scratch) {
-    const char* span = (const char*)g.w + panel * bytes(g) + k0 / kBlock * kBlockBytes<P>;
+  QUIRE_INLINE const char* at(const LinearArgs& g, int64_t panel, int64_t k0) { return (const char*)g.w + panel * bytes(g) + k0 / kBlock * kBlockBytes<P>; }
+  static void block(const LinearArgs& g, int64_t panel, int64_t k0, int steps, char* out) {
+    const char* span = at(g, panel, k0);
     const int64_t end = smaller(k0 + steps * kTileK, round_up(g.k, P::kPad));
-    char* out = scratch;
-    for (; k0 < end; k0 += P::kSpan, span += kSpanBytes<P>) {
-      const int units = int(smaller(end - k0, P::kSpan)) / P::kUnit;
+    if (end % kTileK) memset(out + (steps - 1) * kStepBytes, 0, kStepBytes);  // k is filled up to 16, a step is 32
+    for (; k0 < end; k0 += P::kSpan, span += kSpanBytes<P>, out += P::kSpan / kTileK * kStepBytes) {
+      const int here = int(smaller(end - k0, P::kSpan));
       for (int line = 0; line < kLines; ++line) {
         const F32x16 scale = load_bf16((const uint16_t*)span + 16 * line);
         const char* w = span + kScaleBytes<P> + 64 * line;
-        char* to = out + 64 * line;
-        for (int u = 0; u < units; ++u, w += 64 * kLines) {
-          __builtin_prefetch(w + kAhead, 0, 2);
-          F32x16 cells[P::kUnit];
-          decode<P>(P::raw(w), cells);
-          QUIRE_UNROLL for (int i = 0; i < P::kUnit; i += 2, to += 64 * kLines)
-            store_u32((uint32_t*)to, brain_pairs(mul(cells[i], scale), mul(cells[i + 1], scale)));
+        char* to = out + line * kTileBytes;
+        for (int k = 0; k < here; k += kTileK, to += kStepBytes) {
+          const int units = (here - k < kTileK ? here - k : kTileK) / P::kUnit;
+          for (int u = 0; u < units; ++u, w += kInterleaved) {
+            __builtin_prefetch(w + kDecodeAhead, 0, 2);
+            F32x16 cells[P::kUnit];
+            decode<P>(P::raw(w), cells);
+            QUIRE_UNROLL for (int i = 0; i < P::kUnit; i += 2)
+              store_u32((uint32_t*)(to + u * P::kUnit * 32 + 32 * i), brain_pairs(mul(cells[i], scale), mul(cells[i + 1], scale)));
+          }
         }
       }
-      out += units * P::kUnit / 2 * 64 * kLines;
     }
-    // k is filled up to 16, a step is 32.
-    if (char* const last = scratch + steps * kStepLineBytes; out < last) memset(out, 0, size_t(last - out));
-    return scratch;
   }
 };
 
 // A weight as the model has it.
 template <bool kKN>
 struct AsItLies {
-  static constexpr bool kInPlace = false;
+  static constexpr bool kStreams = false;
   QUIRE_INLINE int64_t bytes(const LinearArgs&) { return 0; }
-  static const char* block(const LinearArgs& g, int64_t panel, int64_t k0, int steps, char* scratch) {
+  QUIRE_INLINE const char* at(const LinearArgs& g, int64_t, int64_t) { return (const char*)g.w; }
+  static void block(const LinearArgs& g, int64_t panel, int64_t k0, int steps, char* out) {
     for (int line = 0; line < kLines; ++line) {
       const int64_t n = panel * kWide + 16 * line;
       const int columns = n < g.n ? int(smaller(g.n - n, 16)) : 0;
       for (int s = 0; s < steps; ++s) {
         const int64_t k = k0 + s * kTileK;
-        char* out = scratch + s * kStepLineBytes + 64 * line;
+        float* to = (float*)(out + s * kStepBytes + line * kTileBytes);
         if constexpr (kKN) {
           const auto* w = (const uint16_t*)g.w + k * g.w_stride + n;
-          for (int i = 0; i < kTileK; i += 2, out += 64 * kLines)
-            store((float*)out, k + i < g.k ? across<Bf16>(w + i * g.w_stride, g.w_stride, int(smaller(g.k - k - i, 2)), columns) : zero());
+          for (int i = 0; i < kTileK; i += 2, to += 16)
+            store(to, k + i < g.k ? across<Bf16>(w + i * g.w_stride, g.w_stride, int(smaller(g.k - k - i, 2)), columns) : zero());
         } else {
           const auto* w = (const uint16_t*)g.w + n * g.w_stride + k;
           F32x16 r[16];
           for (int i = 0; i < columns; ++i) __builtin_prefetch(w + i * g.w_stride + kBlock, 0, 2);
           load_transposed<Bf16>(r, w, g.w_stride, columns, int(smaller(g.k - k, kTileK)));
-          QUIRE_UNROLL for (int i = 0; i < 16; ++i) store((float*)(out + i * 64 * kLines), r[i]);
+          QUIRE_UNROLL for (int i = 0; i < 16; ++i) store(to + 16 * i, r[i]);
         }
       }
     }
-    return scratch;
   }
 };
 
 struct TilePlan {
   int threads, rows, tile_rows;  // rows of x at once, and of one of its tiles
   bool by_rows;                  // threads share the rows of x, not the columns
-  int64_t x_bytes, line_bytes, thread_bytes;
+  int64_t x_bytes, sum_bytes, thread_bytes;
 };
-constexpr int64_t kSumBytes = 32 * kWide * 4;
 
-template <class W>
-TilePlan tile_plan(const LinearArgs& g) {
+inline TilePlan tile_plan(const LinearArgs& g) {
   TilePlan p{};
   const double read = 0.15, compute = 0.001 * double(g.m);  // nanoseconds on one thread, roughly; waking another costs microseconds
   p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
@@ -123,8 +125,8 @@ TilePlan tile_plan(const LinearArgs& g) {
   p.rows = int(smaller(round_up(g.m, p.tile_rows), fitting > 32 ? fitting : 32));
   p.by_rows = p.threads > 1 && ceil_div(g.n, kWide) < 2 * p.threads && g.m >= 32 * p.threads;
   p.x_bytes = steps_of(g.k) * 64 * p.rows;
-  p.line_bytes = W::kInPlace ? 0 : (p.tile_rows < 16 || g.m == 16 ? kStepsOfBlock : steps_of(g.k)) * kStepLineBytes;
-  p.thread_bytes = kSumBytes + p.line_bytes;
+  p.sum_bytes = round_up(p.rows, 16) * kWide * 4;
+  p.thread_bytes = p.sum_bytes + kBlockSteps * kStepBytes;
   return p;
 }
 
@@ -143,105 +145,132 @@ inline void tiles_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int f
 
 // What is to be asked for while tiles are multiplied, so much with each step.
 struct Ahead {
-  const char *at, *end;
-  int64_t each;
+  const char* at;
+  int64_t each;  // bytes
 };
 
-// Adds `steps` steps of MT tiles of rows times NT lines of columns to C 0..3.
-template <int MT, int NT>
+// Adds `steps` steps of MT tiles of rows times NT lines of columns to C 0..3. Operands of a line lie kTileBytes apart and their rows together,
+// or, kStreamed, as they are packed.
+template <int MT, int NT, bool kStreamed>
 QUIRE_INLINE void tile_steps(const char* x, int64_t next_tile, int64_t x_step, const char* lines, int64_t steps, Ahead& ahead) {
-  constexpr int kB = MT == 2 ? 6 : 5;
-  for (int64_t s = 0; s < steps; ++s, x += x_step, lines += kStepLineBytes) {
+  constexpr int kB = MT == 2 ? 6 : 5, kLine = kStreamed ? 64 : kTileBytes, kStride = kStreamed ? kInterleaved : 64;
+  for (int64_t s = 0; s < steps; ++s, x += x_step, lines += kStepBytes) {
     tile_load<4>(x, 64);
     if constexpr (MT == 2) tile_load<5>(x + next_tile, 64);
     for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
-    tile_load<kB>(lines, 64 * kLines);
+    tile_load<kB>(lines, kStride);
     tile_dot<0, 4, kB>();
     if constexpr (MT == 2) tile_dot<2, 5, kB>();
-    tile_load<kB + 1>(lines + 64, 64 * kLines);
+    tile_load<kB + 1>(lines + kLine, kStride);
     tile_dot<1, 4, kB + 1>();
     if constexpr (MT == 2) tile_dot<3, 5, kB + 1>();
     if constexpr (NT == 4) {
-      tile_load<7>(lines + 128, 64 * kLines);
+      tile_load<7>(lines + 2 * kLine, kStride);
       tile_dot<2, 4, 7>();
-      tile_load<5>(lines + 192, 64 * kLines);
+      tile_load<5>(lines + 3 * kLine, kStride);
       tile_dot<3, 4, 5>();
     }
   }
 }
 
-QUIRE_INLINE void clear_sums() {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
+// C 0..3 from and to scratch, a tile after the other.
+QUIRE_INLINE void load_sums(const float* sums, bool first) {
+  if (first) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  } else {
+    tile_load<0>(sums, 64);
+    tile_load<1>(sums + 256, 64);
+    tile_load<2>(sums + 512, 64);
+    tile_load<3>(sums + 768, 64);
+  }
+}
+QUIRE_INLINE void store_sums(float* sums) {
+  tile_store<0>(sums, 64);
+  tile_store<1>(sums + 256, 64);
+  tile_store<2>(sums + 512, 64);
+  tile_store<3>(sums + 768, 64);
 }
 
-// C 0..3 to rows m.. of y, columns n.. of it.
+// Sums of MT tiles of rows and NT of columns to rows m.. of y, columns n.. of it.
 template <int MT, int NT>
-void store_sums(const LinearArgs& g, int64_t m, int rows, int64_t n, float* sums) {
-  constexpr int kStride = 16 * NT * 4;
-  tile_store<0>(sums, kStride);
-  tile_store<1>(sums + 16, kStride);
-  tile_store<2>(MT == 2 ? sums + 16 * 16 * NT : sums + 32, kStride);
-  tile_store<3>(MT == 2 ? sums + 16 * 16 * NT + 16 : sums + 48, kStride);
+void sums_to_y(const LinearArgs& g, const float* sums, int64_t m, int rows, int64_t n) {
   for (int r = 0; r < rows; ++r) {
     auto* y = (uint16_t*)g.y + (m + r) * g.n + n;
-    for (int j = 0; j < 16 * NT && n + j < g.n; j += 16) {
-      F32x16 v = load(sums + r * 16 * NT + j);
-      const int left = int(smaller(g.n - n - j, 16));
-      if (g.bias) v = add(v, load_bf16_n((const uint16_t*)g.bias + n + j, left));
-      store_brain_n(y + j, v, left);
+    for (int j = 0; j < NT && n + 16 * j < g.n; ++j) {
+      F32x16 v = load(sums + (r / 16 * NT + j) * 256 + r % 16 * 16);
+      const int left = int(smaller(g.n - n - 16 * j, 16));
+      if (g.bias) v = add(v, load_bf16_n((const uint16_t*)g.bias + n + 16 * j, left));
+      store_brain_n(y + 16 * j, v, left);
     }
   }
 }
 
-// Up to 16 rows of x and one panel.
+// A panel for up to 16 rows of x: its lines where they are, or a block after the other.
 template <class W>
-void few_tiles(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m0, int64_t panel, float* sums, char* scratch) {
+void few_tiles(const LinearArgs& g, const TilePlan& p, const char* x, int64_t panel, float* sums, char* block) {
   const int64_t steps = steps_of(g.k), x_step = p.tile_rows * 64;
-  clear_sums();
-  if constexpr (W::kInPlace) {
-    const char* lines = W::block(g, panel, 0, 0, nullptr);
-    Ahead ahead{lines + 2 * kAhead, nullptr, kStepLineBytes};
-    tile_steps<1, 4>(x, 0, x_step, lines, steps, ahead);
+  load_sums(sums, true);
+  if constexpr (W::kStreams) {
+    const char* lines = W::at(g, panel, 0);
+    Ahead ahead{lines + 2 * kAhead, kStepBytes};
+    tile_steps<1, 4, true>(x, 0, x_step, lines, steps, ahead);
   } else {
     Ahead nothing{};
-    for (int64_t s = 0; s < steps; s += kStepsOfBlock) {
-      const int here = int(smaller(steps - s, kStepsOfBlock));
-      tile_steps<1, 4>(x + s * x_step, 0, x_step, W::block(g, panel, s * kTileK, here, scratch), here, nothing);
+    for (int64_t s = 0; s < steps; s += kBlock / kTileK) {
+      const int here = int(smaller(steps - s, kBlock / kTileK));
+      W::block(g, panel, s * kTileK, here, block);
+      tile_steps<1, 4, false>(x + s * x_step, 0, x_step, block, here, nothing);
     }
   }
-  store_sums<1, 4>(g, m0, p.tile_rows, panel * kWide, sums);
+  store_sums(sums);
+  sums_to_y<1, 4>(g, sums, 0, p.tile_rows, panel * kWide);
 }
 
-// `count` tiles of 16 rows of x, from row m0 of y on, and one panel.
-template <class W>
-void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64_t panel, bool last, float* sums, char* scratch) {
+// Steps s..s+here-1 of a panel for `count` tiles of 16 rows of x, from row m0 of y on; `lines` are of step s.
+template <bool kStreamed>
+void many_steps(const LinearArgs& g, const char* x, int64_t m0, int count, int64_t panel, const char* lines, int64_t s, int64_t here, Ahead ahead,
+                float* sums) {
   const int64_t steps = steps_of(g.k), x_tile = steps * kTileBytes;
-  const char* lines;
-  if constexpr (W::kInPlace) {
-    lines = W::block(g, panel, 0, 0, nullptr);
-  } else {
-    for (int64_t s = 0; s < steps; s += kStepsOfBlock)
-      W::block(g, panel, s * kTileK, int(smaller(steps - s, kStepsOfBlock)), scratch + s * kStepLineBytes);
-    lines = scratch;
-  }
-  const int64_t passes = (count / 2 * 2 + count % 2) * steps, bytes = last ? 0 : W::bytes(g);
-  Ahead ahead{(const char*)g.w + (panel + 1) * W::bytes(g), nullptr, round_up(ceil_div(bytes, passes + 1), 64)};
-  const auto rows_at = [&](int tile, int tiles) { return int(smaller(g.m - m0 - 16 * tile, 16 * tiles)); };
-  for (int half = 0; half < kLines; half += 2) {
-    for (int t = 0; t + 2 <= count; t += 2) {
-      clear_sums();
-      tile_steps<2, 2>(x + t * x_tile, x_tile, kTileBytes, lines + 64 * half, steps, ahead);
-      store_sums<2, 2>(g, m0 + 16 * t, rows_at(t, 2), panel * kWide + 16 * half, sums);
+  const bool ends = s + here == steps;
+  x += s * kTileBytes;
+  for (int t = 0; t < count; t += 2) {
+    const int rows = int(smaller(g.m - m0 - 16 * t, t + 1 < count ? 32 : 16));
+    if (t + 1 < count) {
+      for (int half = 0; half < 2; ++half, sums += 1024) {
+        load_sums(sums, s == 0);
+        tile_steps<2, 2, kStreamed>(x + t * x_tile, x_tile, kTileBytes, lines + half * 2 * (kStreamed ? 64 : kTileBytes), here, ahead);
+        store_sums(sums);
+        if (ends) sums_to_y<2, 2>(g, sums, m0 + 16 * t, rows, panel * kWide + 32 * half);
+      }
+    } else {
+      load_sums(sums, s == 0);
+      tile_steps<1, 4, kStreamed>(x + t * x_tile, 0, kTileBytes, lines, here, ahead);
+      store_sums(sums);
+      if (ends) sums_to_y<1, 4>(g, sums, m0 + 16 * t, rows, panel * kWide);
     }
   }
-  if (count % 2) {
-    clear_sums();
-    tile_steps<1, 4>(x + (count - 1) * x_tile, 0, kTileBytes, lines, steps, ahead);
-    store_sums<1, 4>(g, m0 + 16 * (count - 1), rows_at(count - 1, 1), panel * kWide, sums);
-  }
+}
+
+template <class W>
+void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64_t panel, bool last, float* sums, char* block) {
+  const int64_t steps = steps_of(g.k);
+  // What comes next is shared among the passes of what is here; behind the last panel nothing is ours.
+  const auto ahead = [&](const char* at, int64_t bytes, int64_t here) {
+    return Ahead{at, last || bytes == 0 ? 0 : round_up(ceil_div(bytes, here * count), 64)};
+  };
+  if (W::kStreams && 16 * count <= kStreamRows)
+    return many_steps<true>(g, x, m0, count, panel, W::at(g, panel, 0), 0, steps, ahead(W::at(g, panel + 1, 0), W::bytes(g), steps), sums);
+  int64_t s = 0;
+  do {  // once where there is no k
+    const int here = int(smaller(steps - s, kBlockSteps));
+    W::block(g, panel, s * kTileK, here, block);
+    const int64_t bytes = here > 0 ? W::bytes(g) * here / steps : 0;
+    many_steps<false>(g, x, m0, count, panel, block, s, here, ahead(W::at(g, panel, s * kTileK) + bytes, bytes, here), sums);
+    s += kBlockSteps;
+  } while (s < steps);
 }
 
 template <class W>
@@ -262,9 +291,10 @@ void part_tiles(const LinearArgs& g, const TilePlan& p, int id, int team) {
     const int first = p.by_rows ? tiles * id / team : 0, last = p.by_rows ? tiles * (id + 1) / team : tiles;
     for (int64_t panel = begin; panel < end && first < last; ++panel) {
       if (g.m <= 16) {
-        few_tiles<W>(g, p, x, m0, panel, (float*)mine, mine + kSumBytes);
+        few_tiles<W>(g, p, x, panel, (float*)mine, mine + p.sum_bytes);
       } else {
-        many_tiles<W>(g, x + first * steps_of(g.k) * kTileBytes, m0 + 16 * first, last - first, panel, panel + 1 == end, (float*)mine, mine + kSumBytes);
+        many_tiles<W>(g, x + first * steps_of(g.k) * kTileBytes, m0 + 16 * first, last - first, panel, panel + 1 == end, (float*)mine,
+                      mine + p.sum_bytes);
       }
     }
   }
@@ -272,15 +302,14 @@ void part_tiles(const LinearArgs& g, const TilePlan& p, int id, int team) {
 
 template <class W>
 void run_tiles(const LinearArgs& g) {
-  const TilePlan p = tile_plan<W>(g);
+  const TilePlan p = tile_plan(g);
   if (p.threads == 1) return part_tiles<W>(g, p, 0, 1);
 #pragma omp parallel num_threads(p.threads)
   part_tiles<W>(g, p, omp_get_thread_num(), omp_get_num_threads());
 }
 
-template <class W>
-int64_t tile_scratch_floats(const LinearArgs& g) {
-  const TilePlan p = tile_plan<W>(g);
+inline int64_t tile_scratch_floats(const LinearArgs& g) {
+  const TilePlan p = tile_plan(g);
   return (p.x_bytes + p.threads * p.thread_bytes) / 4;
 }
 
@@ -291,7 +320,7 @@ bool with_tiles(const LinearArgs& g, const Function& f) {
   switch (g.format) {
     case kRowsNK: f(AsItLies<false>{}); return true;
     case kRowsKN: f(AsItLies<true>{}); return true;
-    case kPackedBF16: f(InPlace{}); return true;
+    case kPackedBF16: f(Copied{}); return true;
     case kPackedInt8: f(Decoded<PackedInt8>{}); return true;
     case kPackedInt4: f(Decoded<PackedInt4>{}); return true;
     default: return false;

@@ -173,7 +173,7 @@ inline int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
 inline int64_t scratch_floats_for(const LinearArgs* g) {
   int64_t floats = 0;
 #if defined(QUIRE_AMX)
-  if (with_tiles(*g, [&](auto weight) { floats = tile_scratch_floats<decltype(weight)>(*g); })) return floats;
+  if (with_tiles(*g, [](auto) {})) return tile_scratch_floats(*g);
 #endif
   if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
   if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
