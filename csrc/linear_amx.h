@@ -25,7 +25,6 @@ namespace product {
 
 constexpr int kStepBytes = kTileBytes * kLines;  // of a panel, for one step of k
 constexpr int kInterleaved = 64 * kLines;       // from pair to pair of a line, as packed; in scratch they lie together
-constexpr int kDecodeAhead = 4 * kAhead;  // lines are walked one after the other, so what is near is asked for too late
 constexpr int kBlockSteps = 8, kStreamRows = 64;
 constexpr int64_t kTileXBytes = 3 << 19;  // of x at once: it stays in the second cache
 
@@ -61,20 +60,18 @@ struct Decoded {
     const int64_t end = smaller(k0 + steps * kTileK, round_up(g.k, P::kPad));
     if (end % kTileK) memset(out + (steps - 1) * kStepBytes, 0, kStepBytes);  // k is filled up to 16, a step is 32
     for (; k0 < end; k0 += P::kSpan, span += kSpanBytes<P>, out += P::kSpan / kTileK * kStepBytes) {
+      F32x16 scales[kLines];
+      QUIRE_UNROLL for (int line = 0; line < kLines; ++line) scales[line] = load_bf16((const uint16_t*)span + 16 * line);
+      const char* w = span + kScaleBytes<P>;
       const int here = int(smaller(end - k0, P::kSpan));
-      for (int line = 0; line < kLines; ++line) {
-        const F32x16 scale = load_bf16((const uint16_t*)span + 16 * line);
-        const char* w = span + kScaleBytes<P> + 64 * line;
-        char* to = out + line * kTileBytes;
-        for (int k = 0; k < here; k += kTileK, to += kStepBytes) {
-          const int units = (here - k < kTileK ? here - k : kTileK) / P::kUnit;
-          for (int u = 0; u < units; ++u, w += kInterleaved) {
-            __builtin_prefetch(w + kDecodeAhead, 0, 2);
-            F32x16 cells[P::kUnit];
-            decode<P>(P::raw(w), cells);
-            QUIRE_UNROLL for (int i = 0; i < P::kUnit; i += 2)
-              store_u32((uint32_t*)(to + u * P::kUnit * 32 + 32 * i), brain_pairs(mul(cells[i], scale), mul(cells[i + 1], scale)));
-          }
+      for (int k = 0; k < here; k += P::kUnit) {
+        char* const to = out + k / kTileK * kStepBytes + k % kTileK * 32;
+        QUIRE_UNROLL for (int line = 0; line < kLines; ++line, w += 64) {
+          __builtin_prefetch(w + kAhead, 0, 2);
+          F32x16 cells[P::kUnit];
+          decode<P>(P::raw(w), cells);
+          QUIRE_UNROLL for (int i = 0; i < P::kUnit; i += 2)
+            store_u32((uint32_t*)(to + line * kTileBytes + 32 * i), brain_pairs(mul(cells[i], scales[line]), mul(cells[i + 1], scales[line])));
         }
       }
     }
