@@ -13,7 +13,7 @@ from quire.structured import StructuredOutput
 
 TEXT = r"TEXT: /(.|\n)*/"
 TEXT_OF_NO_BRACE = r"TEXT: /\s*([^{\s](.|\n)*)?/"
-TEXT_OF_NO_FUNCTION = r"TEXT: ~/(.|\n)*<function=(.|\n)*/"
+TEXT_OF_NO_FUNCTION = r"TEXT: /(.|\n)*/ & ~/(.|\n)*<function=(.|\n)*/"
 FUNCTION = "<function="
 
 

@@ -74,7 +74,7 @@ def _value_rules(rule: str, where: str, schema: Any, root: Mapping[str, Any]) ->
             literals += [value if isinstance(value, str) else json.dumps(value) for value in values]
         elif "string" in types:
             _refuse_any(where, branch, ("pattern", "format", *(_OF_OTHERS if types != STRING else ())))
-            texts.append((branch.get("minLength", 0), branch.get("maxLength")))
+            texts.append((_length(where, branch, "minLength") or 0, _length(where, branch, "maxLength")))
         elif types == {"null"}:
             literals.append("null")
         else:
@@ -112,6 +112,13 @@ def _names(schema: Mapping[str, Any], word: str, kind: type) -> Any:
     if found is not None and not isinstance(found, kind):
         raise _refused("parameters", word, f"a {kind.__name__}")
     return found or kind()
+
+
+def _length(where: str, schema: Mapping[str, Any], word: str) -> int | None:
+    length = schema.get(word)
+    if length is not None and (not isinstance(length, int) or length < 0):
+        raise _refused(where, word, "a whole number of characters")
+    return length
 
 
 def _refuse_any(where: str, schema: Mapping[str, Any], words: Iterable[str], beside: str = "") -> None:
