@@ -200,7 +200,7 @@ def par(name: str, text: str) -> str:
         (xml(par("flag", "True"), par("flag", "None"), par("count", "2.0")), "", ['{"flag": true, "flag": null, "count": 2.0}']),
         (xml(par("count", "1.5"), par("list", "{}"), par("object", '{"a":\n[1]}')), "", ['{"count": "1.5", "list": "{}", "object": {"a":\n[1]}}']),
         (xml(par("maybe", "null"), par("maybe", "nullable"), par("maybe", '"x"')), "", ['{"maybe": null, "maybe": "nullable", "maybe": "\\"x\\""}']),
-        (xml(par("other", "12"), par("other", "[12]")), "", ['{"other": "12", "other": [12]}']),
+        (xml(par("other", "12"), par("other", "[12]"), par("other", '"x"')), "", ['{"other": "12", "other": [12], "other": "\\"x\\""}']),
         (f"<tool_call><function=f>{par('text', 'a')}so it is</function>", "so it is</function>", ['{"text": "a"}']),
         (f"<tool_call><function=f>{par('text', 'a')}<parameter=no<", "<parameter=no<", ['{"text": "a"}']),
         ("<tool_call>\n<function=f>\nsay</function>", "<tool_call>\n<function=f>\nsay</function>", []),

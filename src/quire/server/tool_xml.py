@@ -27,7 +27,7 @@ class XmlReader:
     def __init__(self, found: Found, tools: Schemas) -> None:
         self._found, self._tools, self._held = found, tools, Held()
         self.read: Callable[[str], None] = self._read_text
-        self._name, self._key, self._num_arguments, self._called = "", "", 0, False
+        self._name, self._num_arguments, self._called = "", 0, False
         self._value: Value | None = None
 
     @property
@@ -139,17 +139,18 @@ class Value:
     def __init__(self, found: Found, types: Types) -> None:
         self._found, self._types = found, types
         self._ends: tuple[str, ...] = ()
-        self._text, self._begun, self._lead = "", False, ""
+        self._text: list[str] = []
+        self._begun, self._lead = False, False
 
     def add(self, char: str, held: Held) -> bool:
         """Take a character. Returns whether the value has ended with it. What may be its end is held."""
         if not self._ends:
-            self._lead = "\n" if char == "\n" else ""
+            self._lead = char == "\n"
             self._ends = ("\n" + _PARAMETER_END,) if self._lead else ("\n" + _PARAMETER_END, _PARAMETER_END)
         held.text += char
         if held.text in self._ends:
             held.drop()
-            self._found.argue('"' if self._begun else json_of(self._text, self._types))
+            self._found.argue('"' if self._begun else json_of("".join(self._text), self._types))
             return True
         while not begins(held.text, self._ends):
             self._take(held.shift())
@@ -159,20 +160,23 @@ class Value:
         """It was cut: its JSON remains open, as far as it was written."""
         for char in rest:
             self._take(char)
-        if not self._begun and self._text:
-            self._found.argue('"' + _inside(self._text) if "string" in self._types else self._text)
+        text = "".join(self._text)
+        if not self._begun and text:
+            self._found.argue('"' + _inside(text) if "string" in self._types else text)
 
     def _take(self, char: str) -> None:
         if self._lead:  # the line's end behind the tag is not of the value
-            self._lead = ""
+            self._lead = False
             return
         if self._begun:
             self._found.argue(_inside(char))
             return
-        self._text += char
-        if self._types <= _STREAMED and not ("null" in self._types and "null".startswith(self._text.strip())):
-            self._begun = True
-            self._found.argue('"' + _inside(self._text))
+        self._text.append(char)
+        if self._types <= _STREAMED:
+            text = "".join(self._text)
+            self._begun = "null" not in self._types or not "null".startswith(text.strip())
+            if self._begun:
+                self._found.argue('"' + _inside(text))
 
 
 def _inside(text: str) -> str:
