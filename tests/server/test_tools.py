@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire import InvalidRequestError, StructuredOutput
+from quire.server.tool_formats import Format, detect_format
 from quire.server.tool_grammar import forced, offered
-from quire.server.tools import CallDelta, Format, TextDelta, ToolParser, detect_format, gather, parse
+from quire.server.tool_parser import ToolParser, parse
+from quire.server.tools import CallDelta, TextDelta, gather
 
-STYLES: tuple[Format, ...] = ("hermes", "llama3", "mistral")
+STYLES: tuple[Format, ...] = ("hermes", "llama3", "mistral", "mistral_args", "qwen_xml")
 A, B = '{"city": "Oslo \\"}{ é", "days": [1, {"x": 2}]}', "{}"
 
 
-def found(text: str, style: Format, names: Any = None) -> tuple[str, list[tuple[str, str]]]:
-    rest, calls = parse(text, style, names, new_id=str)
+def found(text: str, style: Format, tools: Any = None) -> tuple[str, list[tuple[str, str]]]:
+    rest, calls = parse(text, style, tools, new_id=str)
     assert [call.id for call in calls] == [str(i) for i in range(len(calls))]
     return rest, [(call.name, call.arguments) for call in calls]
 
@@ -45,6 +47,15 @@ def found(text: str, style: Format, names: Any = None) -> tuple[str, list[tuple[
         ("mistral", f'[TOOL_CALLS] [{{"name": "f", "arguments": {A}}}, {{"name": "g", "arguments": {B}}}]', "", [("f", A), ("g", B)]),
         ("mistral", 'Text [TOOL_CALLS][{"name": "f", "arguments": {}}] more', "Textmore", [("f", "{}")]),
         ("mistral", "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+        ("mistral_args", f"[TOOL_CALLS]f[ARGS]{A}", "", [("f", A)]),
+        ("mistral_args", f"Hm. [TOOL_CALLS]f[ARGS]{A}[TOOL_CALLS] g [ARGS] {B} and", "Hm.and", [("f", A), ("g", B)]),
+        ("mistral_args", f"[TOOL_CALLS]f[CALL_ID]no_id[ARGS]{A}\n[TOOL_CALLS]g{B}", "", [("f", A), ("g", B)]),
+        ("mistral_args", '[TOOL_CALLS]f[ARGS]{"a": "[TOOL_CALLS]f[ARGS]{', "", [("f", '{"a": "[TOOL_CALLS]f[ARGS]{')]),
+        ("mistral_args", "[TOOL_CALLS]f[ARGS]", "[TOOL_CALLS]f[ARGS]", []),
+        ("mistral_args", "[TOOL_CALLS]f[ARGS][CALL_ID]1{}", "[TOOL_CALLS]f[ARGS][CALL_ID]1{}", []),
+        ("mistral_args", "[TOOL_CALLS]f g{}", "[TOOL_CALLS]f g{}", []),
+        ("mistral_args", "[TOOL_CALLS][TOOL_CALLS]f[ARGS]{}", "[TOOL_CALLS]", [("f", "{}")]),
+        ("mistral_args", '[TOOL_CALLS][{"name": "f"}]', '[TOOL_CALLS][{"name": "f"}]', []),
     ],
 )  # fmt: skip
 def test_calls_are_found(style: Format, text: str, rest: str, calls: list[tuple[str, str]]) -> None:
@@ -53,11 +64,9 @@ def test_calls_are_found(style: Format, text: str, rest: str, calls: list[tuple[
 
 @pytest.mark.parametrize("style", STYLES)
 def test_only_tools_that_there_are(style: Format) -> None:
-    text = {"hermes": '<tool_call>{"name": "f", "arguments": {}}</tool_call>', "llama3": '{"name": "f", "parameters": {}}'}.get(
-        style, '[TOOL_CALLS][{"name": "f", "arguments": {}}]'
-    )
-    assert found(text, style, {"f"}) == ("", [("f", "{}")])
-    assert found(text, style, {"g"}) == (text, [])
+    text = written(style)
+    assert found(text, style, {"f": {"properties": {"n": {"type": "integer"}}}}) == ("", [("f", '{"n": 12}')])
+    assert found(text, style, {"g": None, "ff": None}) == (text, [])
 
 
 def test_a_call_streams_from_its_first_brace_on() -> None:
@@ -74,14 +83,20 @@ PIECES = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[", "]", ",", ";", "<|python_tag|>",
     '{"name": "f", "arguments": ', '{"name": "f", "parameters": ',
     "{", "}", '"', "\\", '{"a": [1, "}"]}', '"name"', '"arguments": ', ": ", " ", "\n", "text", "é", "<", "tool_call>",
+    "f[ARGS]{", "f", "[CALL_ID]", "a1B2c3D4e", "[ARGS]", "[TOOL_CALLS]f[ARGS]{",
+    "<function=f>", "<function=", "<tool_call>\n<function=f>\n", "</function>", "</function>\n</tool_call>", "<parameter=", "</parameter>",
+    "\n</parameter>\n", "<parameter=s>\n", "<parameter=n>\n12", "<parameter=m>\nnul", "<parameter=any>", "null", "True",
 ]  # fmt: skip
+PIECE_TOOLS: dict[str, Any] = {
+    "f": {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}, "m": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+}
 
 
 @given(style=st.sampled_from(STYLES), pieces=st.lists(st.sampled_from(PIECES), max_size=14), data=st.data())
 def test_any_split_gives_the_same_and_only_white_space_is_lost(style: Format, pieces: list[str], data: st.DataObject) -> None:
     text = "".join(pieces)
-    whole = parse(text, style, new_id=str)
-    parser, deltas, at = ToolParser(style, new_id=str), [], 0
+    whole = parse(text, style, PIECE_TOOLS, new_id=str)
+    parser, deltas, at = ToolParser(style, PIECE_TOOLS, new_id=str), [], 0
     while at < len(text):
         size = data.draw(st.integers(1, len(text) - at))
         deltas += parser.push(text[at : at + size])
@@ -93,12 +108,19 @@ def test_any_split_gives_the_same_and_only_white_space_is_lost(style: Format, pi
     words = iter(text)
     assert all(char in words for char in rest), "text comes out in order"
     for call in calls:
-        assert call.name == "f" and (call.arguments in text or json.loads(call.arguments) is not None)
+        assert call.name == "f"
+        if style != "qwen_xml":
+            assert call.arguments in text or json.loads(call.arguments) is not None
+        elif call is not calls[-1]:  # only the last one may have been cut
+            assert isinstance(json.loads(call.arguments), dict)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_long_text_of_openings_takes_linear_time_or_near(style: Format) -> None:
-    for text in ("<tool_call>{", "[TOOL_CALLS][{", '<tool_call>{"', "<tool_call>[TOOL_CALLS]{"):
+    for text in (
+        "<tool_call>{", "[TOOL_CALLS][{", '<tool_call>{"', "<tool_call>[TOOL_CALLS]{", "[TOOL_CALLS]f[CALL_ID]1", "[TOOL_CALLS]f[CALL_ID]1 ",
+        "<function=f>", "<tool_call><function=f><parameter=", "<function=f>\n<parameter=a",
+    ):  # fmt: skip
         assert parse(text * 5000, style)[0] == text * 5000
 
 
@@ -109,7 +131,10 @@ def test_long_text_of_openings_takes_linear_time_or_near(style: Format) -> None:
         ("{{ messages }}", None),
         ("<tool_call>\\n{'name': ...}\\n</tool_call>", "hermes"),
         ("<tool_call><function=f>", None),
+        ("{{ '<seed:tool_call>\\n<function=' + name + '>\\n<parameter=' + key + '>' }}", None),
+        ("{{ '<tool_call>' + name + '<arg_key>' }}", None),
         ("[AVAILABLE_TOOLS] ... [TOOL_CALLS]", "mistral"),
+        ("{{ '[TOOL_CALLS] [' }}{% for call in message.tool_calls %}", "mistral"),
         ('Respond in the format {"name": function name, "parameters": dictionary}', "llama3"),
         ("<|python_tag|>", "llama3"),
     ],
@@ -130,9 +155,9 @@ TOOLS: dict[str, Any] = {
 }
 
 
-CALL = '{"name": "f", "%s": {"n": 12}}'
+CALL = '{"name": "%s", "%s": {"n": 12}}'
 NO_TOKENS: dict[str, int] = {}
-AS_TOKENS = {"<tool_call>": 250, "</tool_call>": 251, "[TOOL_CALLS]": 252}  # bytes that UTF-8 has not
+AS_TOKENS = {"<tool_call>": 250, "</tool_call>": 251, "[TOOL_CALLS]": 252, "[ARGS]": 253, "[CALL_ID]": 254}  # bytes that UTF-8 has not
 
 
 def as_ids(text: str, special: dict[str, int]) -> list[int]:
@@ -145,10 +170,15 @@ def as_ids(text: str, special: dict[str, int]) -> list[int]:
     return [token_id for token_id in ids if token_id >= 0]
 
 
-def written(style: Format, count: int = 1) -> str:
-    call = CALL % ("parameters" if style == "llama3" else "arguments")
-    one = f"<tool_call>\n{call}\n</tool_call>"
-    return {"hermes": "\n".join([one] * count), "llama3": "; ".join([call] * count)}.get(style, f"[TOOL_CALLS][{', '.join([call] * count)}]")
+def written(style: Format, count: int = 1, name: str = "f") -> str:
+    call = CALL % (name, "parameters" if style == "llama3" else "arguments")
+    if style == "qwen_xml":
+        call = f"<function={name}>\n<parameter=n>\n12\n</parameter>\n</function>"
+    if style == "mistral":
+        return f"[TOOL_CALLS][{', '.join([call] * count)}]"
+    if style == "mistral_args":
+        return f'[TOOL_CALLS]{name}[ARGS]{{"n": 12}}' * count
+    return "; ".join([call] * count) if style == "llama3" else "\n".join([f"<tool_call>\n{call}\n</tool_call>"] * count)
 
 
 def allows(structured: StructuredOutput, text: str, special: dict[str, int]) -> tuple[bool, bool]:
@@ -172,7 +202,7 @@ def test_a_forced_call_is_a_call(style: Format, parallel: bool, special: dict[st
         assert allows(grammar, two, special) == (parallel, parallel)
         assert allows(grammar, "Hm. " + text, special) == (False, False)
         assert allows(grammar, text.replace("12", '"12"'), special) == (False, False)
-        assert allows(grammar, text.replace('"f"', '"g"'), special) == (False, False)
+        assert allows(grammar, written(style, name="g"), special) == (False, False)
     assert found(text, style, TOOLS) == ("", [("f", '{"n": 12}')])
     assert found(two, style, TOOLS) == ("", [("f", '{"n": 12}')] * 2)
 
@@ -187,11 +217,11 @@ def test_an_offered_call_is_right_if_it_is_made(style: Format, parallel: bool, s
     assert allows(grammar, text, special) == (True, True)
     assert allows(grammar, two, special) == (parallel, parallel)
     assert allows(grammar, text.replace("12", '"12"'), special) == (False, False)
-    assert allows(grammar, text.replace('"f"', '"g"'), special) == (False, False)
+    assert allows(grammar, written(style, name="g"), special) == (False, False)
     if style != "llama3":  # which calls at the start of a message or never
         assert allows(grammar, "Hm. " + text, special) == (True, True)
         assert found("Hm. " + text, style, TOOLS) == ("Hm.", [("f", '{"n": 12}')])
-    if style == "hermes":
+    if style in ("hermes", "qwen_xml"):
         assert allows(grammar, text + " Done.", special) == (parallel, parallel)
 
 

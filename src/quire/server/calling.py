@@ -11,8 +11,10 @@ from quire.params import SamplingParams
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import refused
 from quire.server.schema_chat import NamedTool, Tool
+from quire.server.tool_formats import KNOWN, WORDS, Format, check_names
 from quire.server.tool_grammar import forced, offered
-from quire.server.tools import SHAPES, CallDelta, Delta, Format, ToolParser, gather
+from quire.server.tool_parser import ToolParser
+from quire.server.tools import CallDelta, Delta, Schemas, gather
 from quire.structured import StructuredOutput
 
 
@@ -20,18 +22,18 @@ from quire.structured import StructuredOutput
 class Calling:
     """How calls are told from text in the answers to one request.
 
-    names: of the tools. structured: the grammar that holds the model to calls, None where it is free. in_special: whether the format's words are
-    special tokens of this tokenizer, and its text must be decoded with them.
+    tools: the schemas of their arguments. structured: the grammar that holds the model to calls, None where it is free. in_special: whether words of
+    the format are special tokens of this tokenizer, and its text must be decoded with them.
     """
 
     style: Format
-    names: frozenset[str]
+    tools: Schemas
     structured: StructuredOutput | None
     in_special: bool
 
     def parser(self) -> ToolParser:
         """A parser for one choice."""
-        return ToolParser(self.style, self.names)
+        return ToolParser(self.style, self.tools)
 
 
 def calling_of(template: ChatTemplate, tools: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool) -> Calling | None:
@@ -39,7 +41,7 @@ def calling_of(template: ChatTemplate, tools: Sequence[Tool] | None, choice: str
 
     Raises:
         ServerError: the fields do not go together, or the model's template teaches no format of calls that is known here.
-        InvalidRequestError: a tool's schema is too large, or too deep.
+        InvalidRequestError: a tool's schema is too large, or too deep, or its name or schema is none that the format can hold a model to.
     """
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -53,10 +55,10 @@ def calling_of(template: ChatTemplate, tools: Sequence[Tool] | None, choice: str
         return None
     style = template.call_format([tool.model_dump(exclude_none=True) for tool in tools])
     if style is None:
-        known = "Hermes's and Qwen's <tool_call>, Llama 3's and Mistral's"
         raise refused(
-            "tools", f"must be left out, or come with tool_choice 'none': this model's chat template teaches none of {known} formats of calls"
+            "tools", f"must be left out, or come with tool_choice 'none': this model's chat template teaches none of {KNOWN} formats of calls"
         )
+    check_names(style, "tools", schemas)
     special, structured = template.special_token_ids, None
     if isinstance(choice, NamedTool) or choice == "required":
         name = choice.function.name if isinstance(choice, NamedTool) else None
@@ -64,7 +66,7 @@ def calling_of(template: ChatTemplate, tools: Sequence[Tool] | None, choice: str
     elif not parallel or any(function.strict for function in functions):
         kept = {function.name: function.parameters if function.strict else None for function in functions}
         structured = offered(style, kept, special, parallel=parallel)
-    return Calling(style, frozenset(schemas), structured, any(word in special for word in SHAPES[style].opening))
+    return Calling(style, schemas, structured, any(word in special for word in WORDS[style]))
 
 
 def with_calls(params: SamplingParams, calling: Calling | None) -> SamplingParams:

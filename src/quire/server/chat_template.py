@@ -11,7 +11,7 @@ from typing import Any
 
 from quire.server.errors import ServerError, refused
 from quire.server.limits import MAX_TEMPLATE_BYTES, MAX_TEMPLATE_S
-from quire.server.tools import Format, detect_format
+from quire.server.tool_formats import Format, detect_format
 
 RENDERER = Path(__file__).with_name("render.py")
 # Of a template's variables these are not the caller's to choose.

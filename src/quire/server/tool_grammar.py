@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from quire.errors import InvalidRequestError
-from quire.server.tools import SHAPES, Format
+from quire.server.tool_formats import SHAPES, WORDS, Format
+from quire.server.tool_grammar_xml import SHARED, argument_rules
+from quire.server.tools import Schemas
 from quire.structured import StructuredOutput
 
-Schemas = Mapping[str, Mapping[str, Any] | None]  # of each tool's arguments; None is any object
 TEXT = r"TEXT: /(.|\n)*/"
 TEXT_OF_NO_BRACE = r"TEXT: /\s*([^{\s](.|\n)*)?/"
+TEXT_OF_NO_FUNCTION = r"TEXT: /(.|\n)*/ & ~/(.|\n)*<function=(.|\n)*/"
+FUNCTION = "<function="
 
 
 def forced(style: Format, tools: Schemas, special: Mapping[str, int], *, name: str | None = None, parallel: bool = False) -> StructuredOutput:
@@ -23,15 +25,17 @@ def forced(style: Format, tools: Schemas, special: Mapping[str, int], *, name: s
         parallel: whether several calls may follow one another.
 
     Raises:
-        InvalidRequestError: there are no tools, or none of that name.
+        InvalidRequestError: there are no tools, or none of that name, or one has a schema to which a model cannot be held in this format.
     """
     if not tools or (name is not None and name not in tools):
         raise InvalidRequestError("tool_choice", name or "required", f"one of the tools given ({', '.join(tools) or 'none'})")
-    opening, chosen = _word(SHAPES[style].opening[0], special), tools if name is None else {name: tools[name]}
+    opening, chosen = _word(WORDS[style][0], special), tools if name is None else {name: tools[name]}
+    if style == "qwen_xml":
+        opening += f' "\\n{FUNCTION}"'
     start = _calls(style, opening, special, parallel)
-    if style == "hermes" and parallel:
-        start += f' ("\\n" {_calls(style, opening, special, parallel)})*'
-    return _grammar([f"start: {start}", *_call_rules(style, chosen)])
+    if style in ("hermes", "qwen_xml") and parallel:
+        start += f' ("\\n" {start})*'
+    return _grammar([f"start: {start}", *_call_rules(style, chosen, special)])
 
 
 def offered(style: Format, tools: Schemas, special: Mapping[str, int], *, parallel: bool) -> StructuredOutput:
@@ -40,30 +44,48 @@ def offered(style: Format, tools: Schemas, special: Mapping[str, int], *, parall
     Without `parallel` the message ends with its first call. Arguments as for `forced`.
     """
     if style == "llama3":
-        return _grammar([f"start: {_calls(style, '', special, parallel)} | TEXT", TEXT_OF_NO_BRACE, *_call_rules(style, tools)])
-    word = _word(SHAPES[style].opening[0], special)
-    # Where the opening is no token of its own, the lexer takes text up to it and never beyond.
-    opening = f"opening: TEXT {word}" if word.startswith("<") else f"opening[lazy]: TEXT {word}"
+        return _grammar([f"start: {_calls(style, '', special, parallel)} | TEXT", TEXT_OF_NO_BRACE, *_call_rules(style, tools, special)])
+    word, text = _word(WORDS[style][0], special), TEXT
+    if word.startswith("<"):
+        opening = f"opening: TEXT {word}"
+        if style == "qwen_xml":  # its functions are calls without the word too
+            opening, text = f'{opening} "\\n{FUNCTION}"', TEXT_OF_NO_FUNCTION
+    else:  # the lexer takes text up to it and never beyond
+        opening = f"opening[lazy]: TEXT {json.dumps(FUNCTION) if style == 'qwen_xml' else word}"
     calls = _calls(style, "opening", special, parallel)
-    start = f"({calls})* TEXT" if style == "hermes" and parallel else f"{calls} | TEXT"
-    return _grammar([f"start: {start}", opening, TEXT, *_call_rules(style, tools)])
+    start = f"({calls})* TEXT" if style in ("hermes", "qwen_xml") and parallel else f"{calls} | TEXT"
+    return _grammar([f"start: {start}", opening, text, *_call_rules(style, tools, special)])
 
 
 def _calls(style: Format, opening: str, special: Mapping[str, int], parallel: bool) -> str:
     """A call, or the calls behind one opening, from the opening to the end."""
-    if style == "hermes":
-        return f'{opening} "\\n" call "\\n" {_word("</tool_call>", special)}'
+    if style in ("hermes", "qwen_xml"):
+        before = '"\\n" ' if style == "hermes" else ""
+        return f'{opening} {before}call "\\n" {_word("</tool_call>", special)}'
     if style == "mistral":
         more = '(", " call)*' if parallel else ""
         return f'{opening} "[" call {more} "]"'
+    if style == "mistral_args":
+        more = f"({_word('[TOOL_CALLS]', special)} call)*" if parallel else ""
+        return f"{opening} call {more}"
     return 'call ("; " call)*' if parallel else "call"
 
 
-def _call_rules(style: Format, tools: Schemas) -> list[str]:
+def _call_rules(style: Format, tools: Schemas, special: Mapping[str, int]) -> list[str]:
     rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
+    if style == "qwen_xml":
+        rules += SHARED
     for i, (tool, schema) in enumerate(tools.items()):
-        head = f'{{"name": {json.dumps(tool)}, "{SHAPES[style].arguments}": '
-        rules.append(f'call_{i}: {json.dumps(head)} %json {json.dumps(schema or {"type": "object"})} "}}"')
+        arguments = f"%json {json.dumps(schema or {'type': 'object'})}"
+        if style == "qwen_xml":
+            rules.append(f'call_{i}: {json.dumps(f"{tool}>")} "\\n" arguments_{i} "</function>"')
+            rules += argument_rules(f"arguments_{i}", tool, schema)
+        elif style == "mistral_args":
+            own_id = f"({_word('[CALL_ID]', special)} /[a-zA-Z0-9]{{9}}/)?" if "[CALL_ID]" in special else ""
+            rules.append(f"call_{i}: {json.dumps(tool)} {own_id} {_word('[ARGS]', special)} {arguments}")
+        else:
+            head = f'{{"name": {json.dumps(tool)}, "{SHAPES[style].arguments}": '
+            rules.append(f'call_{i}: {json.dumps(head)} {arguments} "}}"')
     return rules
 
 
