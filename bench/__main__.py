@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28, help="layers of the Qwen3-0.6B shape")
     parser.add_argument("--long", type=int, default=8192, help="half the tokens of the prompt that is computed in chunks")
     parser.add_argument("--no-peers", action="store_true", help="Quire alone in padded batches")
-    parts = ["machine", "attention", "codecs", "cache", "faces", "linear", "weights"]
-    parser.add_argument("--only", choices=parts, help="one part (the machine is always measured)")
+    parts = ["machine", "attention", "codecs", "codecs-quality", "codecs-speed", "cache", "faces", "linear", "weights"]
+    parser.add_argument("--only", choices=parts, help="one part (the machine is always measured); the two halves of codecs also apart")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16, 32], help="padded batches")
     parser.add_argument("--new", type=int, default=256, help="new tokens of each row of a padded batch")
     parser.add_argument(
@@ -28,8 +28,10 @@ def main() -> None:
     results: machine.Bench = {"date": time.strftime("%Y-%m-%d"), "args": vars(args), "machine": machine.run()}
     if args.only in (None, "attention"):
         results["attention"] = attention.run(results["machine"])
-    if args.only in (None, "codecs"):
-        results["codecs"] = codecs.run(args.text)
+    if args.only in (None, "codecs", "codecs-quality"):
+        results["codecs"] = codecs.quality(args.text)
+    if args.only in (None, "codecs", "codecs-speed"):
+        results["codecs_speed"] = codecs.speed(results["machine"])
     if args.only in (None, "linear"):
         results["linear"] = linear.run(results["machine"])
     if args.only in (None, "weights"):

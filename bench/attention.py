@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from bench.machine import Bench, best
@@ -14,7 +16,14 @@ MASK = Mask(scale=D**-0.5)
 
 
 def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int, codec: tuple[str | None, str | None] = (None, None)) -> float:
-    """Best time of one layer's attention for (committed, new) tokens of each sequence, on shuffled pages, with the codecs of keys and of values."""
+    """Best time of a call of `one_layer`."""
+    return best(one_layer(sequences, dtype, threads, codec))
+
+
+def one_layer(
+    sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int, codec: tuple[str | None, str | None] = (None, None)
+) -> Callable[[], torch.Tensor]:
+    """One layer's attention for (committed, new) tokens of each sequence, on shuffled pages, with the codecs of keys and of values."""
     counts = [-(-(committed + new) // B) for committed, new in sequences]
     attention, formats = NativeAttention(threads), [row_format(name, dtype, D) for name in codec]
     k_bytes, v_bytes = (HKV * B * row.num_bytes for row in formats)
@@ -32,7 +41,7 @@ def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int, 
     total = int(query_start[-1])
     q, k, v = (torch.randn(total, heads, D).to(dtype) for heads in (HQ, HKV, HKV))
     k, v = attention.encode(k, formats[0]), attention.encode(v, formats[1])
-    return best(lambda: attention.attend(q, k, v, pages, place, step, MASK))
+    return lambda: attention.attend(q, k, v, pages, place, step, MASK)
 
 
 def run(machine: Bench) -> Bench:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3 import Qwen3Config
 
 import quire
-from bench.attention import seconds
+from bench.attention import HKV, D, one_layer
 from bench.machine import Bench
 from quire import LLM, SamplingParams
 from quire.policy.groups import arrange
 from quire.tensors.attention.base import StepInputs, TableInputs
 from quire.tensors.attention.native import NativeAttention
+from quire.tensors.codec import row_format
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.native_products import NativeProducts
@@ -31,7 +34,7 @@ from quire.tensors.store import PageStore, StagedStep, cached_layers, layer_plac
 Codec = tuple[str | None, str | None]
 CODECS: dict[str, Codec] = {"int8": ("int8", "int8"), "k=int8,v=int4": ("int8", "int4"), "int4": ("int4", "int4")}
 PLAIN: Codec = (None, None)
-CHUNK, B, HELD_OUT = 256, 16, 0.025
+CHUNK, B, HELD_OUT, TURNS = 256, 16, 0.025, 31
 
 
 def bytes_per_token(model: CausalModel, codec: Codec) -> float:
@@ -115,7 +118,7 @@ def long_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def run(texts: Sequence[str]) -> Bench:
+def quality(texts: Sequence[str]) -> Bench:
     """Measure and print."""
     products, folder = NativeProducts(torch.get_num_threads()), str(Path(quire.__file__).parent / "demo_model")
     results: Bench = {}
@@ -130,11 +133,34 @@ def run(texts: Sequence[str]) -> Bench:
     ids = torch.randint(1, 8192, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
     results["long"] = compare(model, [ids], first=4096 - 512)
     model.close()
-    print("  decode attention, 16 query and 8 KV heads of 128, bf16 queries: tokens a second against bf16 pages")
-    for count, length in ((32, 1024), (1, 8192), (8, 4096)):
-        work = [(length - 1, 1)] * count
-        plain = seconds(work, torch.bfloat16, torch.get_num_threads())
-        times = {name: plain / seconds(work, torch.bfloat16, torch.get_num_threads(), codec) for name, codec in CODECS.items()}
-        results[f"decode_{count}x{length}"] = times
-        print(f"    {count:>2} x {length}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in times.items()))
     return results
+
+
+def speed(machine: Bench) -> Bench:
+    """Measure and print. Formats take turns, so that what disturbs one disturbs all; medians of each and of its ratio to bf16 of the same turn."""
+    threads, bandwidth = torch.get_num_threads(), float(machine["read_gb_s"])
+    results: Bench = {}
+    print(f"codecs: decode attention, 16 query and 8 KV heads of 128, bf16 queries, medians of {TURNS} turns (read bandwidth {bandwidth:.1f} GB/s)")
+    for count, length in ((32, 1024), (1, 8192), (8, 4096), (32, 4096)):
+        formats: dict[str, Codec] = {"bf16": PLAIN, **CODECS}
+        calls = {name: one_layer([(length - 1, 1)] * count, torch.bfloat16, threads, codec) for name, codec in formats.items()}
+        turns = [{name: timed(call) for name, call in calls.items()} for _ in range(TURNS + 1)][1:]
+        print(f"  {count} x {length}")
+        for name, codec in formats.items():
+            size = count * length * HKV * sum(row_format(one, torch.bfloat16, D).num_bytes for one in codec)
+            taken = statistics.median(turn[name] for turn in turns)
+            ratios = sorted(turn["bf16"] / turn[name] for turn in turns)
+            low, ratio, high = (ratios[int(share * (TURNS - 1))] for share in (0.1, 0.5, 0.9))
+            results[f"{name}_{count}x{length}"] = {"ms": taken * 1e3, "gb_s": size / taken / 1e9, "times_bf16": ratio, "from": low, "to": high}
+            print(
+                f"    {name:<14} {taken * 1e3:7.3f} ms, {size / 1e6:5.0f} MB at {size / taken / 1e9:5.1f} GB/s, "
+                f"{ratio:.2f} times bf16 (a tenth below {low:.2f}, a tenth above {high:.2f})"
+            )
+    return results
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

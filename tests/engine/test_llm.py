@@ -210,6 +210,50 @@ def test_a_live_model_is_served_as_it_is_and_left_as_it_was() -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with adapters beside it, told which are on in the way that peft's are."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.added = torch.nn.ModuleDict({name: torch.nn.Linear(base.in_features, base.out_features) for name in "ab"})
+        self.active: list[str] = ["a"]
+        self.scaling = {"a": 1.0, "b": 1.0}
+        self.disabled = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base_layer(x)
+        for name in [] if self.disabled else self.active:
+            out = out + self.scaling[name] * self.added[name](x)
+        return out
+
+
+def test_a_live_models_adapters_are_noticed() -> None:
+    """Keys made with one adapter are not another's, and switching them touches no weight."""
+    torch.manual_seed(4)
+    model, prompt = tiny_model("llama"), list(range(7, 60))
+    adapted = Adapted(model.model.layers[1].self_attn.k_proj)
+    model.model.layers[1].self_attn.k_proj = adapted
+    params = SamplingParams(max_tokens=3, temperature=0.0, logprobs=0)
+
+    def logprobs(llm: LLM, expected_hits: bool) -> list[float] | None:
+        output = llm.generate([prompt], params)[0]
+        assert (output.receipt.cached_tokens > 0) == expected_hits
+        return output.outputs[0].logprobs
+
+    seen = []
+    with LLM(model) as llm:
+        for name, value in (("active", ["a"]), ("active", ["b"]), ("scaling", {"a": 1.0, "b": 4.0}), ("disabled", True), ("disabled", False)):
+            setattr(adapted, name, value)
+            with LLM(model) as fresh:
+                expected = logprobs(fresh, False)
+            assert logprobs(llm, False) == logprobs(llm, True) == expected, (name, value)
+            seen.append(expected)
+        adapted.active.append("a")
+        assert logprobs(llm, False) not in seen, "changed in place"
+    assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
+
+
 def test_every_public_name_is_there() -> None:
     for name in quire.__all__:
         assert getattr(quire, name).__module__.startswith("quire."), name

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.policy.oracle import SOAK
 from tests.tensors.disk_shelf import Shelf, content_id, file_bytes
 
 
@@ -107,4 +108,4 @@ def flip(path: Path, bit: int) -> None:
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+TestStore.settings = settings(max_examples=400 if SOAK else 40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))

@@ -185,6 +185,25 @@ def test_a_subclass_of_linear_is_not_replaced() -> None:
     assert torch.equal(run(load(model)), expected)
 
 
+def test_what_changes_a_live_models_stamp() -> None:
+    model = tiny_model("deepseek_v3")
+    served = load(model)
+    stamps = [served.weights_stamp()]
+    run(served)
+    model.train().eval()
+    assert served.weights_stamp() == stamps[0], "neither a forward nor a flag of training changes what is computed"
+    router = next(module for module in model.modules() if "e_score_correction_bias" in module._buffers)
+    changes: list[Callable[[], object]] = [
+        lambda: router.e_score_correction_bias.add_(1),  # type: ignore[operator, union-attr]
+        lambda: router.register_buffer("e_score_correction_bias", router.e_score_correction_bias.clone()),  # type: ignore[operator, union-attr]
+        lambda: model.lm_head.weight.detach().mul_(2),
+    ]
+    for change in changes:
+        change()
+        stamps.append(served.weights_stamp())
+    assert len(set(stamps)) == len(stamps)
+
+
 def test_options_that_do_not_apply() -> None:
     model = tiny_model("llama")
     assert load(model, "float32").dtype == torch.float32

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertLMHeadModel, LlamaForSequenceClassification, LlamaModel, T5Config, T5ForConditionalGeneration
 
+from quire import LLM
 from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from quire.tensors.models.load import load_model
+from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe
 from quire.tensors.products import ReferenceProducts
 from tests.tensors.checkpoints import BASE, make, one_thread, tiny_model
@@ -178,8 +180,37 @@ def test_code_in_a_checkpoint_runs_when_asked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, **own}))
     with pytest.raises(UnsupportedModelError, match="trust_remote_code=True"):
         load(folder)
-    model = load_model(folder, dtype="auto", trust_remote_code=True, revision=None, products=ReferenceProducts())
+
+    def trusted() -> CausalModel:
+        return load_model(folder, dtype="auto", trust_remote_code=True, revision=None, products=ReferenceProducts())
+
+    model = trusted()
     assert type(model.transformers_model).__name__ == "OwnModel" and probe(model).max_error < 1e-4
+    assert trusted().identity == model.identity
+    with (tmp_path / "own.py").open("a") as file:
+        file.write("\n\nMEANING = 42\n")
+    assert trusted().identity != model.identity, "other code may give other keys, so no page of the old one is its own"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_in_a_folder_is_refused_by_name(whole: bool, tmp_path: Path) -> None:
+    """Whether transformers would apply it depends on whether peft is installed: nothing is to be served that may lack what it came with."""
+    if whole:
+        make(tmp_path, "llama")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/nowhere"}')
+    with pytest.raises(UnsupportedModelError, match=r"has an adapter \(adapter_config\.json\), and a checkpoint is served without any: merge it"):
+        load(str(tmp_path))
+
+
+def test_an_adapters_wrapper_is_refused_with_what_to_give() -> None:
+    class Wrapper(torch.nn.Module):  # as peft's own is: no PreTrainedModel, and it knows what it wraps
+        def get_base_model(self) -> torch.nn.Module:
+            return tiny_model("llama")
+
+    with pytest.raises(ConfigError, match=r"model=Wrapper: must be .*; of a model that peft wraps, give get_base_model\(\)"):
+        LLM(Wrapper())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model=int: must be a hub id, a local folder or a transformers PreTrainedModel$"):
+        LLM(3)  # type: ignore[arg-type]
 
 
 def test_options_that_do_not_apply(tmp_path: Path) -> None:

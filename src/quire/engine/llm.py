@@ -50,7 +50,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
         self._config = config = EngineConfig.of(options)
-        source = model if isinstance(model, PreTrainedModel) else os.fspath(model)
+        source = os.fspath(model) if isinstance(model, os.PathLike) else model
         self._built = build_engine(source, config)
         self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
         self._intake = Intake(self._built)

@@ -66,7 +66,7 @@ class PagedCache:
             raise InvalidRequestError("num_pages", num_pages, "an integer above 0")
         threads = num_threads or torch.get_num_threads()
         kernels = choose_kernels(backend, threads)
-        self._model = open_model(model if isinstance(model, PreTrainedModel) else os.fspath(model), config, kernels)
+        self._model = open_model(os.fspath(model) if isinstance(model, os.PathLike) else model, config, kernels)
         layers = cached_layers(self._model.layers, self._model.dtype, *split_codec(kv_codec))
         arrangement = in_one_group(layers, page_size)
         self._store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)

@@ -63,7 +63,7 @@ class Slots:
         if isinstance(num_slots, bool) or not isinstance(num_slots, int) or not 1 <= num_slots <= MAX_SLOTS:
             raise InvalidRequestError("num_slots", num_slots, f"an integer from 1 to {MAX_SLOTS}")
         config = EngineConfig(max_sequences=2 * num_slots, **options)  # room for as many prefixes
-        self._engine = ManualEngine(model if isinstance(model, PreTrainedModel) else os.fspath(model), config)
+        self._engine = ManualEngine(os.fspath(model) if isinstance(model, os.PathLike) else model, config)
         self._num_slots = num_slots
         self._slots: dict[int, Held] = {}
         self._close = weakref.finalize(self, self._engine.close)

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from quire.tensors.attention.base import PackingProducts, Products
@@ -51,7 +52,8 @@ def load_model(
             raise ConfigError(f"quantization={quantization!r}: a live model's weights are its owner's and stay as they are")
         return _live_model(source, dtype, revision, products)
     if not isinstance(source, str):
-        raise ConfigError(f"model={type(source).__name__}: must be a hub id, a local folder or a transformers PreTrainedModel")
+        what = "a hub id, a local folder or a transformers PreTrainedModel"
+        raise ConfigError(f"model={type(source).__name__}: must be {what}{_what_it_wraps(source)}")
     folder = _local_folder(source)
     if folder is not None and revision is not None:
         raise ConfigError(f"revision={revision!r}: applies to hub ids, and {source!r} is a local folder")
@@ -60,13 +62,29 @@ def load_model(
     config = _config(source, folder, where)
     refuse_config(config)
     if folder is None:
+        _refuse_adapter(source, find_adapter_config_file(source, revision=where["revision"]))  # transformers applies one if peft is there
         folder = _snapshot(source, where)
     elif not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"{source}: holds no .safetensors file{_other_weights(folder)}; only safetensors are loaded, as they run no code")
     model = _weights(source, config, dtype, where)
     pack_weights(model, products, quantization)
     weights = _fingerprint(folder) + ("" if quantization == "none" else f" {quantization}")
+    weights += f" {type(model).__module__}"  # of a checkpoint's own code it is a hash of that, or the commit it came with
     return CausalModel(model, products, name=source, identity=_identity(config, model.dtype, weights), live=False)
+
+
+def _what_it_wraps(source: object) -> str:
+    if not hasattr(source, "get_base_model"):
+        return ""
+    return "; of a model that peft wraps, give get_base_model(), which runs with the adapters that are active, or what merge_and_unload() returns"
+
+
+def _refuse_adapter(source: str, path: str | Path | None) -> None:
+    if path is not None:
+        raise UnsupportedModelError(
+            f"{source}: has an adapter ({Path(path).name}), and a checkpoint is served without any: merge it into the weights and save those"
+            " (peft's merge_and_unload), or apply it to a live model"
+        )
 
 
 def _live_model(model: PreTrainedModel, dtype: str, revision: str | None, products: Products) -> CausalModel:
@@ -84,6 +102,7 @@ def _local_folder(source: str) -> Path | None:
     """The folder `source` names, or None for a hub id. Nothing is asked of the network for what looks like a path."""
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():
+        _refuse_adapter(source, find_adapter_config_file(str(path)))
         if not (path / "config.json").is_file():
             raise ModelNotFoundError(f"{source!r}: the folder has no config.json")
         return path

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products
+from quire.tensors.models.calls import traces
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.geometry import DryRun, check_layers
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer
@@ -133,13 +134,12 @@ class CausalModel:
         return logits[:num_rows].contiguous()
 
     def weights_stamp(self) -> int:
-        """A number that changes when a live model's weights do: replaced, loaded, or changed in place by an optimizer. Writes through `.data` to a
-        tensor that stays where it is leave no trace. 0 for a model of our own, whose weights nobody changes."""
+        """A number that changes when a live model's weights do (replaced, loaded, or changed in place by an optimizer) or its adapters (switched,
+        merged, scaled). Writes through `.data` to a tensor that stays where it is leave no trace. 0 for a model of our own, which nobody changes."""
         if not self.live:
             return 0
         model, _ = self._open()
-        weights = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters())
-        return hash((weights, self.lowered is not None and self.lowered.intact()))
+        return hash((tuple(traces(model)), self.lowered is not None and self.lowered.intact()))
 
     def compile(self) -> None:
         """Compile the decoder layers; every forward from now on runs the compiled ones. Takes a minute the first time, seconds from torch's cache.
