@@ -25,6 +25,7 @@ FORMS: list[dict[str, Any]] = [
     {"json_object": True},
     {"grammar": 'start: "a" "b"+'},
 ]
+MAX_LENGTH = 400  # of a text that such a form asks for
 
 
 class Wrong(Exception):
@@ -73,6 +74,12 @@ class Load:
         async with asyncio.TaskGroup() as group:
             for i in range(at_once):
                 group.create_task(one_client(KEYS[i % len(KEYS)]))
+
+    async def fill(self, num_forms: int) -> None:
+        """Ask for so many different forms, so that what is kept of compiled ones has its full size."""
+        async with httpx.AsyncClient(base_url=self._url, headers={"authorization": f"Bearer {KEYS[0]}"}, timeout=120) as client:
+            for i in range(num_forms):
+                await self._ask_form(client, {"regex": f"[a-f]{{{MAX_LENGTH - i}}}"})
 
     def _prompt(self) -> list[int]:
         return [self._dice.randrange(5, 300)] * self._dice.randint(1, 40)
@@ -141,7 +148,10 @@ class Load:
                 raise Wrong(f"a call of {call}")
 
     async def _form(self, client: httpx.AsyncClient) -> None:
-        form = self._dice.choice([*FORMS, {"regex": f"[a-f]{{{self._dice.randint(1, 400)}}}"}])  # also forms that were never seen
+        form = self._dice.choice([*FORMS, {"regex": f"[a-f]{{{self._dice.randint(1, MAX_LENGTH)}}}"}])  # also forms that were never seen
+        await self._ask_form(client, form)
+
+    async def _ask_form(self, client: httpx.AsyncClient, form: dict[str, Any]) -> None:
         said = await self._post(client, COMPLETIONS, {"prompt": self._prompt(), "max_tokens": 30, "structured_outputs": form})
         (answer,) = said["choices"]
         if form == FORMS[1] and answer["finish_reason"] == "stop" and answer["text"] not in form["choice"]:
@@ -153,10 +163,12 @@ class Load:
         if "stream" in kind:
             async with client.stream("POST", "/v1/responses", json=asked) as answer:
                 lines = [line async for line in answer.aiter_lines() if line.startswith("data: ")]
-            if json.loads(lines[-1][6:])["type"] not in ("response.completed", "response.incomplete"):
+            last = json.loads(lines[-1][6:])
+            if last["type"] not in ("response.completed", "response.incomplete"):
                 raise Wrong(lines[-1])
-            return
-        said = await self._post(client, "/v1/responses", asked)
+            said = last["response"]
+        else:
+            said = await self._post(client, "/v1/responses", asked)
         if "background" in kind:
             await self._post(client, f"/v1/responses/{said['id']}/cancel", {})
         if "store" not in kind and (await client.delete(f"/v1/responses/{said['id']}")).status_code != 200:
