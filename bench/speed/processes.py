@@ -67,14 +67,19 @@ def run_engine(engine: str, workload: Workload, folder: Path, quantization: str,
         return run_process([python, "-m", f"bench.speed.engines.{ENGINES[engine]}", str(job)], workload.tokens_out, threads, timeout_s)
 
 
+def environment(python: str, threads: int) -> dict[str, str]:
+    """The variables of a process that is measured, run by an interpreter of its own or by this one."""
+    kept = {key: value for key, value in os.environ.items() if python == sys.executable or key != "PYTHONPATH"}
+    return kept | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
 def run_process(command: list[str], tokens_out: int, threads: int, timeout_s: float) -> EngineRun:
     """Run an engine's script; it must give exactly `tokens_out` tokens."""
-    ours = command[0] == sys.executable
-    environment = {key: value for key, value in os.environ.items() if ours or key != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, errors="replace", start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(command[0], threads), text=True, errors="replace", start_new_session=True, **pipes
+        )
     except OSError as error:
         return EngineRun(problem=f"absent: {error}")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -51,6 +53,19 @@ def test_bits_depend_on_the_prompt_alone(checkpoint: Checkpoint, dtype: str) -> 
                 assert also.prompt_logprobs is not None and len(also.prompt_logprobs) == len(prompt)
         assert found[-1].receipt.cached_tokens > 0 and found[-2].receipt.cached_tokens == 0, "the last token's state may follow a hit, a mean may not"
         llm.check_integrity()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_no_row_of_logits_is_anothers_beside_prompts_that_draw_nothing_and_several(checkpoint: Checkpoint, n: int) -> None:
+    """As many rows too few, of prompts that are pooled alone, as too many, of one for n sequences: their number says nothing."""
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=0)
+    asked = [SamplingParams(max_tokens=0, pooling="mean")] * (n - 1) + [params, replace(params, n=n), params]
+    prompts = [[20 + i, 7, 30 + i] for i in range(len(asked))]
+    with LLM(checkpoint("llama"), prefix_sharing=False) as llm:
+        alone = [llm.generate(prompt, one)[0] for prompt, one in zip(prompts, asked, strict=True)]
+        together = llm._worker.call(lambda: [llm.submit(prompt, one) for prompt, one in zip(prompts, asked, strict=True)])  # in one step
+        for wanted, stream in zip(alone, together, strict=True):
+            assert stream.wait(60).raise_for_error().outputs == wanted.outputs
 
 
 def test_the_same_after_a_preemption(checkpoint: Checkpoint) -> None:

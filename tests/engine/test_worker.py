@@ -52,6 +52,29 @@ def test_leaving_a_stream_early_cancels(llm: LLM) -> None:
     assert llm.stats()["num_running"] == 0
 
 
+def test_a_loop_is_woken_once_a_step_and_not_once_a_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate([[5, 6, 7 + i] for i in range(8)], GREEDY)
+    before, calls = llm.stats()["num_steps"], 0
+
+    async def one(i: int) -> list[int]:
+        return [t async for event in llm.submit([5, 6, 7 + i], GREEDY) for t in event.token_ids]
+
+    async def all_at_once() -> list[list[int]]:
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+
+        def counted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return call(*args)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        return await asyncio.gather(*(one(i) for i in range(8)))
+
+    assert asyncio.run(all_at_once()) == [output.outputs[0].token_ids for output in expected]
+    assert 0 < calls <= llm.stats()["num_steps"] - before
+
+
 def test_async_and_threads_at_once(llm: LLM) -> None:
     expected = llm.generate([[5, 6, 7 + i] for i in range(8)], GREEDY)
 

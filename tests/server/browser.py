@@ -39,9 +39,9 @@ def steps_take(seconds: float, site: Running) -> Iterator[None]:
     runner = site.llm._built.engine.runner
     run = runner.run
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         time.sleep(seconds)
-        return run(*args)
+        return run(*args, **options)
 
     runner.run = slow  # type: ignore[method-assign]
     try:

@@ -161,6 +161,25 @@ def test_a_full_queue_is_429(server: Running, monkeypatch: pytest.MonkeyPatch) -
     assert server.llm.stats()["num_running"] == 0, "those that were taken have been cancelled"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_tries_again_gets_its_answer(server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    wanted, refused = server.complete(**GOOD)["choices"][0]["text"], server.serving.metrics.refused
+    monkeypatch.setattr(server.llm._worker, "_max_open", 0)
+    statuses: list[int] = []
+
+    def noted(status: int) -> None:
+        statuses.append(status)
+        refused(status)
+        if len(statuses) == 2:
+            monkeypatch.undo()
+
+    monkeypatch.setattr(server.serving.metrics, "refused", noted)
+    with server.client().with_options(max_retries=3) as client:
+        answer = client.completions.create(model="tiny", **GOOD, stream=stream)
+        assert ("".join(part.choices[0].text for part in answer) if stream else answer.choices[0].text) == wanted
+    assert statuses == [429, 429]
+
+
 def test_bad_lists_the_requests_once() -> None:
     assert len({(bad.path, bad.method, bad.content, bad.headers) for bad in BAD}) == len(BAD)
     assert all(isinstance(bad, Bad) for bad in BAD)

@@ -20,7 +20,9 @@ def load(task: Task) -> Engine:
         before = llm.stats()
         temperature = 0.0 if n == 1 else 1.0
         params = [SamplingParams(max_tokens=count, temperature=temperature, seed=task.seed, ignore_eos=True, n=n) for count in new]
-        outputs = [output.raise_for_error() for output in llm.generate(prompts, params)]
+        asked = list(zip(prompts, params, strict=True))
+        turns = [asked] if task.max_concurrent > 1 else [[one] for one in asked]  # one after the other: none waits for those before it
+        outputs = [output.raise_for_error() for turn in turns for output in llm.generate(*map(list, zip(*turn, strict=True)))]
         after = llm.stats()
         counters = {key: after[key] - before[key] for key in COUNTERS}
         counters["pool_bytes"] = llm.info.page_bytes * (after["num_held_pages"] + after["num_cached_pages"])

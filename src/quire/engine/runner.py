@@ -38,7 +38,7 @@ class Runner:
         logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at, hidden)
         self.log.mark("forward")
         flat = [row for together in rows for row in together]
-        if len(flat) != len(rows):
+        if any(len(together) != 1 for together in rows):
             logits = logits[torch.tensor([i for i, together in enumerate(rows) for _ in together], dtype=torch.long)]
         before_sampling()
         drawn = iter(self.sampler.sample(logits, flat))

@@ -9,26 +9,41 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from quire.outputs import RequestOutput, TokenEvent
 
 T = TypeVar("T")
+Waiter = asyncio.Future[None]  # of a coroutine's own loop
+
+
+def wake(waiters: Iterable[Waiter]) -> None:
+    """Let those go on who wait for these. A loop is called once for all of its own: that is a system call, and a switch of threads."""
+    loops: dict[asyncio.AbstractEventLoop, list[Waiter]] = {}
+    for waiter in waiters:
+        loops.setdefault(waiter.get_loop(), []).append(waiter)
+    for loop, own in loops.items():
+        with contextlib.suppress(RuntimeError):  # the reader's loop may be gone; the engine's thread must not die of it
+            loop.call_soon_threadsafe(_set, own)
 
 
 class RequestStream:
-    """Events of one request in order; iteration ends after the event that carries `output`. One reader."""
+    """Events of one request in order; iteration ends after the event that carries `output`. One reader.
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
+    `wake_later` is told who waits for what has come: whoever puts events into many streams wakes all their readers together.
+    """
+
+    def __init__(self, request_id: str, cancel: Callable[[str], None], wake_later: Callable[[Waiter], None] | None = None) -> None:
         self.request_id = request_id
         self._cancel = cancel
+        self._wake = wake_later if wake_later is not None else lambda waiter: wake([waiter])
         self._ready = threading.Condition()
         self._events: list[TokenEvent] = []
         self._output: RequestOutput | None = None
-        self._waker: Callable[[], None] | None = None
-        self._at_end: Callable[[], None] | None = None
+        self._reader: Waiter | None = None
+        self._at_end: Waiter | None = None
 
     def put(self, event: TokenEvent) -> None:
         """Called by the engine's thread. Never blocks."""
@@ -37,12 +52,12 @@ class RequestStream:
             if event.output is not None:
                 self._output = event.output
             self._ready.notify_all()
-            waker, self._waker = self._waker, None
-            at_end = self._at_end if event.output is not None else None
-        if waker is not None:
-            waker()
-        if at_end is not None:
-            at_end()
+            waiters, self._reader = [self._reader], None
+            if event.output is not None:
+                waiters.append(self._at_end)
+        for waiter in waiters:
+            if waiter is not None:
+                self._wake(waiter)
 
     def cancel(self) -> None:
         """Ask the engine to end the request; the stream then ends with finish_reason `cancelled`. Harmless when it has ended."""
@@ -63,14 +78,21 @@ class RequestStream:
 
     async def result(self) -> RequestOutput:
         """`wait` for a coroutine: its loop is woken once, at the end."""
-        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        waiter = asyncio.get_running_loop().create_future()
         with self._ready:
             if self._output is None:
-                self._at_end = lambda: _call_in(loop, ended.set)
+                self._at_end = waiter
             else:
-                ended.set()
-        await ended.wait()
+                waiter.set_result(None)
+        await waiter
         return self.wait()
+
+    def take(self, waiter: Waiter | None = None) -> list[TokenEvent]:
+        """The unread events, if any; if there are none, `waiter` is woken when there are."""
+        with self._ready:
+            events, self._events = self._events, []
+            self._reader = waiter if not events else None
+        return events
 
     def __iter__(self) -> Iterator[TokenEvent]:
         done = False
@@ -83,25 +105,30 @@ class RequestStream:
                 yield event
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        loop = asyncio.get_running_loop()
-        done = False
-        while not done:
-            wake = asyncio.Event()
-            with self._ready:
-                events, self._events = self._events, []
-                if not events:
-                    self._waker = lambda wake=wake: _call_in(loop, wake.set)
-            if not events:
-                await wake.wait()
-            for event in events:
-                done = done or event.output is not None
-                yield event
+        async for _, event in interleaved([self]):
+            yield event
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    # The reader's loop may be gone; the engine's thread must not die of it.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call)
+async def interleaved(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, TokenEvent]]:
+    """(place of the stream, event) of all streams as they come, until all have ended."""
+    loop, reading = asyncio.get_running_loop(), dict(enumerate(streams))
+    while reading:
+        news = [(i, event) for i, stream in reading.items() for event in stream.take()]
+        if not news:
+            waiter = loop.create_future()
+            news = [(i, event) for i, stream in reading.items() for event in stream.take(waiter)]
+            if not news:
+                await waiter
+        for i, event in news:
+            if event.output is not None:
+                del reading[i]
+            yield i, event
+
+
+def _set(waiters: list[Waiter]) -> None:
+    for waiter in waiters:
+        if not waiter.done():  # its coroutine may have been cancelled, or another stream of its request had news
+            waiter.set_result(None)
 
 
 def _merged(events: list[TokenEvent], new: TokenEvent) -> list[TokenEvent]:

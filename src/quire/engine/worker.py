@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from quire.engine.engine import Engine
-from quire.engine.stream import RequestStream
+from quire.engine.stream import RequestStream, Waiter, wake
 from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.outputs import FinishReason, TokenEvent
 from quire.request import Request
@@ -35,6 +35,7 @@ class Worker:
         self._open: set[str] = set()
         self._mail: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._readers: list[Waiter] = []  # who wait for what this turn has brought; the engine's thread alone
         self._stopping = False
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
@@ -48,7 +49,7 @@ class Worker:
             QueueFullError: too many requests are open already.
             EngineDeadError: the engine has ended.
         """
-        stream = RequestStream(request.request_id, self.cancel)
+        stream = RequestStream(request.request_id, self.cancel, self._readers.append)
 
         def sink(event: TokenEvent) -> None:
             if event.output is not None:
@@ -140,8 +141,15 @@ class Worker:
             self._mail.clear()
         for message in mail:
             message()
+        self._wake_readers()
         self._engine.step()
+        self._wake_readers()
         return True
+
+    def _wake_readers(self) -> None:
+        if self._readers:
+            wake(self._readers)
+            self._readers.clear()
 
     def _drain(self, reason: FinishReason, error: EngineDeadError | None) -> None:
         with self._wake:
@@ -151,3 +159,4 @@ class Worker:
             with contextlib.suppress(Exception):
                 message()
         self._engine.end_all(reason, error)
+        self._wake_readers()

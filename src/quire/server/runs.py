@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from types import TracebackType
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from fastapi import Request
 from starlette.types import Receive
 
-from quire.engine.stream import RequestStream
+from quire.engine.stream import RequestStream, interleaved
 from quire.outputs import RequestOutput, TokenEvent
 from quire.params import SamplingParams
 from quire.server.errors import ServerError
@@ -73,13 +72,11 @@ class Run:
             ServerError: one failed or was cancelled.
         """
         last_s: dict[tuple[int, int], float] = {}
-        source = _merged(self._streams) if len(self._streams) > 1 else _only(self._streams[0])
-        async with contextlib.aclosing(source) as events:
-            async for i, event in events:
-                self._note_times(last_s, i, event)
-                if event.output is not None:
-                    self._ended(i, event.output)
-                yield i, event
+        async for i, event in interleaved(self._streams):
+            self._note_times(last_s, i, event)
+            if event.output is not None:
+                self._ended(i, event.output)
+            yield i, event
 
     async def outputs(self) -> list[RequestOutput]:
         """The outputs of all jobs, in order, once all have ended.
@@ -177,28 +174,3 @@ async def _submit(llm: LLM, job: Job, namespace: str, priority: int, request_id:
     if len(job.prompt) <= MAX_THREADED_CHARS and job.params.structured is None:  # a grammar may take seconds to compile
         return submit()
     return await asyncio.to_thread(submit)
-
-
-async def _only(stream: RequestStream) -> AsyncGenerator[tuple[int, TokenEvent], None]:
-    async for event in stream:
-        yield 0, event
-
-
-async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
-    """Events of several streams. At most one of each waits here, so that those of a slow reader are merged where they come from."""
-    waiting: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue(len(streams))
-
-    async def pump(i: int, stream: RequestStream) -> None:
-        async for event in stream:
-            await waiting.put((i, event))
-
-    pumps = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
-    try:
-        num_open = len(streams)
-        while num_open:
-            i, event = await waiting.get()
-            yield i, event
-            num_open -= event.output is not None
-    finally:
-        for task in pumps:
-            task.cancel()
