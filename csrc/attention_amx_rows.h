@@ -1,0 +1,132 @@
+// What tiles multiply, brought into their form: queries, keys, values; and results brought back into rows.
+#pragma once
+#include "attention_amx_group.h"
+
+#if defined(QUIRE_AMX)
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+namespace tiles {
+
+QUIRE_INLINE F32x16 pairs_of_row(const char* row, int d, int dim) {
+  const int n = dim - d;
+  return floats(n >= kTileK ? load_pairs((const uint16_t*)row + d) : load_pairs_n((const uint16_t*)row + d, n));
+}
+
+// Queries as [groups][k_steps][16 pairs of d][16 rows]; rows and dimensions that do not exist are zero.
+inline void load_queries(const Item& item, int k_steps, uint32_t* to) {
+  for (int r0 = 0; r0 < item.rows(); r0 += kLanes) {
+    const int rows = item.rows() - r0 < kLanes ? item.rows() - r0 : kLanes;
+    const char* from[kLanes];
+    for (int r = 0; r < rows; ++r) from[r] = item.query(r0 + r);
+    for (int s = 0; s < k_steps; ++s) {
+      F32x16 x[kLanes];
+      for (int r = 0; r < kLanes; ++r) x[r] = r < rows ? pairs_of_row(from[r], s * kTileK, item.args.layout.k.dim) : zero();
+      transpose16(x);
+      for (int i = 0; i < 16; ++i, to += kLanes) store((float*)to, x[i]);
+    }
+  }
+}
+
+// Where the tile's keys may be loaded from, sixteen by sixteen: where they lie, if they are sixteen rows of whole steps with one stride, or
+// `scratch` [kTile][k_steps][64 bytes].
+inline void place_keys(const Rows& rows, int k_dim, char* scratch, Operands& x) {
+  const int64_t row_bytes = x.k_steps * 64;
+  for (int first = rows.lo & ~15; first < rows.hi; first += 16) {
+    const char* const* from = rows.k + first;
+    int64_t uneven = k_dim % kTileK;
+    for (int i = 2; i < 16; ++i) uneven |= (from[i] - from[i - 1]) ^ (from[1] - from[0]);
+    if (uneven == 0 && first >= rows.lo && first + 16 <= rows.hi) {
+      x.keys[first / 16] = from[0];
+      x.strides[first / 16] = from[1] - from[0];
+      continue;
+    }
+    char* to = scratch + first * row_bytes;
+    x.keys[first / 16] = to;
+    x.strides[first / 16] = row_bytes;
+    for (int i = 0; i < 16; ++i)
+      for (int s = 0; s < x.k_steps; ++s, to += 64) store((float*)to, pairs_of_row(from[i], s * kTileK, k_dim));
+  }
+}
+
+// 32 keys' values d..d+31, transposed: half 0 gives dimensions 8 i .. 8 i + 3, half 1 those between them. Adds to `most` the largest magnitudes.
+template <int kHalf>
+QUIRE_INLINE void transpose_values(const char* const* from, int d, int v_dim, U32x16& most, uint32_t* to) {
+  F32x16 x[16];
+  for (int i = 0; i < 16; ++i) {
+    const U32x16 even = bits(pairs_of_row(from[2 * i], d, v_dim)), odd = bits(pairs_of_row(from[2 * i + 1], d, v_dim));
+    x[i] = floats(kHalf ? zip_high(even, odd) : zip_low(even, odd));
+    if constexpr (kHalf == 0) most = max_u16(most, max_u16(and_(even, set1_u32(0x7fff7fffu)), and_(odd, set1_u32(0x7fff7fffu))));
+  }
+  transpose16(x);
+  for (int i = 0; i < 16; ++i) {
+    const int at = i / 4 * 8 + i % 4 + 4 * kHalf;
+    store((float*)to + at / 16 * kSteps * kTileFloats + at % 16 * 16, x[i]);
+  }
+}
+
+// The tile's values as Operands wants them, and zeros for keys that do not exist. False if one is not finite.
+inline bool place_values(const Rows& rows, int v_dim, int v_tiles, uint32_t* to, Fetcher& fetcher, int lines) {
+  U32x16 most = set1_u32(0);
+  for (int s = rows.lo / kTileK; s * kTileK < rows.hi; ++s) {
+    const char* const* from = rows.v + s * kTileK;
+    for (int tile = 0; tile < v_tiles; tile += 2) {
+      fetch(fetcher, lines);
+      transpose_values<0>(from, 16 * tile, v_dim, most, to + (tile * kSteps + s) * kTileFloats);
+      fetch(fetcher, lines);
+      transpose_values<1>(from, 16 * tile, v_dim, most, to + (tile * kSteps + s) * kTileFloats);
+    }
+  }
+  return !any_above_u16(most, 0x7f7f);
+}
+
+// One group's state: lanes of `out` [v_tiles][16 d][kLanes], of its largest score and of its sum of probabilities.
+struct State {
+  float *out, *base, *sum;
+  bool fresh;  // nothing is in it yet
+};
+
+// Adds a part's state to the total of the parts before it: as it is where it is the first. `part` may have `lanes` lanes only; where it has all,
+// its arrays may change places with the total's.
+inline void merge_group(State& part, int lanes, int v_tiles, State& total) {
+  if (total.fresh && lanes == kLanes) {
+    const State first = part;
+    part = total;
+    total = first;
+    return;
+  }
+  const F32x16 none = set1(-__builtin_inff());
+  const F32x16 base = lanes == kLanes ? load(part.base) : load_n(part.base, lanes), before = total.fresh ? none : load(total.base);
+  const F32x16 high = max(base, before), finite = select(eq(high, none), zero(), high);
+  const F32x16 shrink = exp2_nonpositive(sub(base, finite)), shrink_before = exp2_nonpositive(sub(before, finite));
+  for (int d = 0; d < 16 * v_tiles; ++d) {
+    float* to = total.out + d * kLanes;
+    store(to, fma(load_n(part.out + d * lanes, lanes), shrink, total.fresh ? zero() : mul(load(to), shrink_before)));
+  }
+  store(total.sum, fma(load_n(part.sum, lanes), shrink, total.fresh ? zero() : mul(load(total.sum), shrink_before)));
+  store(total.base, high);
+  total.fresh = false;
+}
+
+// Rows first_row.. of the item: totals divided by their sums.
+inline void write_group(const Item& item, int first_row, const State& total, int v_tiles) {
+  const int v_dim = item.args.layout.v.dim, rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;
+  const F32x16 share = div(set1(1.0f), load(total.sum));
+  for (int d = 0; d < 16 * v_tiles; d += 32) {
+    F32x16 x[16];
+    for (int i = 0; i < 16; ++i) {
+      const float* from = total.out + (d + 2 * i) * kLanes;
+      // -0 to +0: a tile multiplication that adds nothing makes that of it too.
+      x[i] = floats(make_pairs(add(mul(load(from), share), zero()), add(mul(load(from + kLanes), share), zero())));
+    }
+    transpose16(x);
+    for (int r = 0; r < rows; ++r)
+      store_pairs_n((uint16_t*)item.args.out + item.out(first_row + r) + d, bits(x[r]), v_dim - d < 32 ? v_dim - d : 32);
+  }
+}
+
+}  // namespace tiles
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
+#endif
