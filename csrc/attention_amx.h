@@ -1,10 +1,10 @@
 // Attention of bf16 queries over bf16 keys and values on AMX. The law of a row, for any number of rows:
 //
 //   score  sums of q . k as tiles add them (tiles_amx.h), 32 dimensions at a time
-//   base   for each tile of 64 keys: the tile's largest score + 1/2, if that is more than 8 above the base so far; then the row's sums shrink
+//   base   for each stretch of 128 keys: its largest score + 1/2, if that is more than 8 above the base so far; then the row's sums shrink
 //   p      2^(score - base + 1/2), rounded to bf16; exactly 0 for a key that the row does not see
-//   sum    of the rounded p, even pairs of keys and odd ones apart, then both together, tile by tile
-//   out    sums of p . v as tiles add them, 32 keys at a time, tile by tile
+//   sum    of the rounded p, those of even keys and of odd ones apart, then both together, stretch by stretch
+//   out    sums of p . v as tiles add them, 32 keys at a time
 //
 // and parts of 512 keys are merged in order, as everywhere (attention.h). Scores are log2(e) times what they usually are. A key that a row does
 // not see adds 0 x v, which leaves its bits alone as long as v is finite; where some v is not, each token gets values of its own.
@@ -23,7 +23,7 @@ constexpr int kGroups = kBlockRows / kLanes;
 static_assert(kBlockRows % kLanes == 0 && kSplitRows <= kLanes, "blocks are whole groups, and one that is split is a single one");
 
 struct Scratch {
-  float *queries, *keys, *values, *scores[2], *pairs[2], *out, *total, *rest, *apart, *zeros;
+  float *queries, *keys, *values, *scores, *pairs, *out, *total, *rest, *apart, *zeros;
 };
 
 struct Block {
@@ -32,6 +32,7 @@ struct Block {
   Operands x;
   int groups;
   float factor;  // of scores; 0 where a factor is not all that shapes them
+  bool finite;   // all values of the stretch are
   State part[kGroups], total[kGroups];
 
   const AttendArgs& args() const { return item.args; }
@@ -48,12 +49,10 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   static thread_local ThreadMemory memory;
   const int64_t k_steps = round_up(args.layout.k.dim, kTileK) / kTileK, out = round_up(args.layout.v.dim, 32) * kLanes;
   const Wanted wanted[] = {{&s.queries, kGroups * k_steps * kTileFloats},
-                           {&s.keys, kTile * k_steps * 16},
+                           {&s.keys, kStretch * k_steps * 16},
                            {&s.values, out * kSteps},
-                           {&s.scores[0], kScoreFloats},
-                           {&s.scores[1], kScoreFloats},
-                           {&s.pairs[0], kScoreFloats / 2},
-                           {&s.pairs[1], kScoreFloats / 2},
+                           {&s.scores, 2 * kScores},
+                           {&s.pairs, 2 * kPairs},
                            {&s.out, kGroups * out},
                            {&s.total, kGroups * out},
                            {&s.rest, kGroups * kLanes * 4},
@@ -64,42 +63,42 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   return true;
 }
 
-// The keys lo..hi-1 of the tile at `base` that a token sees.
+// The keys lo..hi-1 of the stretch at `base` that a token sees.
 struct Seen {
   int lo, hi;
 };
 QUIRE_INLINE Seen seen_by(const Item& item, int token, int64_t base) {
-  return {clip(item.first_key(token) - base, kTile), clip(item.position(token) + 1 - base, kTile)};
+  return {clip(item.first_key(token) - base, kStretch), clip(item.position(token) + 1 - base, kStretch)};
 }
-
-inline Span span_of(const Block& b, int group, int64_t base) {
-  const Seen first = seen_by(b.item, b.first_token(group), base), last = seen_by(b.item, b.last_token(group), base);
-  const int lo = first.lo / 16, hi = (last.hi + 15) / 16;
-  return {lo, hi, last.lo <= 16 * lo && first.hi >= 16 * hi};
+QUIRE_INLINE Span span_of(const Block& b, int first_group, int last_group, int64_t base) {
+  const Seen first = seen_by(b.item, b.first_token(first_group), base), last = seen_by(b.item, b.last_token(last_group), base);
+  return {first.lo / kTileK, (last.hi + kTileK - 1) / kTileK};
+}
+QUIRE_INLINE bool all_seen(const Block& b, int group, Span span, int64_t base) {
+  return seen_by(b.item, b.last_token(group), base).lo <= span.first * kTileK && seen_by(b.item, b.first_token(group), base).hi >= span.end * kTileK;
 }
 
 // The largest of each row's scores; where they are not to be used as they are, shapes them first, and sets those of unseen keys to -inf.
-inline F32x16 largest_scores(const Block& b, int group, const Span& span, int64_t base, float* scores) {
+inline F32x16 largest_scores(const Block& b, int group, Span span, int64_t base, float* scores) {
   const F32x16 none = set1(-__builtin_inff());
   F32x16 top[2] = {none, none};  // max() gives its second operand where the first is NaN, so these never are
-  float* const end = scores + span.last * kTileFloats;
-  if (span.whole && b.factor != 0.0f) {
-    for (float* at = scores + span.first * kTileFloats; at < end; at += 2 * kLanes) {
-      top[0] = max(load(at), top[0]);
-      top[1] = max(load(at + kLanes), top[1]);
+  if (b.factor != 0.0f && all_seen(b, group, span, base)) {
+    for (int key = span.first * kTileK; key < span.end * kTileK; key += 2) {
+      top[0] = max(load(scores + key * kLanes), top[0]);
+      top[1] = max(load(scores + (key + 1) * kLanes), top[1]);
     }
     return max(top[0], top[1]);
   }
   float lo[kLanes] = {}, hi[kLanes];
   for (int r = 0; r < kLanes; ++r) {
-    hi[r] = kTile;
+    hi[r] = kStretch;
     if (group * kLanes + r >= b.item.rows()) continue;
     const Seen seen = seen_by(b.item, (group * kLanes + r) / b.item.heads, base);
     lo[r] = float(seen.lo);
     hi[r] = float(seen.hi);
   }
   const F32x16 first = load(lo), last = load(hi);
-  for (int key = 16 * span.first; key < 16 * span.last; ++key) {
+  for (int key = span.first * kTileK; key < span.end * kTileK; ++key) {
     const F32x16 at = set1(float(key));
     F32x16 x = load(scores + key * kLanes);
     if (b.factor == 0.0f) x = shape_score(x, b.args().scale, b.args().softcap);
@@ -110,94 +109,102 @@ inline F32x16 largest_scores(const Block& b, int group, const Span& span, int64_
   return top[0];
 }
 
-// Whether the base has to follow; if so, what the group has so far shrinks.
-inline Probabilities follow_scores(Block& b, int group, const Span& span, int64_t base, float* scores, uint32_t* pairs) {
+// A group's scores to probabilities. Where its base has to follow them, what it has so far shrinks.
+inline void settle(Block& b, int group, Span span, int64_t base, float* scores, uint32_t* pairs) {
   State& part = b.part[group];
-  const F32x16 none = set1(-__builtin_inff()), factor = set1(b.factor == 0.0f ? 1.0f : b.factor), half = set1(0.5f);
-  const F32x16 wanted = fma(largest_scores(b, group, span, base, scores), factor, half);
+  const F32x16 none = set1(-__builtin_inff()), factor = set1(b.factor == 0.0f ? 1.0f : b.factor);
+  const F32x16 wanted = fma(largest_scores(b, group, span, base, scores), factor, set1(0.5f));
   const F32x16 before = part.fresh ? none : load(part.base);
   const Mask16 grown = gt(wanted, add(before, set1(kSlack)));
   const F32x16 now = select(grown, wanted, before), finite = select(eq(now, none), zero(), now);
-  if (mask_bits(grown) != 0 || part.fresh) {
-    store(part.base, now);
-    if (part.fresh) {
-      store(part.sum, zero());
-    } else {
-      const F32x16 shrink = select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f));
-      store(part.sum, mul(load(part.sum), shrink));
-      for (float *at = part.out, *const end = at + b.out_floats(); at < end; at += kLanes) store(at, mul(load(at), shrink));
-    }
+  F32x16 sum = part.fresh ? zero() : load(part.sum);
+  if (mask_bits(grown) != 0 && !part.fresh) {
+    const F32x16 shrink = select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f));
+    sum = mul(sum, shrink);
+    for (float *at = part.out, *const end = at + b.out_floats(); at < end; at += kLanes) store(at, mul(load(at), shrink));
   }
-  for (int t = 2 * span.first_step(); t < 2 * span.end_step(); ++t)
-    if (t < span.first || t >= span.last) memset(pairs + t * kTileFloats / 2, 0, kTileBytes / 2);
-  return {scores + span.first * kTileFloats, pairs + span.first * kTileFloats / 2, 8 * (span.last - span.first), factor, sub(zero(), finite),
-          {zero(), zero()}};
+  store(part.base, now);
+  store(part.sum, add(sum, probabilities(span, scores, factor, sub(zero(), finite), pairs)));
 }
 
 // Where some value is not finite, a row must not meet those it does not see: for each token the others are zeros.
-inline void output_apart(const Block& b, int group, const Span& span, int64_t base, const Rows& rows, const uint32_t* pairs, Fetcher& fetcher) {
+inline void output_apart(const Block& b, int group, Span span, int64_t base, const uint32_t* pairs) {
   const State& part = b.part[group];
   const int64_t size = b.out_floats();
-  Probabilities nothing{};
+  Fetcher nothing{};
   for (int token = b.first_token(group); token <= b.last_token(group); ++token) {
     const Seen seen = seen_by(b.item, token, base);
-    Rows own = rows;
-    for (int j = rows.lo; j < rows.hi; ++j)
-      if (j < seen.lo || j >= seen.hi) own.v[j] = (const char*)b.s.zeros;
-    place_values(own, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values, fetcher, 0);
+    for (const Rows& rows : b.item.tiles) {
+      const int first_key = int(rows.base - base);
+      if (rows.base < base || first_key >= kStretch || rows.first_token >= rows.end_token) continue;
+      Rows own = rows;
+      for (int j = rows.lo; j < rows.hi; ++j)
+        if (first_key + j < seen.lo || first_key + j >= seen.hi) own.v[j] = (const char*)b.s.zeros;
+      place_values(own, first_key, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values, nothing, 0);
+    }
     if (!part.fresh) memcpy(b.s.apart, part.out, size_t(size) * 4);
-    output_group(b.x, span, pairs, part.fresh, b.s.apart, {nothing, 0, fetcher, 0});
+    output_groups<1>(b.x, span, pairs, &b.s.apart, &part.fresh, nothing, 0);
     const int begin = token * b.item.heads - group * kLanes, end = token == b.last_token(group) ? kLanes : begin + b.item.heads;
     const Mask16 lanes = lanes_between(clip(begin, kLanes), clip(end, kLanes));
     for (int64_t i = 0; i < size; i += kLanes) store(part.out + i, select(lanes, load(b.s.apart + i), load(part.out + i)));
   }
 }
 
-// Lines of the next tile that are asked for in each of a tile's phases, in 1/256.
+// Lines of the next stretch that are asked for in this one, in 1/256: with few rows in proportion to the time that each phase takes.
 struct Rates {
-  int values, scores, pairs, outputs;
+  int values, scores, outputs;
 };
 inline Rates rates_of(const Block& b, int groups) {
-  const int lines = 256 * tile_lines(b.args().layout), blocks = (b.x.v_tiles + 3) / 4 * kSteps;
-  if (groups > 1) return {0, lines / (groups * b.x.k_steps) + 1, 0, 0};
-  return {lines * 5 / 8 / (b.x.v_tiles * kSteps), lines / 8 / b.x.k_steps, lines / 8 / (kTile / 2), lines / 8 / blocks + 1};
+  const int lines = 2 * 256 * tile_lines(b.args().layout), calls = kSteps * b.x.k_steps;
+  if (groups > 1) return {0, lines / (groups / 2 * calls) + 1, 0};
+  return {lines / 2 / (kSteps * b.x.v_tiles), lines / 4 / calls, lines / 4 / (kSteps * b.x.v_tiles / 2) + 1};
 }
 
-// A tile of keys passes the groups that see any of it. While one's probabilities are computed, the next one's scores and the previous one's
-// outputs are multiplied.
-inline void run_tile(Block& b, int64_t base, const Rows& rows, const Run* next, const Run* end) {
-  const Item& item = b.item;
+template <int G>
+void pass_groups(Block& b, int group, int64_t base, const Rates& rates, Fetcher& fetcher) {
   Scratch& s = b.s;
-  const int first = rows.first_token * item.heads / kLanes, last = (rows.end_token * item.heads - 1) / kLanes;
-  const Rates rates = rates_of(b, last - first + 1);
-  Fetcher fetcher{next, end, 0, 0, 0};
-  place_keys(rows, b.args().layout.k.dim, (char*)s.keys, b.x);
-  const bool finite = place_values(rows, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)s.values, fetcher, rates.values);
-  const auto output = [&](int group, const Span& span, Between between) {
-    const auto* pairs = (const uint32_t*)s.pairs[group % 2];
-    if (finite)
-      output_group(b.x, span, pairs, b.part[group].fresh, b.part[group].out, between);
-    else
-      output_apart(b, group, span, base, rows, pairs, fetcher);
-    b.part[group].fresh = false;
-  };
-  Probabilities p{};
-  Span before{}, here = span_of(b, first, base);
-  score_group(b.x, here, b.queries(first), s.scores[first % 2], {p, 0, fetcher, rates.scores});
-  for (int group = first; group <= last; ++group) {
-    p = follow_scores(b, group, here, base, s.scores[group % 2], (uint32_t*)s.pairs[group % 2]);
-    const Span after = group < last ? span_of(b, group + 1, base) : Span{};
-    const int steps = before.end_step() - before.first_step(), dots = after.dots(b.x) + (group > first ? steps * b.x.v_tiles : 0);
-    const Between between{p, (p.left + dots - 1) / (dots > 0 ? dots : 1), fetcher, rates.scores};
-    if (group < last) score_group(b.x, after, b.queries(group + 1), s.scores[(group + 1) % 2], between);
-    if (group > first) output(group - 1, before, {p, between.pairs, fetcher, 0});
-    for (; p.left > 0; go_on(p, 1)) fetch(fetcher, rates.pairs);
-    store(b.part[group].sum, add(load(b.part[group].sum), add(p.sums[0], p.sums[1])));
-    before = here;
-    here = after;
+  const Span span = span_of(b, group, group + G - 1, base);
+  score_groups<G>(b.x, span, b.queries(group), s.scores, fetcher, rates.scores);
+  for (int g = 0; g < G; ++g) settle(b, group + g, span, base, s.scores + g * kScores, (uint32_t*)s.pairs + g * kPairs);
+  if (b.finite) {
+    float* const outs[] = {b.part[group].out, b.part[group + G - 1].out};
+    const bool fresh[] = {b.part[group].fresh, b.part[group + G - 1].fresh};
+    output_groups<G>(b.x, span, (const uint32_t*)s.pairs, outs, fresh, fetcher, rates.outputs);
   }
-  Probabilities nothing{};
-  output(last, before, {nothing, 0, fetcher, rates.outputs});
+  for (int g = 0; g < G; ++g) {
+    if (!b.finite) output_apart(b, group + g, span, base, (const uint32_t*)s.pairs + g * kPairs);
+    b.part[group + g].fresh = false;
+  }
+}
+
+// Places a stretch of keys and passes all groups that see any of it.
+inline void run_stretch(Block& b, int64_t base) {
+  Item& item = b.item;
+  const AttendArgs& args = b.args();
+  const char* const zeros = (const char*)b.s.zeros;
+  const Rows* tiles[2];
+  int found = 0, ahead = 0;
+  for (int64_t at = base; at < base + kStretch; at += kTile)
+    if (locate_tile(item, at, zeros)) tiles[found++] = &item.tile(at);
+  if (found == 0) return;
+  const int first = tiles[0]->first_token * item.heads / kLanes, end = (tiles[found - 1]->end_token * item.heads + kLanes - 1) / kLanes;
+  Fetcher fetcher{};
+  for (int64_t at = base + kStretch; at < base + 2 * kStretch; at += kTile) {
+    if (!locate_tile(item, at, zeros)) continue;
+    const Rows& next = item.tile(at);
+    (ahead == 0 ? fetcher.run : fetcher.later) = next.runs;
+    (ahead++ == 0 ? fetcher.end_run : fetcher.end_later) = next.runs + next.num_runs;
+  }
+  const Rates rates = rates_of(b, end - first);
+  b.finite = true;
+  for (int i = 0; i < found; ++i) {
+    const int first_key = int(tiles[i]->base - base);
+    place_keys(*tiles[i], first_key, args.layout.k.dim, (char*)b.s.keys, b.x);
+    if (!place_values(*tiles[i], first_key, args.layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values, fetcher, rates.values)) b.finite = false;
+  }
+  int group = first;
+  for (; group + 2 <= end; group += 2) pass_groups<2>(b, group, base, rates, fetcher);
+  if (group < end) pass_groups<1>(b, group, base, rates, fetcher);
 }
 
 inline void start_totals(Block& b) {
@@ -232,7 +239,7 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, int64_t head_
   Item item = item_of(args, work, kv_head, first_head, heads);
   const int rows = item.rows(), k_steps = int(round_up(at.k.dim, kTileK) / kTileK), v_tiles = int(round_up(at.v.dim, 32) / 16);
   const bool plain = args.softcap == 0.0f && args.scale > 0.0f;
-  Block b{item, s, {{}, {}, (const uint32_t*)s.values, k_steps, v_tiles}, (rows + kLanes - 1) / kLanes, plain ? args.scale * kLog2E : 0.0f, {}, {}};
+  Block b{item, s, {{}, {}, (const uint32_t*)s.values, k_steps, v_tiles}, (rows + kLanes - 1) / kLanes, plain ? args.scale * kLog2E : 0.0f, true, {}, {}};
   for (int g = 0; g < b.groups; ++g) {
     float* const rest = s.rest + g * 4 * kLanes;
     b.part[g] = {s.out + g * b.out_floats(), rest, rest + kLanes, true};
@@ -244,7 +251,8 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, int64_t head_
   if (!partials) start_totals(b);
   for (int32_t part = work.first_part; part < work.end_part; ++part) {
     for (int g = 0; g < b.groups; ++g) b.part[g].fresh = true;
-    for_tiles(item, part, (const char*)s.zeros, [&](int64_t base, const Rows& tile, const Run* next, const Run* end) { run_tile(b, base, tile, next, end); });
+    const KeyRange keys = keys_of_part(item, part);
+    for (int64_t base = keys.begin / kStretch * kStretch; base < keys.end; base += kStretch) run_stretch(b, base);
     for (int g = 0; g < b.groups; ++g) {
       if (partials)
         store_part(b.part[g], rows, v_tiles, partials + (part - work.block_first_part) * stride);

@@ -28,22 +28,23 @@ inline void load_queries(const Item& item, int k_steps, uint32_t* to) {
   }
 }
 
-// Where the tile's keys may be loaded from, sixteen by sixteen: where they lie, if they are sixteen rows of whole steps with one stride, or
-// `scratch` [kTile][k_steps][64 bytes].
-inline void place_keys(const Rows& rows, int k_dim, char* scratch, Operands& x) {
+// Where the keys of one of the stretch's tiles may be loaded from, sixteen by sixteen: where they lie, if they are sixteen rows of whole steps
+// with one stride, or `scratch` [kStretch][k_steps][64 bytes]. `first_key` is the tile's place in the stretch.
+inline void place_keys(const Rows& rows, int first_key, int k_dim, char* scratch, Operands& x) {
   const int64_t row_bytes = x.k_steps * 64;
-  for (int first = rows.lo & ~15; first < rows.hi; first += 16) {
-    const char* const* from = rows.k + first;
+  for (int key = rows.lo & ~(kTileK - 1); key < round_up(rows.hi, kTileK); key += 16) {
+    const char* const* from = rows.k + key;
+    const int at = first_key + key;
     int64_t uneven = k_dim % kTileK;
     for (int i = 2; i < 16; ++i) uneven |= (from[i] - from[i - 1]) ^ (from[1] - from[0]);
-    if (uneven == 0 && first >= rows.lo && first + 16 <= rows.hi) {
-      x.keys[first / 16] = from[0];
-      x.strides[first / 16] = from[1] - from[0];
+    if (uneven == 0 && key >= rows.lo && key + 16 <= rows.hi) {
+      x.keys[at / 16] = from[0];
+      x.strides[at / 16] = from[1] - from[0];
       continue;
     }
-    char* to = scratch + first * row_bytes;
-    x.keys[first / 16] = to;
-    x.strides[first / 16] = row_bytes;
+    char* to = scratch + at * row_bytes;
+    x.keys[at / 16] = to;
+    x.strides[at / 16] = row_bytes;
     for (int i = 0; i < 16; ++i)
       for (int s = 0; s < x.k_steps; ++s, to += 64) store((float*)to, pairs_of_row(from[i], s * kTileK, k_dim));
   }
@@ -66,15 +67,15 @@ QUIRE_INLINE void transpose_values(const char* const* from, int d, int v_dim, U3
 }
 
 // The tile's values as Operands wants them, and zeros for keys that do not exist. False if one is not finite.
-inline bool place_values(const Rows& rows, int v_dim, int v_tiles, uint32_t* to, Fetcher& fetcher, int lines) {
+inline bool place_values(const Rows& rows, int first_key, int v_dim, int v_tiles, uint32_t* values, Fetcher& fetcher, int lines) {
   U32x16 most = set1_u32(0);
-  for (int s = rows.lo / kTileK; s * kTileK < rows.hi; ++s) {
-    const char* const* from = rows.v + s * kTileK;
-    for (int tile = 0; tile < v_tiles; tile += 2) {
+  for (int key = rows.lo & ~(kTileK - 1); key < rows.hi; key += kTileK) {
+    uint32_t* to = values + (first_key + key) / kTileK * kTileFloats;
+    for (int tile = 0; tile < v_tiles; tile += 2, to += 2 * kSteps * kTileFloats) {
       fetch(fetcher, lines);
-      transpose_values<0>(from, 16 * tile, v_dim, most, to + (tile * kSteps + s) * kTileFloats);
+      transpose_values<0>(rows.v + key, 16 * tile, v_dim, most, to);
       fetch(fetcher, lines);
-      transpose_values<1>(from, 16 * tile, v_dim, most, to + (tile * kSteps + s) * kTileFloats);
+      transpose_values<1>(rows.v + key, 16 * tile, v_dim, most, to);
     }
   }
   return !any_above_u16(most, 0x7f7f);

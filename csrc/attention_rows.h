@@ -87,6 +87,7 @@ struct Fetcher {
   int per_patch, per_step, per_value;  // lines asked for by 16 transposed keys, two columns of scores, one value; in 1/256
   int due = 0;
   const char *at = nullptr, *end = nullptr;  // of the run at hand
+  const Run *later = nullptr, *end_later = nullptr;  // runs after these
 };
 QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   f.due += amount;
@@ -95,7 +96,11 @@ QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   const char* at = f.at;
   for (; lines > 0; --lines, at += kLine) {
     if (at >= f.end) {
-      if (f.run == f.end_run) break;
+      if (f.run == f.end_run) {
+        if (f.later == f.end_later) break;
+        f.run = f.later;
+        f.end_run = f.later = f.end_later;
+      }
       at = (const char*)(uintptr_t(f.run->at) & ~uintptr_t(kLine - 1));
       f.end = f.run->end;
       ++f.run;
