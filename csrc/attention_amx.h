@@ -1,10 +1,10 @@
 // Attention of bf16 queries over bf16 keys and values on AMX. The law of a row, for any number of rows:
 //
 //   score  sums of q . k as tiles add them (tiles_amx.h), 32 dimensions at a time
-//   base   for each tile of 64 keys: the tile's largest score + 1/2, if that is more than 8 above the base so far; then the row's sums shrink
+//   base   for each tile of 64 keys: its largest score + 1/2, if that is more than 8 above the base so far; then the row's sums shrink
 //   p      2^(score - base + 1/2), rounded to bf16; exactly 0 for a key that the row does not see
-//   sum    of the rounded p, even pairs of keys and odd ones apart, then both together, tile by tile
-//   out    sums of p . v as tiles add them, 32 keys at a time, tile by tile
+//   sum    of the rounded p, those of even keys and of odd ones apart, then both together, tile by tile
+//   out    sums of p . v as tiles add them, 32 keys at a time
 //
 // and parts of 512 keys are merged in order, as everywhere (attention.h). Scores are log2(e) times what they usually are. A key that a row does
 // not see adds 0 x v, which leaves its bits alone as long as v is finite; where some v is not, each token gets values of its own.
@@ -23,25 +23,25 @@ constexpr int kGroups = kBlockRows / kLanes;
 static_assert(kBlockRows % kLanes == 0 && kSplitRows <= kLanes, "blocks are whole groups, and one that is split is a single one");
 
 struct Scratch {
-  float *queries, *keys, *values, *scores[2], *pairs[2], *out, *total, *rest, *apart, *zeros;
+  float *queries, *keys, *values, *scores, *pairs, *out, *total, *rest, *apart, *zeros;
+};
+
+struct Group {
+  int first_token, last_token;
+  State part, total;
 };
 
 struct Block {
   Item& item;
   Scratch& s;
   Operands x;
-  int groups;
+  int num_groups;
   float factor;  // of scores; 0 where a factor is not all that shapes them
-  State part[kGroups], total[kGroups];
+  Group groups[kGroups];
 
   const AttendArgs& args() const { return item.args; }
   int64_t out_floats() const { return int64_t(x.v_tiles) * kTileFloats; }
   const char* queries(int group) const { return (const char*)(s.queries + group * x.k_steps * kTileFloats); }
-  int first_token(int group) const { return group * kLanes / item.heads; }
-  int last_token(int group) const {
-    const int last = group * kLanes + kLanes - 1;
-    return (last < item.rows() ? last : item.rows() - 1) / item.heads;
-  }
 };
 
 inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
@@ -50,10 +50,8 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   const Wanted wanted[] = {{&s.queries, kGroups * k_steps * kTileFloats},
                            {&s.keys, kTile * k_steps * 16},
                            {&s.values, out * kSteps},
-                           {&s.scores[0], kScoreFloats},
-                           {&s.scores[1], kScoreFloats},
-                           {&s.pairs[0], kScoreFloats / 2},
-                           {&s.pairs[1], kScoreFloats / 2},
+                           {&s.scores, kScores},
+                           {&s.pairs, kPairs},
                            {&s.out, kGroups * out},
                            {&s.total, kGroups * out},
                            {&s.rest, kGroups * kLanes * 4},
@@ -72,34 +70,45 @@ QUIRE_INLINE Seen seen_by(const Item& item, int token, int64_t base) {
   return {clip(item.first_key(token) - base, kTile), clip(item.position(token) + 1 - base, kTile)};
 }
 
-inline Span span_of(const Block& b, int group, int64_t base) {
-  const Seen first = seen_by(b.item, b.first_token(group), base), last = seen_by(b.item, b.last_token(group), base);
-  const int lo = first.lo / 16, hi = (last.hi + 15) / 16;
-  return {lo, hi, last.lo <= 16 * lo && first.hi >= 16 * hi};
+// What a group sees of the tile at `base`; `whole`: each of its rows sees all keys of the span.
+struct View {
+  int64_t base;
+  int group;
+  Span span;
+  bool whole;
+};
+inline View view_of(const Block& b, int group, int64_t base) {
+  const Seen first = seen_by(b.item, b.groups[group].first_token, base), last = seen_by(b.item, b.groups[group].last_token, base);
+  const Span span{first.lo / kTileK, (last.hi + kTileK - 1) / kTileK};
+  return {base, group, span, last.lo <= span.first * kTileK && first.hi >= span.end * kTileK};
 }
 
 // The largest of each row's scores; where they are not to be used as they are, shapes them first, and sets those of unseen keys to -inf.
-inline F32x16 largest_scores(const Block& b, int group, const Span& span, int64_t base, float* scores) {
+inline F32x16 largest_scores(const Block& b, const View& view) {
+  float* const scores = b.s.scores;
+  const Span span = view.span;
   const F32x16 none = set1(-__builtin_inff());
   F32x16 top[2] = {none, none};  // max() gives its second operand where the first is NaN, so these never are
-  float* const end = scores + span.last * kTileFloats;
-  if (span.whole && b.factor != 0.0f) {
-    for (float* at = scores + span.first * kTileFloats; at < end; at += 2 * kLanes) {
-      top[0] = max(load(at), top[0]);
-      top[1] = max(load(at + kLanes), top[1]);
+  if (b.factor != 0.0f && view.whole) {
+    for (int key = span.first * kTileK; key < span.end * kTileK; key += 2) {
+      top[0] = max(load(scores + key * kLanes), top[0]);
+      top[1] = max(load(scores + (key + 1) * kLanes), top[1]);
     }
     return max(top[0], top[1]);
   }
-  float lo[kLanes] = {}, hi[kLanes];
-  for (int r = 0; r < kLanes; ++r) {
-    hi[r] = kTile;
-    if (group * kLanes + r >= b.item.rows()) continue;
-    const Seen seen = seen_by(b.item, (group * kLanes + r) / b.item.heads, base);
+  float lo[kLanes], hi[kLanes];
+  int token = b.groups[view.group].first_token, left = (token + 1) * b.item.heads - view.group * kLanes;  // rows of this token
+  Seen seen = seen_by(b.item, token, view.base);
+  for (int r = 0; r < kLanes; ++r, --left) {
+    if (left == 0 && token < b.groups[view.group].last_token) {  // lanes without a row see what the last row sees
+      seen = seen_by(b.item, ++token, view.base);
+      left = b.item.heads;
+    }
     lo[r] = float(seen.lo);
     hi[r] = float(seen.hi);
   }
   const F32x16 first = load(lo), last = load(hi);
-  for (int key = 16 * span.first; key < 16 * span.last; ++key) {
+  for (int key = span.first * kTileK; key < span.end * kTileK; ++key) {
     const F32x16 at = set1(float(key));
     F32x16 x = load(scores + key * kLanes);
     if (b.factor == 0.0f) x = shape_score(x, b.args().scale, b.args().softcap);
@@ -110,100 +119,84 @@ inline F32x16 largest_scores(const Block& b, int group, const Span& span, int64_
   return top[0];
 }
 
-// Whether the base has to follow; if so, what the group has so far shrinks.
-inline Probabilities follow_scores(Block& b, int group, const Span& span, int64_t base, float* scores, uint32_t* pairs) {
-  State& part = b.part[group];
-  const F32x16 none = set1(-__builtin_inff()), factor = set1(b.factor == 0.0f ? 1.0f : b.factor), half = set1(0.5f);
-  const F32x16 wanted = fma(largest_scores(b, group, span, base, scores), factor, half);
+// A group's scores to probabilities. Where its base has to follow them, what it has so far shrinks.
+inline void settle(Block& b, const View& view) {
+  State& part = b.groups[view.group].part;
+  const F32x16 none = set1(-__builtin_inff()), factor = set1(b.factor == 0.0f ? 1.0f : b.factor);
+  const F32x16 wanted = fma(largest_scores(b, view), factor, set1(0.5f));
   const F32x16 before = part.fresh ? none : load(part.base);
   const Mask16 grown = gt(wanted, add(before, set1(kSlack)));
   const F32x16 now = select(grown, wanted, before), finite = select(eq(now, none), zero(), now);
-  if (mask_bits(grown) != 0 || part.fresh) {
-    store(part.base, now);
-    if (part.fresh) {
-      store(part.sum, zero());
-    } else {
-      const F32x16 shrink = select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f));
-      store(part.sum, mul(load(part.sum), shrink));
-      for (float *at = part.out, *const end = at + b.out_floats(); at < end; at += kLanes) store(at, mul(load(at), shrink));
-    }
+  F32x16 sum = part.fresh ? zero() : load(part.sum);
+  if (mask_bits(grown) != 0 && !part.fresh) {
+    const F32x16 shrink = select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f));
+    sum = mul(sum, shrink);
+    for (float *at = part.out, *const end = at + b.out_floats(); at < end; at += kLanes) store(at, mul(load(at), shrink));
   }
-  for (int t = 2 * span.first_step(); t < 2 * span.end_step(); ++t)
-    if (t < span.first || t >= span.last) memset(pairs + t * kTileFloats / 2, 0, kTileBytes / 2);
-  return {scores + span.first * kTileFloats, pairs + span.first * kTileFloats / 2, 8 * (span.last - span.first), factor, sub(zero(), finite),
-          {zero(), zero()}};
+  store(part.base, now);
+  const int lines = part.fresh || b.num_groups == 1 ? 0 : b.x.v_tiles / kSteps;
+  store(part.sum, add(sum, probabilities(view.span, b.s.scores, factor, sub(zero(), finite), (uint32_t*)b.s.pairs, part.out, lines)));
 }
 
 // Where some value is not finite, a row must not meet those it does not see: for each token the others are zeros.
-inline void output_apart(const Block& b, int group, const Span& span, int64_t base, const Rows& rows, const uint32_t* pairs, Fetcher& fetcher) {
-  const State& part = b.part[group];
+inline void output_apart(Block& b, const View& view) {
+  const Rows& rows = b.item.tile(view.base);
+  const State& part = b.groups[view.group].part;
   const int64_t size = b.out_floats();
-  Probabilities nothing{};
-  for (int token = b.first_token(group); token <= b.last_token(group); ++token) {
-    const Seen seen = seen_by(b.item, token, base);
+  Fetcher nothing{};
+  for (int token = b.groups[view.group].first_token; token <= b.groups[view.group].last_token; ++token) {
+    const Seen seen = seen_by(b.item, token, view.base);
     Rows own = rows;
     for (int j = rows.lo; j < rows.hi; ++j)
       if (j < seen.lo || j >= seen.hi) own.v[j] = (const char*)b.s.zeros;
-    place_values(own, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values, fetcher, 0);
+    place_values(own, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values, nothing, 0);
     if (!part.fresh) memcpy(b.s.apart, part.out, size_t(size) * 4);
-    output_group(b.x, span, pairs, part.fresh, b.s.apart, {nothing, 0, fetcher, 0});
-    const int begin = token * b.item.heads - group * kLanes, end = token == b.last_token(group) ? kLanes : begin + b.item.heads;
+    output_group(b.x, view.span, (const uint32_t*)b.s.pairs, b.s.apart, part.fresh, nothing, 0);
+    const int begin = token * b.item.heads - view.group * kLanes, end = token == b.groups[view.group].last_token ? kLanes : begin + b.item.heads;
     const Mask16 lanes = lanes_between(clip(begin, kLanes), clip(end, kLanes));
     for (int64_t i = 0; i < size; i += kLanes) store(part.out + i, select(lanes, load(b.s.apart + i), load(part.out + i)));
   }
 }
 
-// Lines of the next tile that are asked for in each of a tile's phases, in 1/256.
+// Lines of the next tile that are asked for in this one, in 1/256: with few rows in proportion to the time that each phase takes.
 struct Rates {
-  int values, scores, pairs, outputs;
+  int values, scores, outputs;
 };
 inline Rates rates_of(const Block& b, int groups) {
-  const int lines = 256 * tile_lines(b.args().layout), blocks = (b.x.v_tiles + 3) / 4 * kSteps;
-  if (groups > 1) return {0, lines / (groups * b.x.k_steps) + 1, 0, 0};
-  return {lines * 5 / 8 / (b.x.v_tiles * kSteps), lines / 8 / b.x.k_steps, lines / 8 / (kTile / 2), lines / 8 / blocks + 1};
+  const int lines = 256 * tile_lines(b.args().layout), calls = kSteps * b.x.k_steps;
+  if (groups > 1) return {0, lines / (groups * calls) + 1, 0};
+  return {lines / 2 / (kSteps * b.x.v_tiles), lines / 4 / calls, lines / 4 / (kSteps * b.x.v_tiles / 2) + 1};
 }
 
-// A tile of keys passes the groups that see any of it. While one's probabilities are computed, the next one's scores and the previous one's
-// outputs are multiplied.
-inline void run_tile(Block& b, int64_t base, const Rows& rows, const Run* next, const Run* end) {
-  const Item& item = b.item;
-  Scratch& s = b.s;
-  const int first = rows.first_token * item.heads / kLanes, last = (rows.end_token * item.heads - 1) / kLanes;
-  const Rates rates = rates_of(b, last - first + 1);
-  Fetcher fetcher{next, end, 0, 0, 0};
-  place_keys(rows, b.args().layout.k.dim, (char*)s.keys, b.x);
-  const bool finite = place_values(rows, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)s.values, fetcher, rates.values);
-  const auto output = [&](int group, const Span& span, Between between) {
-    const auto* pairs = (const uint32_t*)s.pairs[group % 2];
+// A tile of keys passes all groups that see any of it.
+inline void run_tile(Block& b, int64_t base) {
+  Item& item = b.item;
+  const PageLayout& at = b.args().layout;
+  const char* const zeros = (const char*)b.s.zeros;
+  if (!locate_tile(item, base, zeros)) return;
+  const Rows& rows = item.tile(base);
+  Fetcher fetcher = fetch_tile(item, base + kTile, zeros, {});
+  const int first = rows.first_token * item.heads / kLanes, end = (rows.end_token * item.heads + kLanes - 1) / kLanes;
+  const Rates rates = rates_of(b, end - first);
+  place_keys(rows, at.k.dim, (char*)b.s.keys, b.x);
+  const bool finite = place_values(rows, at.v.dim, b.x.v_tiles, (uint32_t*)b.s.values, fetcher, rates.values);
+  for (int group = first; group < end; ++group) {
+    const View view = view_of(b, group, base);
+    State& part = b.groups[group].part;
+    score_group(b.x, view.span, b.queries(group), b.s.scores, fetcher, rates.scores);
+    settle(b, view);
     if (finite)
-      output_group(b.x, span, pairs, b.part[group].fresh, b.part[group].out, between);
+      output_group(b.x, view.span, (const uint32_t*)b.s.pairs, part.out, part.fresh, fetcher, rates.outputs);
     else
-      output_apart(b, group, span, base, rows, pairs, fetcher);
-    b.part[group].fresh = false;
-  };
-  Probabilities p{};
-  Span before{}, here = span_of(b, first, base);
-  score_group(b.x, here, b.queries(first), s.scores[first % 2], {p, 0, fetcher, rates.scores});
-  for (int group = first; group <= last; ++group) {
-    p = follow_scores(b, group, here, base, s.scores[group % 2], (uint32_t*)s.pairs[group % 2]);
-    const Span after = group < last ? span_of(b, group + 1, base) : Span{};
-    const int steps = before.end_step() - before.first_step(), dots = after.dots(b.x) + (group > first ? steps * b.x.v_tiles : 0);
-    const Between between{p, (p.left + dots - 1) / (dots > 0 ? dots : 1), fetcher, rates.scores};
-    if (group < last) score_group(b.x, after, b.queries(group + 1), s.scores[(group + 1) % 2], between);
-    if (group > first) output(group - 1, before, {p, between.pairs, fetcher, 0});
-    for (; p.left > 0; go_on(p, 1)) fetch(fetcher, rates.pairs);
-    store(b.part[group].sum, add(load(b.part[group].sum), add(p.sums[0], p.sums[1])));
-    before = here;
-    here = after;
+      output_apart(b, view);
+    part.fresh = false;
   }
-  Probabilities nothing{};
-  output(last, before, {nothing, 0, fetcher, rates.outputs});
 }
 
 inline void start_totals(Block& b) {
   const AttendArgs& args = b.args();
-  for (int g = 0; g < b.groups; ++g) {
-    State& total = b.total[g];
+  for (int g = 0; g < b.num_groups; ++g) {
+    State& total = b.groups[g].total;
     total.fresh = args.sinks == nullptr;
     if (total.fresh) continue;
     for (int r = 0; r < kLanes; ++r) {
@@ -232,24 +225,28 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, int64_t head_
   Item item = item_of(args, work, kv_head, first_head, heads);
   const int rows = item.rows(), k_steps = int(round_up(at.k.dim, kTileK) / kTileK), v_tiles = int(round_up(at.v.dim, 32) / 16);
   const bool plain = args.softcap == 0.0f && args.scale > 0.0f;
-  Block b{item, s, {{}, {}, (const uint32_t*)s.values, k_steps, v_tiles}, (rows + kLanes - 1) / kLanes, plain ? args.scale * kLog2E : 0.0f, {}, {}};
-  for (int g = 0; g < b.groups; ++g) {
+  Block b{item, s, {{}, (const uint32_t*)s.values, k_steps, v_tiles}, (rows + kLanes - 1) / kLanes, plain ? args.scale * kLog2E : 0.0f, {}};
+  for (int g = 0; g < b.num_groups; ++g) {
     float* const rest = s.rest + g * 4 * kLanes;
-    b.part[g] = {s.out + g * b.out_floats(), rest, rest + kLanes, true};
-    b.total[g] = {s.total + g * b.out_floats(), rest + 2 * kLanes, rest + 3 * kLanes, true};
+    const int end = rows < (g + 1) * kLanes ? rows : (g + 1) * kLanes;
+    b.groups[g] = {g * kLanes / heads,
+                   (end - 1) / heads,
+                   {s.out + g * b.out_floats(), rest, rest + kLanes, true},
+                   {s.total + g * b.out_floats(), rest + 2 * kLanes, rest + 3 * kLanes, true}};
   }
   load_queries(item, k_steps, (uint32_t*)s.queries);
   const int64_t stride = rows * partial_stride(at.v.dim);
   float* const partials = work.num_splits > 1 ? args.partials + work.partials + head_index * work.num_parts * stride : nullptr;
   if (!partials) start_totals(b);
   for (int32_t part = work.first_part; part < work.end_part; ++part) {
-    for (int g = 0; g < b.groups; ++g) b.part[g].fresh = true;
-    for_tiles(item, part, (const char*)s.zeros, [&](int64_t base, const Rows& tile, const Run* next, const Run* end) { run_tile(b, base, tile, next, end); });
-    for (int g = 0; g < b.groups; ++g) {
+    for (int g = 0; g < b.num_groups; ++g) b.groups[g].part.fresh = true;
+    const KeyRange keys = keys_of_part(item, part);
+    for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) run_tile(b, base);
+    for (int g = 0; g < b.num_groups; ++g) {
       if (partials)
-        store_part(b.part[g], rows, v_tiles, partials + (part - work.block_first_part) * stride);
-      else if (!b.part[g].fresh)
-        merge_group(b.part[g], kLanes, v_tiles, b.total[g]);
+        store_part(b.groups[g].part, rows, v_tiles, partials + (part - work.block_first_part) * stride);
+      else if (!b.groups[g].part.fresh)
+        merge_group(b.groups[g].part, kLanes, v_tiles, b.groups[g].total);
     }
   }
   if (partials) {
@@ -259,10 +256,10 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, int64_t head_
       float *const out = partials + i * stride, *const base = out + 16 * v_tiles * rows, *const sum = base + rows;
       if (*sum == -1.0f) continue;
       State part{out, base, sum, false};
-      merge_group(part, rows, v_tiles, b.total[0]);
+      merge_group(part, rows, v_tiles, b.groups[0].total);
     }
   }
-  for (int g = 0; g < b.groups; ++g) write_group(item, g * kLanes, b.total[g], v_tiles);
+  for (int g = 0; g < b.num_groups; ++g) write_group(item, g * kLanes, b.groups[g].total, v_tiles);
 }
 
 struct ByTiles {

@@ -19,6 +19,8 @@ inline void load_queries(const Item& item, int k_steps, uint32_t* to) {
     const int rows = item.rows() - r0 < kLanes ? item.rows() - r0 : kLanes;
     const char* from[kLanes];
     for (int r = 0; r < rows; ++r) from[r] = item.query(r0 + r);
+    for (int r = r0 + kLanes; r < item.rows() && r < r0 + 2 * kLanes; ++r)  // rows lie anywhere: the next group's are asked for in time
+      for (int s = 0; s < k_steps; ++s) prefetch(item.query(r) + s * 64);
     for (int s = 0; s < k_steps; ++s) {
       F32x16 x[kLanes];
       for (int r = 0; r < kLanes; ++r) x[r] = r < rows ? pairs_of_row(from[r], s * kTileK, item.args.layout.k.dim) : zero();
@@ -28,22 +30,20 @@ inline void load_queries(const Item& item, int k_steps, uint32_t* to) {
   }
 }
 
-// Where the tile's keys may be loaded from, sixteen by sixteen: where they lie, if they are sixteen rows of whole steps with one stride, or
-// `scratch` [kTile][k_steps][64 bytes].
+// Where the tile's keys may be loaded from, sixteen by sixteen: where they lie, if they are sixteen rows of whole steps one behind the other, or
+// `scratch` [kTile][k_steps][64 bytes]. Rows a page of memory apart would all want the same few places in the first cache.
 inline void place_keys(const Rows& rows, int k_dim, char* scratch, Operands& x) {
   const int64_t row_bytes = x.k_steps * 64;
-  for (int first = rows.lo & ~15; first < rows.hi; first += 16) {
-    const char* const* from = rows.k + first;
-    int64_t uneven = k_dim % kTileK;
-    for (int i = 2; i < 16; ++i) uneven |= (from[i] - from[i - 1]) ^ (from[1] - from[0]);
-    if (uneven == 0 && first >= rows.lo && first + 16 <= rows.hi) {
-      x.keys[first / 16] = from[0];
-      x.strides[first / 16] = from[1] - from[0];
+  for (int key = rows.lo & ~(kTileK - 1); key < round_up(rows.hi, kTileK); key += 16) {
+    const char* const* from = rows.k + key;
+    int64_t apart = k_dim % kTileK;
+    for (int i = 1; i < 16; ++i) apart |= from[i] - from[i - 1] - row_bytes;
+    if (apart == 0) {
+      x.keys[key / 16] = from[0];
       continue;
     }
-    char* to = scratch + first * row_bytes;
-    x.keys[first / 16] = to;
-    x.strides[first / 16] = row_bytes;
+    char* to = scratch + key * row_bytes;
+    x.keys[key / 16] = to;
     for (int i = 0; i < 16; ++i)
       for (int s = 0; s < x.k_steps; ++s, to += 64) store((float*)to, pairs_of_row(from[i], s * kTileK, k_dim));
   }
@@ -66,15 +66,16 @@ QUIRE_INLINE void transpose_values(const char* const* from, int d, int v_dim, U3
 }
 
 // The tile's values as Operands wants them, and zeros for keys that do not exist. False if one is not finite.
-inline bool place_values(const Rows& rows, int v_dim, int v_tiles, uint32_t* to, Fetcher& fetcher, int lines) {
+inline bool place_values(const Rows& rows, int v_dim, int v_tiles, uint32_t* values, Fetcher& fetcher, int lines) {
   U32x16 most = set1_u32(0);
-  for (int s = rows.lo / kTileK; s * kTileK < rows.hi; ++s) {
-    const char* const* from = rows.v + s * kTileK;
+  for (int step = rows.lo / kTileK; step * kTileK < rows.hi; ++step) {
+    const char* const* from = rows.v + step * kTileK;
     for (int tile = 0; tile < v_tiles; tile += 2) {
+      uint32_t* to = values + (tile * kSteps + step) * kTileFloats;
       fetch(fetcher, lines);
-      transpose_values<0>(from, 16 * tile, v_dim, most, to + (tile * kSteps + s) * kTileFloats);
+      transpose_values<0>(from, 16 * tile, v_dim, most, to);
       fetch(fetcher, lines);
-      transpose_values<1>(from, 16 * tile, v_dim, most, to + (tile * kSteps + s) * kTileFloats);
+      transpose_values<1>(from, 16 * tile, v_dim, most, to);
     }
   }
   return !any_above_u16(most, 0x7f7f);
@@ -112,6 +113,10 @@ inline void merge_group(State& part, int lanes, int v_tiles, State& total) {
 inline void write_group(const Item& item, int first_row, const State& total, int v_tiles) {
   const int v_dim = item.args.layout.v.dim, rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;
   const F32x16 share = div(set1(1.0f), load(total.sum));
+  uint16_t* to[kLanes];
+  for (int r = 0; r < rows; ++r) to[r] = (uint16_t*)item.args.out + item.out(first_row + r);
+  for (int r = first_row + kLanes; r < item.rows() && r < first_row + 2 * kLanes; ++r)
+    for (int d = 0; d < v_dim; d += 32) __builtin_prefetch((uint16_t*)item.args.out + item.out(r) + d, 1, 3);
   for (int d = 0; d < 16 * v_tiles; d += 32) {
     F32x16 x[16];
     for (int i = 0; i < 16; ++i) {
@@ -120,8 +125,7 @@ inline void write_group(const Item& item, int first_row, const State& total, int
       x[i] = floats(make_pairs(add(mul(load(from), share), zero()), add(mul(load(from + kLanes), share), zero())));
     }
     transpose16(x);
-    for (int r = 0; r < rows; ++r)
-      store_pairs_n((uint16_t*)item.args.out + item.out(first_row + r) + d, bits(x[r]), v_dim - d < 32 ? v_dim - d : 32);
+    for (int r = 0; r < rows; ++r) store_pairs_n(to[r] + d, bits(x[r]), v_dim - d < 32 ? v_dim - d : 32);
   }
 }
 

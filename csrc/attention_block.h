@@ -151,8 +151,11 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
   }
 }
 
-inline void run_tile(Block& b, int64_t base, const Rows& rows, const Run* next, const Run* end) {
-  const Item& item = b.item;
+inline void run_tile(Block& b, int64_t base) {
+  Item& item = b.item;
+  const char* const zeros = (const char*)b.s.zeros;
+  if (!locate_tile(item, base, zeros)) return;
+  const Rows& rows = item.tile(base);
   const int first_row = rows.first_token * item.heads, end_row = rows.end_token * item.heads;
   for (int token = rows.first_token; token < rows.end_token; ++token) {
     const int lo = clip(item.first_key(token) - base, kTile), hi = clip(item.position(token) + 1 - base, kTile);
@@ -162,9 +165,7 @@ inline void run_tile(Block& b, int64_t base, const Rows& rows, const Run* next, 
       b.s.seen[r] = 1.0f;
     }
   }
-  Fetcher fetcher = b.fetcher;
-  fetcher.run = next;
-  fetcher.end_run = end;
+  Fetcher fetcher = fetch_tile(item, base + kTile, zeros, b.fetcher);
   if (end_row - first_row <= kDirectRows) {
     few_rows(b, rows, first_row, end_row, fetcher);
   } else {
@@ -186,8 +187,8 @@ inline void run_part(Block& b, int64_t part) {
   }
   memset(b.s.sums, 0, size_t(rows) * 64);
   memset(b.s.out, 0, size_t(rows * b.v_stride) * 4);
-  for_tiles(b.item, part, (const char*)b.s.zeros,
-            [&](int64_t base, const Rows& tile, const Run* next, const Run* end) { run_tile(b, base, tile, next, end); });
+  const KeyRange keys = keys_of_part(b.item, part);
+  for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) run_tile(b, base);
 }
 
 // Adds one part's row (output, maximum, sum) to the row's total; parts come in ascending order.

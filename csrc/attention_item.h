@@ -10,7 +10,7 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int kBlockRows = 192;  // query rows of one work item
+constexpr int kBlockRows = 384;  // query rows of one work item
 constexpr int kSplitRows = 16;   // of one that is split over its keys, at most
 
 constexpr float kLog2E = 1.44269504088896341f;
@@ -24,7 +24,7 @@ struct Item {
   int64_t packed_token;                // the first query token's place in the step
   int32_t first_position, num_tokens;  // its absolute position
   int32_t heads, first_head;           // query heads of this item
-  Rows tiles[2];                       // this one and the next
+  Rows tiles[2];                       // the one at hand and the next
 
   int rows() const { return num_tokens * heads; }
   const char* query(int row) const {
@@ -32,6 +32,7 @@ struct Item {
   }
   // In elements of q's dtype.
   int64_t out(int row) const { return ((packed_token + row / heads) * args.num_heads + first_head + row % heads) * args.layout.v.dim; }
+  Rows& tile(int64_t base) { return tiles[base / kTile % 2]; }
   int32_t position(int token) const { return first_position + token; }
   // The first key a token sees; never falls from one token to the next.
   int32_t first_key(int token) const {
@@ -59,7 +60,8 @@ inline Item item_of(const AttendArgs& args, const WorkItem& item, int32_t kv_hea
 }
 
 // Finds the rows of the tile at `base` that some token of the item sees; false if there are none.
-inline bool locate_tile(const Item& item, int64_t base, const char* zeros, Rows& rows) {
+inline bool locate_tile(Item& item, int64_t base, const char* zeros) {
+  Rows& rows = item.tile(base);
   if (rows.base == base) return rows.first_token < rows.end_token;
   const int first = clip(base - item.first_position, item.num_tokens);
   int end = item.num_tokens;
@@ -73,17 +75,21 @@ inline bool locate_tile(const Item& item, int64_t base, const char* zeros, Rows&
   return true;
 }
 
-// Calls tile(base, rows, next, end) for each tile of a part that some token sees; next..end are the runs of the one after it.
-template <class Tile>
-QUIRE_INLINE void for_tiles(Item& item, int64_t part, const char* zeros, const Tile& tile) {
+// The runs of the tile at `base`, to be asked for; none if no token sees it.
+inline Fetcher fetch_tile(Item& item, int64_t base, const char* zeros, Fetcher fetcher) {
+  if (!locate_tile(item, base, zeros)) return fetcher;
+  fetcher.run = item.tile(base).runs;
+  fetcher.end_run = fetcher.run + item.tile(base).num_runs;
+  return fetcher;
+}
+
+// Some keys: of a part, those from the first that some token sees to the last.
+struct KeyRange {
+  int64_t begin, end;
+};
+inline KeyRange keys_of_part(const Item& item, int64_t part) {
   const int64_t first = item.first_key(0), end = item.position(item.num_tokens - 1) + 1, part_end = (part + 1) * kPartKeys;
-  const int64_t begin = first > part * kPartKeys ? first / kTile * kTile : part * kPartKeys;
-  for (int64_t base = begin; base < (end < part_end ? end : part_end); base += kTile) {
-    Rows &rows = item.tiles[base / kTile % 2], &next = item.tiles[base / kTile % 2 ^ 1];
-    if (!locate_tile(item, base, zeros, rows)) continue;
-    const bool more = locate_tile(item, base + kTile, zeros, next);
-    tile(base, rows, next.runs, next.runs + (more ? next.num_runs : 0));
-  }
+  return {first > part * kPartKeys ? first : part * kPartKeys, end < part_end ? end : part_end};
 }
 
 // log2(e) times the score, scaled and softcapped.

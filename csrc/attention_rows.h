@@ -100,7 +100,7 @@ QUIRE_INLINE void fetch(Fetcher& f, int amount) {
       f.end = f.run->end;
       ++f.run;
     }
-    prefetch(at);
+    __builtin_prefetch(at, 0, 2);
   }
   f.at = at;
 }
