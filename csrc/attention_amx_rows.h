@@ -30,22 +30,22 @@ inline void load_queries(const Item& item, int k_steps, uint32_t* to) {
   }
 }
 
-// Where the tile's keys may be loaded from, sixteen by sixteen: where they lie, if they are sixteen rows of whole steps one behind the other, or
-// `scratch` [kTile][k_steps][64 bytes]. Rows a page of memory apart would all want the same few places in the first cache.
-inline void place_keys(const Rows& rows, int k_dim, char* scratch, Operands& x) {
-  const int64_t row_bytes = x.k_steps * 64;
+// Where a tile's keys may be loaded from, sixteen by sixteen, as Operands has them: where they lie, if they are sixteen rows of whole steps one
+// behind the other, or `scratch` [kTile][k_steps][64 bytes]. Rows a page of memory apart would all want the same few places in the first cache.
+inline void place_keys(const Rows& rows, int k_dim, int k_steps, char* scratch, const char** keys) {
+  const int64_t row_bytes = k_steps * 64;
   for (int key = rows.lo & ~(kTileK - 1); key < round_up(rows.hi, kTileK); key += 16) {
     const char* const* from = rows.k + key;
     int64_t apart = k_dim % kTileK;
     for (int i = 1; i < 16; ++i) apart |= from[i] - from[i - 1] - row_bytes;
     if (apart == 0) {
-      x.keys[key / 16] = from[0];
+      keys[key / 16] = from[0];
       continue;
     }
     char* to = scratch + key * row_bytes;
-    x.keys[key / 16] = to;
+    keys[key / 16] = to;
     for (int i = 0; i < 16; ++i)
-      for (int s = 0; s < x.k_steps; ++s, to += 64) store((float*)to, pairs_of_row(from[i], s * kTileK, k_dim));
+      for (int s = 0; s < k_steps; ++s, to += 64) store((float*)to, pairs_of_row(from[i], s * kTileK, k_dim));
   }
 }
 
@@ -61,17 +61,17 @@ QUIRE_INLINE void transpose_values(const char* const* from, int d, int v_dim, U3
   transpose16(x);
   for (int i = 0; i < 16; ++i) {
     const int at = i / 4 * 8 + i % 4 + 4 * kHalf;
-    store((float*)to + at / 16 * kSteps * kTileFloats + at % 16 * 16, x[i]);
+    store((float*)to + at / 16 * kPartSteps * kTileFloats + at % 16 * 16, x[i]);
   }
 }
 
-// The tile's values as Operands wants them, and zeros for keys that do not exist. False if one is not finite.
+// A tile's values as Operands has them, and zeros for keys that do not exist; `values` are those of its first step. False if one is not finite.
 inline bool place_values(const Rows& rows, int v_dim, int v_tiles, uint32_t* values, Fetcher& fetcher, int lines) {
   U32x16 most = set1_u32(0);
   for (int step = rows.lo / kTileK; step * kTileK < rows.hi; ++step) {
     const char* const* from = rows.v + step * kTileK;
     for (int tile = 0; tile < v_tiles; tile += 2) {
-      uint32_t* to = values + (tile * kSteps + step) * kTileFloats;
+      uint32_t* to = values + (tile * kPartSteps + step) * kTileFloats;
       fetch(fetcher, lines);
       transpose_values<0>(from, 16 * tile, v_dim, most, to);
       fetch(fetcher, lines);

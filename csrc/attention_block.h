@@ -154,8 +154,8 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
 inline void run_tile(Block& b, int64_t base) {
   Item& item = b.item;
   const char* const zeros = (const char*)b.s.zeros;
-  if (!locate_tile(item, base, zeros)) return;
-  const Rows& rows = item.tile(base);
+  Rows &rows = item.tiles[base / kTile % 2], &next = item.tiles[base / kTile % 2 ^ 1];
+  if (!locate_tile(item, base, zeros, rows)) return;
   const int first_row = rows.first_token * item.heads, end_row = rows.end_token * item.heads;
   for (int token = rows.first_token; token < rows.end_token; ++token) {
     const int lo = clip(item.first_key(token) - base, kTile), hi = clip(item.position(token) + 1 - base, kTile);
@@ -165,7 +165,11 @@ inline void run_tile(Block& b, int64_t base) {
       b.s.seen[r] = 1.0f;
     }
   }
-  Fetcher fetcher = fetch_tile(item, base + kTile, zeros, b.fetcher);
+  Fetcher fetcher = b.fetcher;
+  if (locate_tile(item, base + kTile, zeros, next)) {
+    fetcher.run = next.runs;
+    fetcher.end_run = next.runs + next.num_runs;
+  }
   if (end_row - first_row <= kDirectRows) {
     few_rows(b, rows, first_row, end_row, fetcher);
   } else {

@@ -32,7 +32,6 @@ struct Item {
   }
   // In elements of q's dtype.
   int64_t out(int row) const { return ((packed_token + row / heads) * args.num_heads + first_head + row % heads) * args.layout.v.dim; }
-  Rows& tile(int64_t base) { return tiles[base / kTile % 2]; }
   int32_t position(int token) const { return first_position + token; }
   // The first key a token sees; never falls from one token to the next.
   int32_t first_key(int token) const {
@@ -60,8 +59,7 @@ inline Item item_of(const AttendArgs& args, const WorkItem& item, int32_t kv_hea
 }
 
 // Finds the rows of the tile at `base` that some token of the item sees; false if there are none.
-inline bool locate_tile(Item& item, int64_t base, const char* zeros) {
-  Rows& rows = item.tile(base);
+inline bool locate_tile(const Item& item, int64_t base, const char* zeros, Rows& rows) {
   if (rows.base == base) return rows.first_token < rows.end_token;
   const int first = clip(base - item.first_position, item.num_tokens);
   int end = item.num_tokens;
@@ -73,14 +71,6 @@ inline bool locate_tile(Item& item, int64_t base, const char* zeros) {
   const int lo = clip(item.first_key(first) - base, kTile), hi = clip(item.position(end - 1) + 1 - base, kTile);
   locate(item.from, base, lo, hi, zeros, rows);
   return true;
-}
-
-// The runs of the tile at `base`, to be asked for; none if no token sees it.
-inline Fetcher fetch_tile(Item& item, int64_t base, const char* zeros, Fetcher fetcher) {
-  if (!locate_tile(item, base, zeros)) return fetcher;
-  fetcher.run = item.tile(base).runs;
-  fetcher.end_run = fetcher.run + item.tile(base).num_runs;
-  return fetcher;
 }
 
 // Some keys: of a part, those from the first that some token sees to the last.
