@@ -150,6 +150,7 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, int64_t head_
 
 // How items are computed, with what a thread needs for it: false from prepare() if memory is short.
 struct ByVectors {
+  static constexpr int kRows = kBlockRows;
   Scratch s;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
   void run(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads) {
@@ -160,7 +161,7 @@ struct ByVectors {
 template <class Way>
 int attend_by(const AttendArgs& args, Error* error) {
   const int32_t kv_heads = args.layout.num_kv_heads, group = args.num_heads / kv_heads;
-  const int32_t heads = group < kBlockRows ? group : kBlockRows, head_parts = (group + heads - 1) / heads;
+  const int32_t heads = group < Way::kRows ? group : Way::kRows, head_parts = (group + heads - 1) / heads;
   const int64_t per_item = int64_t(kv_heads) * head_parts;
   int failed = 0;
 #pragma omp parallel num_threads(args.num_threads)
@@ -182,15 +183,26 @@ int attend_by(const AttendArgs& args, Error* error) {
   return failed;
 }
 
-int attend(const AttendArgs* const all, Error* error) {
-  const AttendArgs& args = *all;
-  const int64_t used = args.num_seqs > 0 ? args.query_start[args.num_seqs] : 0;
-  const int64_t row = int64_t(args.num_heads) * args.layout.v.dim * element_bytes(args.dtype);
-  memset((char*)args.out + used * row, 0, size_t((args.num_tokens - used) * row));
+struct Attention {
+  int32_t rows;
+  int (*attend)(const AttendArgs&, Error*);
+};
+
+// The way that serves a layer: the same one at every step, since it depends on what the layer's rows are.
+inline Attention way_of([[maybe_unused]] const AttendArgs& args) {
 #if defined(QUIRE_AMX)
-  if (tiles::serve(args)) return attend_by<tiles::ByTiles>(args, error);
+  if (tiles::serve(args)) return {tiles::ByTiles::kRows, &attend_by<tiles::ByTiles>};
 #endif
-  return attend_by<ByVectors>(args, error);
+  return {ByVectors::kRows, &attend_by<ByVectors>};
+}
+
+int32_t block_rows(const AttendArgs* args) { return way_of(*args).rows; }
+
+int attend(const AttendArgs* args, Error* error) {
+  const int64_t used = args->num_seqs > 0 ? args->query_start[args->num_seqs] : 0;
+  const int64_t row = int64_t(args->num_heads) * args->layout.v.dim * element_bytes(args->dtype);
+  memset((char*)args->out + used * row, 0, size_t((args->num_tokens - used) * row));
+  return way_of(*args).attend(*args, error);
 }
 
 }  // namespace

@@ -125,6 +125,7 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, int64_t head_
 }
 
 struct ByTiles {
+  static constexpr int kRows = kMostRows;
   Scratch s;
   TileShapes shapes;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }

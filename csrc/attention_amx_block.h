@@ -10,8 +10,8 @@ namespace {
 namespace tiles {
 
 constexpr float kSlack = 8.0f;
-constexpr int kGroups = kBlockRows / kLanes;
-static_assert(kBlockRows % kLanes == 0 && kSplitRows <= kLanes, "blocks are whole groups, and one that is split is a single one");
+constexpr int kMostRows = 1536, kGroups = kMostRows / kLanes;  // query rows of one work item: many, since its values are transposed for it alone
+static_assert(kSplitRows <= kLanes, "a block that is split is a single group");
 
 struct Scratch {
   float *queries, *keys, *values, *scores, *pairs, *out, *total, *rest, *apart, *zeros;

@@ -11,6 +11,8 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
+constexpr int kBlockRows = 192;  // query rows of one work item
+
 // One thread's working memory, in floats, carved from one allocation.
 struct Scratch {
   float *q, *columns, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *zeros;

@@ -10,8 +10,7 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int kBlockRows = 384;  // query rows of one work item
-constexpr int kSplitRows = 16;   // of one that is split over its keys, at most
+constexpr int kSplitRows = 16;  // query rows of a work item that is split over its keys, at most
 
 constexpr float kLog2E = 1.44269504088896341f;
 
