@@ -40,6 +40,7 @@ inline void run_stretch(Block& b, int64_t begin, int64_t end) {
     uint32_t* const values = (uint32_t*)b.s.values + tile * kSteps * kTileFloats;
     if (place_values(rows, at.v.dim, b.x.v_tiles, values, ahead.fetcher, single ? lines / 2 / v_calls : 0)) stretch.finite |= 1u << tile;
   }
+  if (last < first) return;
   const int passes = (last - first + 2) / 2 * stretch.tiles, share = single ? lines / 4 / calls : lines * stretch.tiles / passes / calls + 1;
   for (int group = first; group <= last; group += 2) {
     if (group < last)

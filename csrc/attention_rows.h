@@ -81,7 +81,7 @@ inline void locate(const History& from, int64_t base, int lo, int hi, const char
 }
 
 // Asks for the next tile's rows, line by line, while this tile is computed: pages lie anywhere, so the CPU cannot guess
-// them, and asking for all of them in one phase would leave the memory idle in the others.
+// them, and asking for all of them in one phase would leave the memory idle in the others. Into the second cache: the first one is full.
 struct Fetcher {
   const Run *run, *end_run;
   int per_patch, per_step, per_value;  // lines asked for by 16 transposed keys, two columns of scores, one value; in 1/256
@@ -100,7 +100,7 @@ QUIRE_INLINE void fetch(Fetcher& f, int amount) {
       f.end = f.run->end;
       ++f.run;
     }
-    __builtin_prefetch(at, 0, 2);
+    prefetch_l2(at);
   }
   f.at = at;
 }
