@@ -5,7 +5,7 @@
 #include "commit.h"
 #include "encode.h"
 #include "kernels.h"
-#include "linear_pack.h"
+#include "linear_table.h"
 #include "rows.h"
 #include "sampling.h"
 

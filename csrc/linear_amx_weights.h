@@ -19,10 +19,12 @@ QUIRE_INLINE int64_t steps_of(int64_t k) { return ceil_div(k, kTileK); }
 // fp32 rounded to bf16, by the CPU's own instruction: 16 of them, or pairs of them.
 QUIRE_INLINE void store_brain_n(uint16_t* p, F32x16 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x.v)); }
 QUIRE_INLINE U32x16 brain_pairs(F32x16 low, F32x16 high) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return {_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v))};
 }
 
+// A packed weight of bf16.
 struct Copied {
   static constexpr bool kStreams = true;  // or may be read in place
   QUIRE_INLINE int64_t bytes(const LinearArgs& g) { return panel_bytes<PackedBf16>(g.k); }
@@ -35,6 +37,7 @@ struct Copied {
   }
 };
 
+// A weight of codes.
 template <class P>
 struct Decoded {
   static constexpr bool kStreams = false;

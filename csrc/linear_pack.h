@@ -3,7 +3,6 @@
 // A scale is rounded to bf16 before codes are chosen. int8: largest magnitude / 127. int4: extreme / -8, so that all 16 codes are of use and the
 // extreme, whichever its sign, is one of them (of two that are equal, the positive one).
 #pragma once
-#include "linear_amx.h"
 #include "linear_packed.h"
 
 namespace quire {
@@ -170,33 +169,7 @@ inline int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
   return bytes;
 }
 
-inline int64_t scratch_floats_for(const LinearArgs* g) {
-  int64_t floats = 0;
-#if defined(QUIRE_AMX)
-  if (with_tiles(*g, [](auto) {})) return tile_scratch_floats(*g);
-#endif
-  if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
-  if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
-  with_operand(*g, [&](auto operand) {
-    const PackedPlan p = packed_plan<decltype(operand)>(*g);
-    floats = p.x_floats + p.threads * p.thread_floats;
-  });
-  return floats;
-}
-
-inline void multiply_any(const LinearArgs* g) {
-#if defined(QUIRE_AMX)
-  if (with_tiles(*g, [&](auto weight) { run_tiles<decltype(weight)>(*g); })) return;
-#endif
-  if (g->format == kRowsNK) return multiply<false>(*g);
-  if (g->format == kRowsKN) return multiply<true>(*g);
-  with_operand(*g, [&](auto operand) { run_packed<decltype(operand)>(*g); });
-}
-
 }  // namespace product
-
-constexpr LinearKernels linear_kernels = {&product::scratch_floats_for, &product::multiply_any, &product::pack, &product::rows, &product::packed_bytes};
-
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
