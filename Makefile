@@ -12,9 +12,8 @@ setup: $(VENV)/.native
 demo: setup
 	$(BIN)/quire demo
 
-# Two processes share two cores; a thread that spins while it waits would take the other one's time.
 test: setup
-	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 soak: setup
 	$(BIN)/python -m pytest -q -rP tests/policy tests/tensors/test_disk_random.py tests/server/test_soak.py --hypothesis-profile=soak

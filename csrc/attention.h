@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include "attention_block.h"
+#include "parallel.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -198,21 +199,15 @@ int attend(const AttendArgs* const all, Error* error) {
   const int32_t heads = group < kBlockRows ? group : kBlockRows, head_parts = (group + heads - 1) / heads;
   const int64_t per_item = int64_t(kv_heads) * head_parts;
   int failed = 0;
-#pragma omp parallel num_threads(args.num_threads)
-  {
+  Next next{args.num_items * per_item};
+  parallel(args.num_threads, [&](const Member&) {
     Scratch s;
-    const bool ready = carve_scratch(args, s);
-    if (!ready) {
-#pragma omp atomic write
-      failed = 1;
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < args.num_items * per_item; ++i) {
-      if (!ready) continue;
+    if (!carve_scratch(args, s)) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+    for (int64_t i; next.take(i);) {
       const int32_t h = int32_t(i % per_item), kv_head = h / head_parts, first = h % head_parts * heads;
       run_item(args, args.items[i / per_item], h, kv_head, kv_head * group + first, group - first < heads ? group - first : heads, s);
     }
-  }
+  });
   if (failed) snprintf(error->text, sizeof error->text, "attend: out of memory for a thread's scratch");
   return failed;
 }

@@ -1,7 +1,7 @@
 // Copies a step's staged rows of keys and values into pages, as they are.
 #pragma once
 #include "kernels.h"
-#include "simd.h"
+#include "parallel.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -12,10 +12,9 @@ int commit(const CommitArgs* args) {
   const Staged& from = args->staged;
   const int64_t heads = at.num_kv_heads, page_size = at.page_size, k_bytes = at.k.bytes, v_bytes = at.v.bytes;
   const int threads = args->num_tokens * heads * (k_bytes + v_bytes) < 131072 ? 1 : args->num_threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int32_t t = 0; t < args->num_tokens; ++t) {
+  parallel_for(threads, args->num_tokens, [&](int64_t t, int) {
     const int64_t slot = args->slots[t];
-    if (slot < 0) continue;
+    if (slot < 0) return;
     const int64_t place = slot % page_size;
     char* const page = (char*)at.pages + slot / page_size * at.page_bytes;
     const char *k = (const char*)from.k + t * from.k_token_stride, *v = (const char*)from.v + t * from.v_token_stride;
@@ -23,7 +22,7 @@ int commit(const CommitArgs* args) {
       memcpy(page + at.k.offset + (h * page_size + place) * k_bytes, k + h * from.k_head_stride, size_t(k_bytes));
       memcpy(page + at.v.offset + (h * page_size + place) * v_bytes, v + h * from.v_head_stride, size_t(v_bytes));
     }
-  }
+  });
   return 0;
 }
 

@@ -10,6 +10,7 @@
 // scale of NaN and decodes to NaN, so that a broken model is still found out.
 #pragma once
 #include "elements.h"
+#include "parallel.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -82,14 +83,13 @@ QUIRE_INLINE void encode_int4(int32_t dtype, const char* x, int dim, char* row) 
 int encode(const EncodeArgs* args) {
   const int64_t bytes = args->format == kInt8 ? args->dim + 2 : (args->dim + 1) / 2 + (args->dim + kInt4Group - 1) / kInt4Group * 2;
   const int threads = int64_t(args->num_tokens) * args->num_heads * args->dim < 32768 ? 1 : args->num_threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int32_t t = 0; t < args->num_tokens; ++t) {
+  parallel_for(threads, args->num_tokens, [&](int64_t t, int) {
     for (int64_t h = 0; h < args->num_heads; ++h) {
       const char* from = (const char*)args->x + t * args->token_stride + h * args->head_stride;
       char* to = (char*)args->rows + (t * args->num_heads + h) * bytes;
       args->format == kInt8 ? encode_int8(args->dtype, from, args->dim, to) : encode_int4(args->dtype, from, args->dim, to);
     }
-  }
+  });
   return 0;
 }
 

@@ -11,10 +11,10 @@
 // of kTileRows rows go over it. Both fetch ahead: the next panel's lines are asked for while this one is computed, since
 // walking many rows of W at once is beyond what hardware prefetchers follow.
 #pragma once
-#include <omp.h>
 
 #include "kernels.h"
 #include "packed_formats.h"
+#include "parallel.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -227,22 +227,18 @@ void many_rows(const LinearArgs& g, const Plan& p, const float* x, int64_t m0, i
   }
 }
 
-// The part of thread `id` of a team; the team's threads meet where they share the cells of x.
+// One thread's part; the team's threads meet where they share the cells of x.
 template <class F, bool kKN>
-void part(const LinearArgs& g, const Plan& p, int id, int team) {
-  float* scratch = g.scratch + p.x_floats + id * p.thread_floats;
+void part(const LinearArgs& g, const Plan& p, const Member& me) {
+  float* scratch = g.scratch + p.x_floats + me.id * p.thread_floats;
   const int64_t unit = p.few && !kKN ? 16 : kPanel, units = ceil_div(g.n, unit);
-  const int64_t n_begin = units * id / team * unit, n_end = smaller(units * (id + 1) / team * unit, g.n);
+  const int64_t n_begin = units * me.id / me.count * unit, n_end = smaller(units * (me.id + 1) / me.count * unit, g.n);
   if (p.few) return few_rows<F, kKN>(g, g.scratch, scratch, n_begin, n_end);
   for (int64_t m0 = 0; m0 < g.m; m0 += p.rows) {
     const int rows = int(smaller(g.m - m0, p.rows));
-    if (m0 > 0 && team > 1) {
-#pragma omp barrier
-    }
-    pack_x<F>(g, m0, rows, rows * id / team, rows * (id + 1) / team, g.scratch);
-    if (team > 1) {
-#pragma omp barrier
-    }
+    if (m0 > 0) me.meet();
+    pack_x<F>(g, m0, rows, rows * me.id / me.count, rows * (me.id + 1) / me.count, g.scratch);
+    me.meet();
     many_rows<F, kKN>(g, p, g.scratch, m0, rows, scratch, n_begin, n_end);
   }
 }
@@ -269,20 +265,12 @@ template <class F, bool kKN>
 void run(const LinearArgs& g) {
   const Plan p = plan_for<F, kKN>(g);
   if (p.few) pack_x<F>(g, 0, int(g.m), 0, int(g.m), g.scratch);
-  if (p.threads == 1) return part<F, kKN>(g, p, 0, 1);
-#pragma omp parallel num_threads(p.threads)
-  {
-    const int id = omp_get_thread_num(), team = omp_get_num_threads();
-    if (p.by_rows) {
-      for (int i = id; i < p.threads; i += team) {
-        LinearArgs some = rows_of<F>(g, g.m * i / p.threads, g.m * (i + 1) / p.threads);
-        some.scratch += i * scratch_floats<F, kKN>(rows_of<F>(g, 0, ceil_div(g.m, p.threads)));
-        run<F, kKN>(some);
-      }
-    } else {
-      part<F, kKN>(g, p, id, team);
-    }
-  }
+  if (!p.by_rows) return parallel(p.threads, [&](const Member& me) { part<F, kKN>(g, p, me); });
+  parallel_for(p.threads, p.threads, [&](int64_t i, int) {
+    LinearArgs some = rows_of<F>(g, g.m * i / p.threads, g.m * (i + 1) / p.threads);
+    some.scratch += i * scratch_floats<F, kKN>(rows_of<F>(g, 0, ceil_div(g.m, p.threads)));
+    part<F, kKN>(some, plan_for<F, kKN>(some), {0, 1, nullptr});
+  });
 }
 
 template <bool kKN>

@@ -189,21 +189,17 @@ void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64
 }
 
 template <class W>
-void part_tiles(const LinearArgs& g, const TilePlan& p, int id, int team) {
+void part_tiles(const LinearArgs& g, const TilePlan& p, const Member& me) {
   char* const x = (char*)g.scratch;
-  char* const mine = x + p.x_bytes + id * p.thread_bytes;
-  const int64_t panels = ceil_div(g.n, kWide), begin = p.by_rows ? 0 : panels * id / team, end = p.by_rows ? panels : panels * (id + 1) / team;
+  char* const mine = x + p.x_bytes + me.id * p.thread_bytes;
+  const int64_t panels = ceil_div(g.n, kWide), begin = p.by_rows ? 0 : panels * me.id / me.count, end = p.by_rows ? panels : panels * (me.id + 1) / me.count;
   const TileShapes shapes(p.tile_rows, p.tile_rows < 16 ? 0x1fu : 0);  // all of C and A
   for (int64_t m0 = 0; m0 < g.m; m0 += p.rows) {
     const int rows = int(smaller(round_up(g.m - m0, p.tile_rows), p.rows)), tiles = rows / p.tile_rows;
-    if (m0 > 0 && team > 1) {
-#pragma omp barrier
-    }
-    tiles_of_x(g, p, m0, rows * id / team, rows * (id + 1) / team, x);
-    if (team > 1) {
-#pragma omp barrier
-    }
-    const int first = p.by_rows ? tiles * id / team : 0, last = p.by_rows ? tiles * (id + 1) / team : tiles;
+    if (m0 > 0) me.meet();
+    tiles_of_x(g, p, m0, rows * me.id / me.count, rows * (me.id + 1) / me.count, x);
+    me.meet();
+    const int first = p.by_rows ? tiles * me.id / me.count : 0, last = p.by_rows ? tiles * (me.id + 1) / me.count : tiles;
     for (int64_t panel = begin; panel < end && first < last; ++panel) {
       if (g.m <= 16) {
         few_tiles<W>(g, p, x, panel, (float*)mine, mine + p.sum_bytes);
@@ -218,9 +214,7 @@ void part_tiles(const LinearArgs& g, const TilePlan& p, int id, int team) {
 template <class W>
 void run_tiles(const LinearArgs& g) {
   const TilePlan p = tile_plan(g);
-  if (p.threads == 1) return part_tiles<W>(g, p, 0, 1);
-#pragma omp parallel num_threads(p.threads)
-  part_tiles<W>(g, p, omp_get_thread_num(), omp_get_num_threads());
+  parallel(p.threads, [&](const Member& me) { part_tiles<W>(g, p, me); });
 }
 
 inline int64_t tile_scratch_floats(const LinearArgs& g) {

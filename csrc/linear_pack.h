@@ -87,8 +87,7 @@ void pack_group(const PackArgs& g, int64_t group) {
 
 template <class F, class P>
 void pack_as(const PackArgs& g) {
-#pragma omp parallel for schedule(static) num_threads(g.num_threads)
-  for (int64_t group = 0; group < ceil_div(g.n, kWide) * kLines; ++group) pack_group<F, P>(g, group);
+  parallel_for(g.num_threads, ceil_div(g.n, kWide) * kLines, [&](int64_t group, int) { pack_group<F, P>(g, group); });
 }
 
 inline void pack(const PackArgs* g) {
@@ -147,8 +146,8 @@ template <class F>
 void rows_as(const UnpackArgs& g) {
   with_packed(g.format, [&](auto packed) {
     using P = decltype(packed);
-#pragma omp parallel for schedule(static) num_threads(g.num_threads)
-    for (int64_t first = 0; first < g.count; first += 16) {
+    parallel_for(g.num_threads, ceil_div(g.count, 16), [&](int64_t some, int) {
+      const int64_t first = 16 * some;
       auto* out = (typename F::Elem*)g.out + first * g.k;
       bool whole = first + 16 <= g.count && g.ids[first] % 16 == 0;
       for (int i = 1; whole && i < 16; ++i) whole = g.ids[first + i] == g.ids[first] + i;
@@ -157,7 +156,7 @@ void rows_as(const UnpackArgs& g) {
       } else {
         for (int64_t i = 0; i < smaller(g.count - first, 16); ++i) one_row<F, P>(g, g.ids[first + i], out + i * g.k);
       }
-    }
+    });
   });
 }
 

@@ -209,19 +209,15 @@ void many_rows_packed(const LinearArgs& g, const PackedPlan& p, const float* x, 
 }
 
 template <class P>
-void part_packed(const LinearArgs& g, const PackedPlan& p, int id, int team) {
-  float* scratch = g.scratch + p.x_floats + id * p.thread_floats;
-  const int64_t panels = ceil_div(g.n, kWide), begin = panels * id / team, end = panels * (id + 1) / team;
+void part_packed(const LinearArgs& g, const PackedPlan& p, const Member& me) {
+  float* scratch = g.scratch + p.x_floats + me.id * p.thread_floats;
+  const int64_t panels = ceil_div(g.n, kWide), begin = panels * me.id / me.count, end = panels * (me.id + 1) / me.count;
   if (p.few) return few_rows_packed<P>(g, g.scratch, scratch, begin, end);
   for (int64_t m0 = 0; m0 < g.m; m0 += p.rows) {
     const int rows = int(smaller(g.m - m0, p.rows));
-    if (m0 > 0 && team > 1) {
-#pragma omp barrier
-    }
-    pack_x_as<P>(g, m0, rows, rows * id / team, rows * (id + 1) / team, g.scratch);
-    if (team > 1) {
-#pragma omp barrier
-    }
+    if (m0 > 0) me.meet();
+    pack_x_as<P>(g, m0, rows, rows * me.id / me.count, rows * (me.id + 1) / me.count, g.scratch);
+    me.meet();
     many_rows_packed<P>(g, p, g.scratch, m0, rows, scratch, begin, end);
   }
 }
@@ -230,9 +226,7 @@ template <class P>
 void run_packed(const LinearArgs& g) {
   const PackedPlan p = packed_plan<P>(g);
   if (p.few) pack_x_as<P>(g, 0, int(g.m), 0, int(g.m), g.scratch);
-  if (p.threads == 1) return part_packed<P>(g, p, 0, 1);
-#pragma omp parallel num_threads(p.threads)
-  part_packed<P>(g, p, omp_get_thread_num(), omp_get_num_threads());
+  parallel(p.threads, [&](const Member& me) { part_packed<P>(g, p, me); });
 }
 
 // f(P{}) for the struct by which a product reads its packed weight.

@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <omp.h>
 #ifdef QUIRE_HAVE_amx
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -107,7 +106,6 @@ NB_MODULE(_native, m) {
   });
   m.def("isa", [] { return std::string(active->isa); });
   m.def("set_isa", &set_isa, nb::arg("name"));
-  m.def("set_threads_here", [](int n) { omp_set_num_threads(n); }, nb::arg("num_threads"));
   bind_attention(m);
   bind_linear(m);
   bind_rows(m);

@@ -7,6 +7,7 @@
 // one. So norms of 8 elements and more agree with torch's bit for bit.
 #pragma once
 #include "elements.h"
+#include "parallel.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -255,11 +256,10 @@ void run_rows(const RowsArgs* args) {
   }
   // About a third of a nanosecond each; waking another thread costs microseconds.
   const int threads = args->num_rows < 2 || elements * args->num_rows < 100000 ? 1 : args->num_threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < args->num_rows; ++row) {
-    float* const scratch = args->scratch + int64_t(omp_get_thread_num()) * args->scratch_floats;
+  parallel_for(threads, args->num_rows, [&](int64_t row, int thread) {
+    float* const scratch = args->scratch + int64_t(thread) * args->scratch_floats;
     for (int64_t i = 0; i < args->num_instructions; ++i) rows::run_one(args->instructions[i], args->buffers, row, scratch);
-  }
+  });
 }
 
 }  // namespace

@@ -4,12 +4,10 @@
 // taken in one order, so its result depends on nothing but itself. Meanings and order of operations: quire/params.py;
 // sampler_reference.py says the same in torch.
 #pragma once
-#include <omp.h>
-
 #include "kernels.h"
+#include "parallel.h"
 #include "sampling_noise.h"
 #include "sampling_select.h"
-#include "simd.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -264,8 +262,10 @@ void sample(const SampleArgs* args) {
   const int64_t per_thread = scratch_floats(args->vocab_size);
   if (args->num_rows < 1) return;
   const int num_threads = args->num_threads < args->num_rows ? args->num_threads : args->num_rows;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
-  for (int32_t i = 0; i < args->num_rows; ++i) sample_row(*args, i, args->scratch + omp_get_thread_num() * per_thread);
+  Next next{args->num_rows};
+  parallel(num_threads, [&](const Member& me) {
+    for (int64_t i; next.take(i);) sample_row(*args, i, args->scratch + me.id * per_thread);
+  });
 }
 
 constexpr SamplingKernels sampling_kernels = {&sample, &scratch_floats, &noise};

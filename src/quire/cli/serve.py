@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from quire import LLM
 
 PANEL = "Server"
-# For OpenMP, before it is loaded. A kernel's thread that spins for long while it waits takes the core that answers clients; one that sleeps at once
-# is woken many times a step. These are some 10 us (docs/speed.md).
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 def serve(
@@ -46,8 +42,6 @@ def serve(
 
     It listens at once and loads meanwhile; /ready says when requests are taken. SIGTERM or Ctrl-C drains it, a second one ends it at once.
     """
-    for name, value in WAITING.items():
-        os.environ.setdefault(name, value)
     with needs_server_extra("the server"):
         from quire.server import life
         from quire.server.keys import KeyRing

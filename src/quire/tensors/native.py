@@ -1,4 +1,4 @@
-"""Loads Quire's C++ kernels, after torch, so that both share one OpenMP pool.
+"""Loads Quire's C++ kernels.
 
 `lib` is the module `quire._native` itself. Its functions take addresses (`Tensor.data_ptr()`), sizes and strides (of attention in bytes, of the
 others in elements) and check little: call them through the wrappers in this package. The environment variable QUIRE_NATIVE names another build of the
@@ -11,11 +11,9 @@ import importlib
 import importlib.util
 import os
 import sys
-import warnings
-from pathlib import Path
 from typing import Any, Final
 
-import torch  # first: the kernels must find torch's OpenMP runtime already loaded, or they would bring a second one
+import torch
 
 from quire.errors import QuireError
 
@@ -45,31 +43,9 @@ def _load() -> Any:
         ) from error
 
 
-def openmp_runtimes() -> list[str]:
-    """File names of the GNU OpenMP runtimes mapped into this process; empty where that cannot be told (no /proc)."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return []
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
-    return sorted(Path(path).name for path in paths)
-
-
-def _warn_if_two_pools() -> None:
-    runtimes = openmp_runtimes()
-    if len(runtimes) > 1:
-        warnings.warn(
-            f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(runtimes)}): torch and Quire will fight for the cores. "
-            "Results are right, but slow; set OMP_WAIT_POLICY=passive, or install a torch whose runtime is named libgomp.so.1.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
 lib: Final[Any] = _load()
 debug: Final[bool] = lib.debug
 """Whether this build checks page ids, lengths and offsets on every call."""
-_warn_if_two_pools()
 
 
 def isas() -> list[str]:
@@ -85,11 +61,6 @@ def isa() -> str:
 def set_isa(name: str) -> None:
     """Use another instruction set from now on, in the whole process; a test's tool. Raises ValueError if it cannot run here."""
     lib.set_isa(name)
-
-
-def set_threads_here(num_threads: int) -> None:
-    """Limit OpenMP in the calling thread alone, which torch's own `set_num_threads` cannot. Quire's kernels ignore it: they are told their number."""
-    lib.set_threads_here(num_threads)
 
 
 def loaded_from() -> str:

@@ -22,7 +22,7 @@ _CODES = {"int8": 5, "int4": 6}
 class NativeProducts:
     """`Products` (see attention/base.py) for inference: no gradients are recorded, whatever its arguments ask for.
 
-    `num_threads`: OpenMP threads of each call; results do not depend on it.
+    `num_threads`: threads of each call; results do not depend on it.
     """
 
     def __init__(self, num_threads: int) -> None:

@@ -16,7 +16,7 @@ from quire.tensors.native import DTYPE_CODES, lib
 class NativeAttention:
     """The default backend on CPU: queries of float32, bfloat16 or float16, keys and values of the same dtype or encoded.
 
-    `num_threads`: OpenMP threads of each call; results do not depend on it.
+    `num_threads`: threads of each call; results do not depend on it.
     """
 
     name = "native"
