@@ -15,6 +15,10 @@ void bind_sampling(nanobind::module_& m);
 // x W through the kernels in use; `args.scratch` is filled in here. The caller may have let go of the interpreter.
 void multiply(LinearArgs args);
 
+// One layer's place in pages, from what Python knows of it. Throws std::invalid_argument naming what does not fit.
+PageLayout layout_of(uintptr_t pages, int64_t num_pages, int64_t page_bytes, int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim,
+                     int32_t k_format, int32_t k_bytes, int64_t v_offset, int32_t v_dim, int32_t v_format, int32_t v_bytes);
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);

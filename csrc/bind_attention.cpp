@@ -1,5 +1,7 @@
-// Python bindings of attend, commit and encode.
+// Python bindings of attend, commit and encode, and of the step that layer programs attend in.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
@@ -7,13 +9,12 @@
 #include "bind.h"
 #include "check.h"
 #include "schedule.h"
+#include "step.h"
 
 namespace nb = nanobind;
 
 namespace quire {
 namespace {
-
-using Address = uintptr_t;
 
 void require(bool fine, const char* what) {
   if (!fine) throw std::invalid_argument(what);
@@ -32,15 +33,6 @@ RowLayout row_layout(const char* name, int64_t slots, int64_t page_bytes, int64_
     throw std::invalid_argument(field + " rows at " + std::to_string(offset) + " in pages of " + std::to_string(page_bytes) +
                                 " bytes: must be multiples of " + std::to_string(element));
   return {offset, dim, format, bytes};
-}
-
-// Both of one layer: (offset, dim, format, bytes) of K, then of V.
-PageLayout layout_of(Address pages, int64_t num_pages, int64_t page_bytes, int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim,
-                     int32_t k_format, int32_t k_bytes, int64_t v_offset, int32_t v_dim, int32_t v_format, int32_t v_bytes) {
-  require(page_size > 0 && num_kv_heads > 0, "page_size and num_kv_heads must be positive");
-  const int64_t slots = int64_t(num_kv_heads) * page_size;
-  return {pointer<void>(pages), num_pages, page_bytes, row_layout("K", slots, page_bytes, k_offset, k_dim, k_format, k_bytes),
-          row_layout("V", slots, page_bytes, v_offset, v_dim, v_format, v_bytes), page_size, num_kv_heads};
 }
 
 bool is_dtype(int32_t format) { return format >= kF32 && format <= kF16; }
@@ -132,10 +124,24 @@ int32_t row_bytes(int32_t format, int32_t dim) {
   return dim * (format == kF32 ? 4 : 2);
 }
 
+PageLayout layout_of(uintptr_t pages, int64_t num_pages, int64_t page_bytes, int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim,
+                     int32_t k_format, int32_t k_bytes, int64_t v_offset, int32_t v_dim, int32_t v_format, int32_t v_bytes) {
+  require(page_size > 0 && num_kv_heads > 0, "page_size and num_kv_heads must be positive");
+  const int64_t slots = int64_t(num_kv_heads) * page_size;
+  return {pointer<void>(pages), num_pages, page_bytes, row_layout("K", slots, page_bytes, k_offset, k_dim, k_format, k_bytes),
+          row_layout("V", slots, page_bytes, v_offset, v_dim, v_format, v_bytes), page_size, num_kv_heads};
+}
+
 void bind_attention(nb::module_& m) {
   m.def("attend", &attend);
   m.def("commit", &commit);
   m.def("encode", &encode);
+  nb::class_<Store>(m, "Store").def(nb::init<Address, int64_t, int64_t, const std::vector<PlaceForm>&>());
+  nb::class_<Step>(m, "Step")
+      .def(nb::init<Store&, Address, Address, int32_t, int32_t, const std::vector<TableForm>&>(), nb::keep_alive<1, 2>())
+      .def("commit", &Step::commit, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("staged_layers", &Step::staged_layers)
+      .def_prop_ro("staged_bytes", &Step::staged_bytes);
 }
 
 }  // namespace quire

@@ -3,43 +3,21 @@
 #include <nanobind/stl/vector.h>
 #include <string.h>
 
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
 #include "bind.h"
+#include "kept.h"
+#include "step.h"
 
 namespace nb = nanobind;
 
 namespace quire {
 namespace {
 
-constexpr int64_t kLine = 64;
-
 void require(bool fine, const char* what) {
   if (!fine) throw std::invalid_argument(what);
 }
-
-struct Freed {
-  void operator()(char* p) const { operator delete(p, std::align_val_t{kLine}); }
-};
-
-// Memory that the calling thread keeps from call to call.
-struct Kept {
-  std::unique_ptr<char, Freed> memory;
-  int64_t held = 0;
-
-  char* bytes(int64_t count) {
-    if (count > held) {
-      memory.reset();
-      held = 0;
-      memory.reset(static_cast<char*>(operator new(size_t(count), std::align_val_t{kLine})));
-      held = count;
-    }
-    return memory.get();
-  }
-};
 
 // Packed by program.py, in this order. `arena` < 0: the address is given at each call; otherwise the buffer's first byte in
 // the arena, for each token of the call.
@@ -49,7 +27,7 @@ struct BufferForm {
 
 // `product` 0: `count` instructions from `first` on. Else 1 + the WeightFormat of x W, where these mean nothing: the
 // numbers of buffers stand for x, weight, bias (-1: none) and y; m rows to a token, x from element `x_at` of its row on.
-struct Step {
+struct ProgramStep {
   int64_t product, first, count, x, x_at, weight, bias, y, m, n, k, x_stride, weight_stride;
 };
 
@@ -66,7 +44,7 @@ class Program {
   Program(nb::bytes instructions, nb::bytes buffers, nb::bytes steps, int64_t scratch_floats, int64_t arena_bytes)
       : instructions_(unpacked<RowInstruction>(instructions, "instructions must be whole RowInstruction structs")),
         buffers_(unpacked<BufferForm>(buffers, "buffers must be whole BufferForm structs")),
-        steps_(unpacked<Step>(steps, "steps must be whole Step structs")),
+        steps_(unpacked<ProgramStep>(steps, "steps must be whole Step structs")),
         scratch_floats_((scratch_floats + 15) / 16 * 16),
         arena_bytes_(arena_bytes) {
     const int64_t num_buffers = int64_t(buffers_.size()), num_instructions = int64_t(instructions_.size());
@@ -84,7 +62,7 @@ class Program {
         require(o->at >= 0 && last < scratch_floats_, "an operand is outside of scratch");
       }
     }
-    for (const Step& s : steps_) {
+    for (const ProgramStep& s : steps_) {
       if (s.product)
         require(s.product > 0 && s.product <= kNumWeightFormats && known(s.x) && known(s.weight) && known(s.y) && s.bias >= -1 && s.bias < num_buffers, "a product's buffer is out of range");
       else
@@ -97,22 +75,66 @@ class Program {
   void run(int64_t first, int64_t end, int64_t num_rows, const std::vector<uintptr_t>& addresses, int32_t num_threads) const {
     require(first >= 0 && first <= end && end <= int64_t(steps_.size()), "steps are out of range");
     require(num_rows >= 0 && num_threads > 0, "num_rows must not be negative and num_threads must be positive");
-    require(int64_t(addresses.size()) == num_given_, "one address must be given for each buffer that has none");
     nb::gil_scoped_release release;
-    static thread_local Kept arena, scratch;
+    std::vector<RowBuffer>& buffers = bound(addresses, num_rows);
+    carry_out(first, end, num_rows, buffers, num_threads);
+  }
+
+  // All steps, with the layer's attention after the first `middle` of them. The buffers of q, k, v and of what attention gives are
+  // number `attended` and the next three; no addresses are asked of them, zeros stand there.
+  void run_layer(int64_t middle, int64_t attended, const AttendForm& form, int32_t layer_idx, Step& step, int64_t num_rows,
+                 const std::vector<uintptr_t>& addresses, int32_t num_threads) const {
+    const LayerPlace& place = step.store().place(layer_idx);
+    const PageLayout& at = place.layout;
+    require(num_rows == step.num_tokens(), "a layer's rows must be the step's tokens");
+    require(middle >= 0 && middle <= int64_t(steps_.size()) && num_threads > 0, "steps are out of range");
+    require(attended >= 0 && attended + 4 <= int64_t(buffers_.size()), "a buffer of attention is out of range");
+    require(form.num_heads > 0 && form.num_heads % at.num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
+    const int64_t element = form.dtype == kF32 ? 4 : 2, heads[] = {form.num_heads, at.num_kv_heads, at.num_kv_heads, form.num_heads};
+    const int32_t dims[] = {at.k.dim, at.k.dim, at.v.dim, at.v.dim};
+    nb::gil_scoped_release release;
+    std::vector<RowBuffer>& buffers = bound(addresses, num_rows);
+    static thread_local Kept kept;
+    int64_t size = 0, from[4];
+    for (int i = 0; i < 4; ++i) {
+      require(buffers[size_t(attended + i)].row_bytes == heads[i] * dims[i] * element, "rows of q, k, v and out do not fit the layer's place");
+      from[i] = size;
+      size += (heads[i] * dims[i] * element * num_rows + kLine - 1) / kLine * kLine;
+    }
+    char* const memory = kept.bytes(size);
+    for (int i = 0; i < 4; ++i) buffers[size_t(attended + i)].rows = memory + from[i];
+    const Staged staged = step.rows_of(place);
+    if (at.k.format < kInt8) buffers[size_t(attended + 1)].rows = (char*)staged.k;
+    if (at.v.format < kInt8) buffers[size_t(attended + 2)].rows = (char*)staged.v;
+    carry_out(0, middle, num_rows, buffers, num_threads);
+    const RowBuffer* const qkv = buffers.data() + attended;
+    step.attend(layer_idx, form, qkv[0].rows, qkv[1].rows, qkv[2].rows, qkv[3].rows, num_threads);
+    carry_out(middle, int64_t(steps_.size()), num_rows, buffers, num_threads);
+  }
+
+ private:
+  // The calling thread's own, until its next call.
+  std::vector<RowBuffer>& bound(const std::vector<uintptr_t>& addresses, int64_t num_rows) const {
+    require(int64_t(addresses.size()) == num_given_, "one address must be given for each buffer that has none");
+    static thread_local Kept arena;
     static thread_local std::vector<RowBuffer> buffers;
     char* const own = arena.bytes(arena_bytes_ * num_rows);
     buffers.clear();
     size_t given = 0;
     for (const BufferForm& form : buffers_)
       buffers.push_back({form.arena < 0 ? pointer<char>(addresses[given++]) : own + form.arena * num_rows, form.row_bytes, int32_t(form.dtype)});
+    return buffers;
+  }
+
+  void carry_out(int64_t first, int64_t end, int64_t num_rows, std::vector<RowBuffer>& buffers, int32_t num_threads) const {
+    static thread_local Kept scratch;
     for (int64_t i = first; i < end; ++i) {
-      const Step& s = steps_[size_t(i)];
+      const ProgramStep& s = steps_[size_t(i)];
       if (s.product) {
         const RowBuffer &x = buffers[size_t(s.x)], &y = buffers[size_t(s.y)];
         const int64_t element = x.dtype == kF32 ? 4 : 2;
-        multiply({x.rows + s.x_at * element, buffers[size_t(s.weight)].rows, s.bias < 0 ? nullptr : buffers[size_t(s.bias)].rows,
-                                     y.rows, num_rows * s.m, s.n, s.k, s.x_stride, s.weight_stride, x.dtype, int32_t(s.product - 1), num_threads, nullptr});
+        multiply({x.rows + s.x_at * element, buffers[size_t(s.weight)].rows, s.bias < 0 ? nullptr : buffers[size_t(s.bias)].rows, y.rows,
+                  num_rows * s.m, s.n, s.k, s.x_stride, s.weight_stride, x.dtype, int32_t(s.product - 1), num_threads, nullptr});
       } else {
         auto* const floats = reinterpret_cast<float*>(scratch.bytes(scratch_floats_ * num_threads * int64_t(sizeof(float))));
         const RowsArgs args{instructions_.data() + s.first, s.count, buffers.data(), num_rows, floats, scratch_floats_, num_threads};
@@ -121,10 +143,9 @@ class Program {
     }
   }
 
- private:
   std::vector<RowInstruction> instructions_;
   std::vector<BufferForm> buffers_;
-  std::vector<Step> steps_;
+  std::vector<ProgramStep> steps_;
   int64_t scratch_floats_, arena_bytes_, num_given_ = 0;
 };
 
@@ -133,7 +154,12 @@ class Program {
 void bind_rows(nb::module_& m) {
   nb::class_<Program>(m, "Program")
       .def(nb::init<nb::bytes, nb::bytes, nb::bytes, int64_t, int64_t>())
-      .def("run", &Program::run);
+      .def("run", &Program::run)
+      .def("run_layer", &Program::run_layer);
+  nb::class_<AttendForm>(m, "AttendForm").def("__init__", [](AttendForm* form, int32_t dtype, int32_t num_heads, int32_t window, int32_t chunk, float scale, float softcap) {
+    require(dtype >= kF32 && dtype <= kF16 && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
+    new (form) AttendForm{dtype, num_heads, window, chunk, scale, softcap};
+  });
 }
 
 }  // namespace quire

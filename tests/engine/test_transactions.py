@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,37 @@ class Fault(MemoryError):
     pass
 
 
+class Watched:
+    """A `ProgramStep` that calls `before` as each layer comes to attend in it."""
+
+    def __init__(self, step: Any, before: Callable[[], None]) -> None:
+        self._step, self._before = step, before
+        self.commit = step.commit
+
+    @property
+    def handle(self) -> Any:
+        self._before()
+        return self._step.handle
+
+    @property
+    def staged_layers(self) -> list[int]:
+        layers: list[int] = self._step.staged_layers
+        return layers
+
+
+def before_layers(llm: LLM, call: Callable[[], None]) -> Callable[[], None]:
+    """Have `call` called before each layer's attention; returns what undoes it. All layers are native programs here."""
+    store = llm._built.engine.runner.store
+    original = store.program_steps
+    assert original is not None
+    store.program_steps = lambda *given: Watched(original(*given), call)
+
+    def undo() -> None:
+        store.program_steps = original
+
+    return undo
+
+
 def snapshot(llm: LLM) -> tuple[Any, ...]:
     cache = llm._built.engine.scheduler.cache
     return {k: v for k, v in cache.index._pages.items()}, llm._built.engine.runner.store.pages.clone()
@@ -30,22 +62,21 @@ def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch
         runner.store.pages.zero_()
         expected = llm.generate([PROMPT], GREEDY)[0]
         index, pages = snapshot(llm)
-        broken = {"layer": (runner.store.backend, "attend"), "first layer": (runner.store.backend, "attend"), "sampler": (runner.sampler, "sample")}
         calls = 0
 
-        def fail(*args: Any, **kwargs: Any) -> Any:
+        def fail(*args: Any, **kwargs: Any) -> None:
             nonlocal calls
             calls += 1
-            if where == "layer" and calls % 3:
-                return original(*args, **kwargs)
-            raise Fault("injected")
+            if where != "layer" or calls % 3 == 0:
+                raise Fault("injected")
 
+        undo: Callable[[], None] = monkeypatch.undo
         if where == "build":
             monkeypatch.setattr("quire.engine.runner.build", fail)
+        elif where == "sampler":
+            monkeypatch.setattr(runner.sampler, "sample", fail)
         else:
-            owner, name = broken[where]
-            original = getattr(owner, name)
-            setattr(owner, name, fail)
+            undo = before_layers(llm, fail)
         other = [7, 5, *PROMPT]
         output = llm.generate([other], GREEDY)[0]
         assert isinstance(output.error, StepError) and isinstance(output.error.__cause__, Fault)
@@ -53,10 +84,7 @@ def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch
         assert output.receipt.rejected_tokens > 0 and output.receipt.staged_tokens == output.receipt.rejected_tokens + output.receipt.computed_tokens
         after_index, after_pages = snapshot(llm)
         assert after_index == index and torch.equal(pages, after_pages)
-        if where == "build":
-            monkeypatch.undo()
-        else:
-            setattr(owner, name, original)
+        undo()
         llm.check_integrity()
         assert llm.stats()["num_held_pages"] == 0
         again = llm.generate([PROMPT], GREEDY)[0]
@@ -66,17 +94,15 @@ def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch
 def test_only_requests_of_the_failed_step_end(checkpoint: Checkpoint) -> None:
     """One sequence at a time: the step that fails is the first request's; the second runs on, from pages the first had committed."""
     with LLM(checkpoint("llama"), page_size=4, max_tokens_per_step=8, max_sequences=1) as llm:
-        backend = llm._built.engine.runner.store.backend
-        original, steps = backend.attend, 0
+        layers = 0
 
-        def fail(*args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps == 3 * 3 + 1:  # three layers: the fourth step of the first request
+        def fail() -> None:
+            nonlocal layers
+            layers += 1
+            if layers == 3 * 3 + 1:  # three layers: the fourth step of the first request
                 raise Fault("injected")
-            return original(*args, **kwargs)
 
-        backend.attend = fail
+        before_layers(llm, fail)
         first, second = llm.generate([PROMPT, PROMPT], GREEDY)
         assert isinstance(first.error, StepError)
         assert second.error is None and len(second.outputs[0].token_ids) == 12

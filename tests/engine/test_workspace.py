@@ -10,6 +10,7 @@ import torch
 from quire import LLM, ConfigError, SamplingParams
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.workspace import LiveBytes, Workspace
+from quire.tensors.store import StagedStep
 from tests.engine.conftest import Checkpoint
 
 PROMPTS = [[3 + (i * i * 7 + n) % 150 for i in range(n)] for n in (600, 40)]
@@ -25,7 +26,8 @@ def test_real_steps_stay_within_what_was_foreseen(checkpoint: Checkpoint, family
         live = LiveBytes()
         with live:
             logits = forward(self, step, ids, *args)
-        peaks.append(live.peak)
+        programs = step.of_programs if isinstance(step, StagedStep) else None
+        peaks.append(live.peak + (programs.handle.staged_bytes if programs is not None else 0))
         return logits
 
     folder = checkpoint(family, dtype, max_position_embeddings=1024) if family != "gpt2" else checkpoint(family, dtype, n_positions=1024)
@@ -33,7 +35,7 @@ def test_real_steps_stay_within_what_was_foreseen(checkpoint: Checkpoint, family
         monkeypatch.setattr(CausalModel, "forward", watched)
         whole = llm.generate(PROMPTS, PARAMS)
         bound = llm.info.workspace_bytes
-        assert 0.4 * bound < max(peaks) <= bound, (max(peaks), bound)
+        assert 0.3 * bound < max(peaks) <= bound, (max(peaks), bound)
     with LLM(folder, workspace_bytes=bound // 3, backend="native") as llm:
         peaks.clear()  # the probe's
         assert [one.outputs for one in llm.generate(PROMPTS, PARAMS)] == [one.outputs for one in whole]

@@ -77,6 +77,7 @@ class PageStore:
         self.places = {place.layer_idx: place for place in places}
         self.pages = torch.empty(num_pages, page_bytes, dtype=torch.uint8)
         self.backend = backend
+        self.program_steps = backend.program_steps(self.pages, self.places.values())
 
     @property
     def page_bytes(self) -> int:
@@ -101,12 +102,14 @@ class PageStore:
 
 
 class StagedStep:
-    """One step over a store: what a running forward calls for each of its attention layers."""
+    """One step over a store: what a running forward calls for each of its attention layers. `of_programs`: for those that are native programs."""
 
     def __init__(self, store: PageStore, inputs: StepInputs, slots: Sequence[torch.Tensor]) -> None:
         """`slots[g]` int64 [T]: where each packed token of group g goes (page * B + offset), -1 for nowhere."""
         self._store, self._inputs, self._slots = store, inputs, slots
         self._staged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        num_tokens = slots[0].shape[0] if slots else 0
+        self.of_programs = store.program_steps(inputs, num_tokens) if store.program_steps is not None else None
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Stage k [T,Hkv,Dk] and v [T,Hkv,Dv], and attend q [T,Hq,Dk] to the cache and to them; returns [T,Hq,Dv].
@@ -121,9 +124,12 @@ class StagedStep:
 
     def commit(self) -> None:
         """Write what was staged, for all layers. Called once, when everything else in the step has succeeded."""
-        if self._staged.keys() != self._store.places.keys():
-            missing = sorted(self._store.places.keys() - self._staged.keys())
-            raise RuntimeError(f"layers {missing} staged nothing in this step")
+        programs = self.of_programs
+        missing = self._store.places.keys() - self._staged.keys() - set(programs.staged_layers if programs is not None else ())
+        if missing:
+            raise RuntimeError(f"layers {sorted(missing)} staged nothing in this step")
+        if programs is not None:
+            programs.commit(self._slots)
         for layer_idx, (k, v) in self._staged.items():
             place = self._store.places[layer_idx]
             self._store.backend.commit(k, v, self._store.pages, place, self._slots[place.group])

@@ -11,8 +11,9 @@ Shape letters: T packed tokens of the step, S sequences, P pages, B page size, H
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -79,10 +80,29 @@ class Mask:
     sinks: torch.Tensor | None = None
 
 
+class ProgramStep(Protocol):
+    """A step as layers that are native programs attend in it; they stage keys and values there themselves. `handle` is theirs to know."""
+
+    handle: Any
+
+    @property
+    def staged_layers(self) -> list[int]:
+        """The layer_idx of every layer that has staged something."""
+        ...
+
+    def commit(self, slots: Sequence[torch.Tensor]) -> None:
+        """Write it to pages, as `AttentionBackend.commit` does; `slots[g]` of group g."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """One operator, what goes before it and what after. Implementations promise that a row's bits depend on its own sequence alone."""
 
     name: str
+
+    def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> Callable[[StepInputs, int], ProgramStep] | None:
+        """What makes a step of so many tokens over pages [P,page_bytes] for layers that are native programs; None if they cannot attend here."""
+        ...
 
     def encode(self, x: torch.Tensor, row: RowFormat) -> torch.Tensor:
         """Keys or values x [T,Hkv,D] as they are staged: rows [T,Hkv,num_bytes] uint8 of an encoded format, `x` itself for a plain one."""

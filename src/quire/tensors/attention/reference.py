@@ -5,6 +5,8 @@ Because a token's arithmetic is done for it alone, over exactly the keys it sees
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from quire.tensors import codec
@@ -16,6 +18,9 @@ class ReferenceAttention:
     """See `AttentionBackend`. Computes in fp32."""
 
     name = "reference"
+
+    def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> None:
+        return None
 
     def encode(self, x: torch.Tensor, row: RowFormat) -> torch.Tensor:
         return x if row.dtype is not None else codec.encode(x, row)

@@ -42,6 +42,23 @@ def take_apart(value: Any, tensors: list[torch.Tensor]) -> Any:
     return value
 
 
+def taken_apart(value: Any, skeleton: Any, tensors: list[torch.Tensor]) -> bool:
+    """`take_apart` where the skeleton is known, without making it anew: False where the value has another one, with some tensors appended."""
+    if skeleton is _TENSOR:
+        tensors.append(value)
+        return isinstance(value, torch.Tensor)
+    kind = type(skeleton)
+    if kind is tuple or kind is list:
+        if type(value) is not kind or len(value) != len(skeleton):
+            return False
+        return all(taken_apart(item, expected, tensors) for item, expected in zip(value, skeleton, strict=True))
+    if kind is dict:
+        if type(value) is not dict or list(value) != list(skeleton):
+            return False
+        return all(taken_apart(value[name], expected, tensors) for name, expected in skeleton.items())
+    return value is skeleton or (not isinstance(value, torch.Tensor) and bool(value == skeleton))
+
+
 def put_together(skeleton: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The inverse of `take_apart`."""
     if skeleton is _TENSOR:

@@ -36,7 +36,10 @@ _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", 
 
 
 class AttentionStep(Protocol):
-    """What a running forward calls for each attention layer. The engine's runner, the dry run and the probe are such steps."""
+    """What a running forward calls for each attention layer. The engine's runner, the dry run and the probe are such steps.
+
+    One that has a `ProgramStep` in `of_programs` is not called for layers that are native programs: they use that.
+    """
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Attention of q [T,Hq,Dk] with this step's own k [T,Hkv,Dk] and v [T,Hkv,Dv], all contiguous; returns [T,Hq,Dv]."""

@@ -1,7 +1,7 @@
-"""Decoder layers as native programs: a layer's forward is two calls into C++ with attention between them.
+"""Decoder layers as native programs: a layer's forward is one call into C++, attention in the step included.
 
     load     two short forwards ── recording.py ──> operators ── lowering.py ──> a plan ── program.py ──> a program for each kind of layer
-    step     layer(hidden, ...) ──> program ──> step.attend, as ever ──> program
+    step     layer(hidden, ...) ──> program, which attends in `step.of_programs`; in a step without, step.attend between two halves
 
 Products and attention are those of plain layers. What lies between them is computed a token at a time, in one order, by any number of threads, so a
 token's bits depend on nothing else by construction; they are those of torch's operators but for functions such as silu, which differ in the last
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quire.tensors.models.calls import decoder_layers, foreign_module, layer_ids, likeness, put_together, take_apart, weights_of
+from quire.tensors.models.calls import decoder_layers, foreign_module, layer_ids, likeness, put_together, take_apart, taken_apart, weights_of
 from quire.tensors.models.geometry import DryRun, LayerGeometry
 from quire.tensors.models.hook import Running, current, running
 from quire.tensors.models.lowering import lower
@@ -27,6 +27,7 @@ from quire.tensors.models.program import Program, assemble
 from quire.tensors.models.recording import Recorder, Recording, Seen, UnlowerableError
 from quire.tensors.models.rowplan import Plan
 from quire.tensors.models.surgery import Surgery
+from quire.tensors.native import DTYPE_CODES, lib
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import bytes_of
 
@@ -46,15 +47,15 @@ class LoweredLayers:
         self.surgery, self.plain, self.num_lowered = surgery, plain, len(plans)
         self.code = hashlib.sha256(repr(list({id(plan): plan for plan in plans.values()}.values())).encode()).hexdigest()
         inside = [module for layer in plans for module in layer.modules()]
-        self._parts = [(module, type(module), module.__dict__, list(module.children())) for module in inside]
-        self._layers = set(plans)
+        self._parts = []
+        for module in inside:
+            hooks = () if module in plans else (module._forward_hooks, module._forward_pre_hooks)
+            self._parts.append((module, type(module), module.__dict__, module._modules, list(module.children()), *hooks))
 
     def intact(self) -> bool:
         """Whether the layers are still made of the modules they were made of, none of them hooked or wrapped since."""
-        for module, kind, state, children in self._parts:
-            if type(module) is not kind or "forward" in state or list(state["_modules"].values()) != children:
-                return False
-            if (state["_forward_hooks"] or state["_forward_pre_hooks"]) and module not in self._layers:
+        for module, kind, state, inner, children, *hooks in self._parts:  # hundreds of them, before every forward
+            if type(module) is not kind or "forward" in state or (inner and list(inner.values()) != children) or any(hooks):
                 return False
         return True
 
@@ -90,59 +91,74 @@ def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Recor
                 raise UnlowerableError("it is not called")
             plan = lower(few, more)
             program = assemble(plan)
-            if not _agrees(_forward(plan, program, first, more, products.num_threads), more, surgery):
+            if not _agrees(_forward(plan, program, first, more, products.num_threads, live), more, surgery):
                 raise UnlowerableError("its program does not give what it gives")
         except UnlowerableError as error:
             plain[type(first).__name__] = str(error)
             continue
         for layer in (first, *others):
             lowered[layer] = plan
-            surgery.replace(layer, _forward(plan, program, layer, more, products.num_threads))
+            surgery.replace(layer, _forward(plan, program, layer, more, products.num_threads, live))
     return LoweredLayers(surgery, lowered, plain)
 
 
-def _forward(plan: Plan, program: Program, layer: nn.Module, recording: Recording, num_threads: int) -> Callable[..., Any]:
-    """The forward that a layer gets. Weights are read at every call: a trainer may have put others in their place."""
-    run, middle, end = program.native.run, program.middle, program.end
+def _forward(plan: Plan, program: Program, layer: nn.Module, recording: Recording, num_threads: int, live: bool) -> Callable[..., Any]:
+    """The forward that a layer gets. A live model's weights are looked up at every call: a trainer may have put others in their place."""
+    native, middle, end = program.native, program.middle, program.end
     weights, (layer_idx,) = weights_of(layer), layer_ids(layer)
     skeleton, result, attend = recording.call.skeleton, recording.result, plan.attend
     used = [(place, *weights[number], recording.weights[number]) for place, (_, number) in enumerate(plan.weights)]
+    form, first = lib.AttendForm(*_attention_of(plan)), len(plan.weights) + len(plan.inputs)
     inputs = [(number, plan.sizes[value], plan.dtypes[value]) for value, number in plan.inputs]
     outputs = [(shape, plan.dtypes[value]) for value, shape in plan.outputs]
     attended, mask = [(shape, plan.dtypes[value]) for shape, value in zip(attend.shapes, attend.values, strict=True)], attend.mask
     out_size, out_dtype = plan.sizes[attend.out], plan.dtypes[attend.out]
     addresses = [0] * len(plan.weights)
+    own: list[torch.Tensor] = []  # keeps the memory of a model of our own, whose weights are looked up once
     empty = torch.empty
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors: list[torch.Tensor] = []
-        if take_apart((args, kwargs), tensors) != skeleton:
+        if not taken_apart((args, kwargs), skeleton, tensors):
             raise RuntimeError(f"layer {layer_idx} is called with other arguments than it was lowered for")
-        for place, part, name, seen in used:
+        for place, part, name, seen in used if live or not own else ():
             weight = bytes_of(part[name])
             address = weight.data_ptr()
             if address != addresses[place]:
                 _check(weight, seen, name, layer_idx)
                 addresses[place] = address
+            if not live:
+                own.append(weight)
         given = [tensors[number].contiguous() for number, _, _ in inputs]
         num_tokens = given[0].numel() // inputs[0][1]
         for x, (_, size, dtype) in zip(given, inputs, strict=True):
             if x.numel() != num_tokens * size or x.dtype is not dtype:
                 raise RuntimeError(f"layer {layer_idx}: {tuple(x.shape)} of {x.dtype} is not {size} of {dtype} for each of {num_tokens} tokens")
-        q, k, v = [empty((num_tokens, *shape), dtype=dtype) for shape, dtype in attended]
         results = [empty((1, num_tokens, *shape), dtype=dtype) for shape, dtype in outputs]
-        where = [*addresses, *[x.data_ptr() for x in given], q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, *[x.data_ptr() for x in results]]
-        run(0, middle, num_tokens, where, num_threads)
+        where = [*addresses, *[x.data_ptr() for x in given], 0, 0, 0, 0, *[x.data_ptr() for x in results]]
         running = current()
+        step = getattr(running.step, "of_programs", None)
+        if step is not None:
+            native.run_layer(middle, first, form, layer_idx, step.handle, num_tokens, where, num_threads)
+            return put_together(result, iter(results))
+        q, k, v = [empty((num_tokens, *shape), dtype=dtype) for shape, dtype in attended]
+        where[first : first + 3] = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        native.run(0, middle, num_tokens, where, num_threads)
         with running.mode.paused():
             out = running.step.attend(layer_idx, q, k, v, mask)
         if out.numel() != num_tokens * out_size or out.dtype is not out_dtype or not out.is_contiguous():
             raise RuntimeError(f"layer {layer_idx}: attention gave {tuple(out.shape)} of {out.dtype}, not {out_size} of {out_dtype} a token")
-        where[-1 - len(results)] = out.data_ptr()
-        run(middle, end, num_tokens, where, num_threads)
+        where[first + 3] = out.data_ptr()
+        native.run(middle, end, num_tokens, where, num_threads)
         return put_together(result, iter(results))
 
     return forward
+
+
+def _attention_of(plan: Plan) -> tuple[int | float, ...]:
+    """What `AttendForm` is made of (csrc/step.h)."""
+    attend, mask = plan.attend, plan.attend.mask
+    return DTYPE_CODES[plan.dtypes[attend.values[0]]], attend.shapes[0][0], mask.window, mask.chunk, mask.scale, mask.softcap
 
 
 def _check(weight: torch.Tensor, seen: Seen, name: str, layer_idx: int) -> None:
