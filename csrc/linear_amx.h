@@ -1,10 +1,10 @@
-// bf16 products on AMX (tiles_amx.h), for every way a weight may lie: packed, as codes, or as the model has it. The law:
+// bf16 products on AMX (tiles_amx.h), for weights that are packed, of int4 codes, or as the model has them. The law:
 //
 //   step s of k = [32 s, 32 s + 32):  e_s, o_s = sums of x[k] * W[k, n] over its even and its odd k, ascending, from 0
 //   y[m, n] = rounded((((e_0 + o_0) + (e_1 + o_1)) + ...) + bias[n]),  fp32 throughout, denormal numbers as zero, rounded once
 //
-// for every number of rows. A code's element is bf16(code * scale): a quantised weight is a bf16 weight that takes less memory, and has
-// the bits of the product with its own rows.
+// for every number of rows. A code's element is bf16(code * scale): a weight of int4 is a bf16 weight that takes less memory, and has
+// the bits of the product with its own rows. int8 has a law of its own (linear_amx_int8.h).
 //
 // A panel of 64 columns is made of lines of pairs (packed_formats.h); a step of a line is one operand, B. Up to 16 rows of x pass a panel once;
 // more of them, in pairs of tiles of 16, pass one block of k after another, which lies in the first cache, operand by operand, decoded,
@@ -230,7 +230,6 @@ bool with_tiles(const LinearArgs& g, const Function& f) {
     case kRowsNK: f(AsItLies<false>{}); return true;
     case kRowsKN: f(AsItLies<true>{}); return true;
     case kPackedBF16: f(Copied{}); return true;
-    case kPackedInt8: f(Decoded<PackedInt8>{}); return true;
     case kPackedInt4: f(Decoded<PackedInt4>{}); return true;
     default: return false;
   }

@@ -3,7 +3,7 @@
 //   span s of k (int8: 128, int4: 32):  s_s = fma(x[k], code[k, n], s_s) for k ascending, from 0
 //   y[m, n] = rounded((s_0 * scale[0, n] + s_1 * scale[1, n] + ...) + bias[n]),  fp32 throughout, rounded once
 //
-// on every instruction set but AMX (linear_amx.h): a code is an fp32 number, so no instruction for pairs of bf16 is used.
+// but for bf16 rows on AMX (linear_amx_int8.h, linear_amx.h): a code is an fp32 number, so no instruction for pairs of bf16 is used.
 //
 // Few rows of x widen W in registers, as it streams by. For more, 16 or 32 columns of one block of k are widened to a scratch in L1 and
 // register tiles go over it.

@@ -1,6 +1,7 @@
 // Which kernel a product goes to, by its dtype and by how its weight lies, and the table of them all.
 #pragma once
 #include "linear_amx.h"
+#include "linear_amx_int8.h"
 #include "linear_pack.h"
 
 namespace quire {
@@ -11,6 +12,7 @@ namespace product {
 inline int64_t scratch_floats_for(const LinearArgs* g) {
   int64_t floats = 0;
 #if defined(QUIRE_AMX)
+  if (is_of_codes(*g)) return code_scratch_floats(*g);
   if (with_tiles(*g, [](auto) {})) return tile_scratch_floats(*g);
 #endif
   if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
@@ -24,6 +26,7 @@ inline int64_t scratch_floats_for(const LinearArgs* g) {
 
 inline void multiply_any(const LinearArgs* g) {
 #if defined(QUIRE_AMX)
+  if (is_of_codes(*g)) return run_codes(*g);
   if (with_tiles(*g, [&](auto weight) { run_tiles<decltype(weight)>(*g); })) return;
 #endif
   if (g->format == kRowsNK) return multiply<false>(*g);

@@ -4,7 +4,7 @@
 //   panel:  k in spans of kSpan:  [scales: 64 bf16]  units
 //   unit:   kUnit of k:           four lines of 64 bytes, each 16 columns x kUnit of k
 //
-//   line    fp32  16 floats                          int8  4 k x 16 bytes
+//   line    fp32  16 floats                          int8  4 k x 16 bytes; on AMX 16 lanes of 4 k, the operand of its products of bytes
 //           fp16  2 k x 16 halves                    int4  16 lanes of 32 bits, 8 nibbles (code + 8) each, k ascending from the lowest
 //           bf16  16 pairs of k, the operand of a bf16 dot instruction; without one, a shift and a mask make two vectors of fp32
 //
@@ -64,13 +64,22 @@ struct PackedPairs : PackedBf16 {
 #endif
 
 struct PackedInt8 {
-  static constexpr int kUnit = 4, kSpan = 128, kPad = 16, kPerCell = 1, kLargest = 127;
+  static constexpr int kUnit = 4, kSpan = 128, kPad = 16, kPerCell = 1;
   static constexpr bool kScaled = true;
+#if defined(QUIRE_AMX)
+  using Raw = U32x16;
+  QUIRE_INLINE Raw raw(const char* line) { return load_u32((const uint32_t*)line); }
+  template <int I>
+  QUIRE_INLINE F32x16 cell(Raw lanes) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(lanes.v, 24 - 8 * I), 24))}; }
+  QUIRE_INLINE int place(int column, int k) { return 4 * column + k; }
+#else
   using Raw = const char*;
   QUIRE_INLINE Raw raw(const char* line) { return line; }
   template <int I>
   QUIRE_INLINE F32x16 cell(Raw line) { return load_int8(line + 16 * I); }
-  QUIRE_INLINE float element(const char* line, int column, int k) { return float(int8_t(line[16 * k + column])); }
+  QUIRE_INLINE int place(int column, int k) { return 16 * k + column; }
+#endif
+  QUIRE_INLINE float element(const char* line, int column, int k) { return float(int8_t(line[place(column, k)])); }
 };
 
 struct PackedInt4 {

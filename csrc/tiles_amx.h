@@ -4,6 +4,8 @@
 //
 // In what order it adds (Intel's manual, TDPBF16PS): for each m and n, e = fma(A[m, k], B[k, n], e) over even k ascending, from 0, and o
 // likewise over odd k; then C[m, n] += e + o. Denormal numbers count as zero. So an output's bits depend on nothing but its row and its column.
+//
+//   C [M, 16] int32 +=  A [M, 64] int8  x  B [16 fours of k, 16 columns] fours of int8, exact (TDPBSSD)
 #pragma once
 #include "simd.h"
 
@@ -43,6 +45,8 @@ template <int T>
 QUIRE_INLINE void tile_store(void* p, int64_t stride) { asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory"); }
 template <int C, int A, int B>
 QUIRE_INLINE void tile_dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+template <int C, int A, int B>
+QUIRE_INLINE void tile_dot_bytes() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
 
 }  // namespace
 }  // namespace QUIRE_ISA

@@ -97,6 +97,21 @@ def coded(quantization: str, dtype: torch.dtype, m: int, n: int, k: int) -> tupl
     return x, weight, total
 
 
+def in_integers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What csrc/linear_amx_int8.h promises for x and weight of bf16; x's integers are taken whole here, there in two halves."""
+    layout = PackedLayout(*weight.shape, weight.dtype, "int8")
+    out = torch.empty(ReferenceProducts().packed_bytes(layout), dtype=torch.uint8)
+    ReferenceProducts().pack(weight, layout, out)
+    codes, scales = (part.double() for part in _parts(out, layout))
+    total, span = torch.zeros(x.shape[0], weight.shape[0]), SPANS["int8"]
+    for start in range(0, x.shape[1], span):
+        part = x[:, start : start + span].double()
+        unit = 2.0 ** ((torch.frexp(part.abs().amax(1, keepdim=True)).exponent - 1).clamp(min=-100) - 13.0)
+        s = (torch.round(part / unit) @ codes[:, start : start + span].T).float()  # integers below 2^31, so exact until here
+        total = (total.double() + s.double() * (unit * scales[:, start // span])).float()  # rounded once, since fp64 holds such sums
+    return total
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", CODES)
 def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -> None:
@@ -104,13 +119,38 @@ def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -
         x, weight, total = coded(quantization, dtype, 100, n, k)
         packed, bias = pack(weight, quantization), random(5, n, dtype=dtype)
         plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
-        if isa == "amx" and dtype == torch.bfloat16:  # there a quantised weight is a bf16 weight that takes less memory
-            elements = packed.rows(torch.arange(n))
-            plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
+        if isa == "amx" and dtype == torch.bfloat16:
+            if quantization == "int8":
+                total = in_integers(x, weight)
+                plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
+            else:  # there it is a bf16 weight that takes less memory
+                elements = packed.rows(torch.arange(n))
+                plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
         for m in (*range(1, 17), 29, 64, 100):
             products = NativeProducts(1 + m % 2)
             assert_same_bits(products.linear(x[:m], packed), plain[:m])
             assert_same_bits(products.linear(x[:m], packed, bias), biased[:m])
+
+
+@pytest.mark.parametrize("quantization", CODES)
+def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> None:
+    """Rows of large, tiny, mixed and no magnitudes, and some that are not finite, beside plain ones: each as alone, and near fp64."""
+    weight, x = random(1, 70, 300, dtype=torch.bfloat16), random(2, 40, 300, dtype=torch.bfloat16)
+    x[3], x[4], x[5] = x[3] * 2.0**100, x[4] * 2.0**-120, 0
+    x[6] *= 2.0 ** (torch.arange(300) % 40 - 20)
+    x[7, 131], x[8, 299] = NAN, torch.inf
+    packed = pack(weight, quantization)
+    got = NativeProducts(2).linear(x, packed)
+    assert not got[7:9].isfinite().any() and not got[5].any()
+    for rows in ([3], [8, 7, 6, 5, 4], list(range(39, 4, -1))):
+        assert_same_bits(NativeProducts(1).linear(x[rows], packed).nan_to_num(), got[rows].nan_to_num())
+    fine = [row for row in range(40) if row not in (7, 8)]
+    exact = x[fine].double() @ packed.rows(torch.arange(70), torch.float32).double().T
+    size = x[fine].double().abs() @ packed.rows(torch.arange(70), torch.float32).double().abs().T
+    share = 2.0**-8 if isa == "amx" and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
+    assert ((got[fine].double() - exact).abs() <= 2.0**-8 * exact.abs() + share * size + 2.0**-112).all()
+    if isa == "amx" and quantization == "int8":
+        assert_same_bits(got[fine], in_integers(x, weight)[fine].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("quantization", ["none", *CODES])
