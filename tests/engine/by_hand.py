@@ -5,12 +5,14 @@ What `LLM` promises is asked through `LLM` itself; only its thread, and the thre
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +22,9 @@ from quire.engine.engine import Engine
 from quire.engine.stream import RequestStream
 from quire.request import Request
 from quire.tensors.models.model import CausalModel
+from quire.tensors.models.workspace import measure
+
+measured = cache(measure)  # takes more than all else that is done to open a model anew
 
 
 class SteppedWorker:
@@ -103,7 +108,10 @@ class ByHand:
         self.time, self.spare_bytes = 0.0, 2**60
         self.full = self.failing = False
         self.reader, self.writer = Hands(), Hands()
-        with patch("quire.engine.llm.Worker", SteppedWorker), patch("quire.engine.build.open_model", lambda *_: model):
+        patches = {"llm.Worker": SteppedWorker, "build.open_model": lambda *_: model, "build.measure": measured}
+        with contextlib.ExitStack() as stack:
+            for name, given in patches.items():
+                stack.enter_context(patch(f"quire.engine.{name}", given))
             self.llm = LLM(source, reserve_bytes=1, **options)
         engine = self.engine
         self.cache, self.tier = engine.scheduler.cache, self.llm._built.tier
