@@ -131,6 +131,11 @@ class ByHand:
     def engine(self) -> Engine:
         return self.llm._built.engine
 
+    @property
+    def busy(self) -> bool:
+        """Whether pages are on their way to or from the disk."""
+        return self.tier is not None and self.tier.busy
+
     def step(self) -> None:
         """One step of the engine, which looks at the memory there is before it."""
         self.engine.keeper._next_look_s = 0.0

@@ -44,15 +44,16 @@ WINDOWS = {"sliding_window": 8}
 MODELS = ("llama", "llama", "llama again", "gemma3_text", "live", "live")
 ADAPTERS = ("", "a", "b")
 DRAWN = SamplingParams(max_tokens=MOST_DRAWN, temperature=1.0, seed=0, logprobs=2, ignore_eos=True)
-KINDS = (
-    DRAWN,
-    replace(DRAWN, temperature=0.0, max_tokens=5),
-    replace(DRAWN, max_tokens=1, seed=7),
-    replace(DRAWN, n=3, seed=20),
-    replace(DRAWN, n=2, max_tokens=4, repetition_penalty=1.3, top_k=30),
-    replace(DRAWN, max_tokens=3, prompt_logprobs=1),
-    SamplingParams(max_tokens=0, pooling="mean"),
-)
+KINDS = {
+    "drawn": DRAWN,
+    "greedy": replace(DRAWN, temperature=0.0, max_tokens=5),
+    "one": replace(DRAWN, max_tokens=1, seed=7),
+    "fork": replace(DRAWN, n=3, seed=20),
+    "penalties": replace(DRAWN, n=2, max_tokens=4, repetition_penalty=1.3, top_k=30),
+    "scored": replace(DRAWN, max_tokens=3, prompt_logprobs=1),
+    "embedded": SamplingParams(max_tokens=0, pooling="mean"),
+}
+kinds = st.sampled_from(list(KINDS))
 _rng = random.Random(12)
 STEMS = [[_rng.randrange(3, VOCAB) for _ in range(MOST_TOKENS)] for _ in range(3)]
 prompts = st.builds(
@@ -85,8 +86,8 @@ class Models:
         self._answers: dict[object, RequestOutput] = {}
 
     @cache  # noqa: B019
-    def source(self, name: str, copy: str = "") -> Any:
-        """What an `LLM` is made of: a folder, or a live model, of which the oracle has a copy."""
+    def source(self, name: str, whose: str) -> Any:
+        """What an `LLM` is made of: a folder, or a live model, one for the engine and another for the oracle."""
         if name == "live":
             model = tiny_model("llama")
             for seed, layer in enumerate(model.model.layers):
@@ -97,16 +98,16 @@ class Models:
         return make(self._root / name, family, torch.bfloat16 if windows else torch.float32, seed=len(again), **windows)
 
     @cache  # noqa: B019
-    def loaded(self, name: str, copy: str = "") -> CausalModel:
+    def loaded(self, name: str, whose: str) -> CausalModel:
         config = EngineConfig()
-        model = open_model(self.source(name, copy), config, choose_kernels(config.backend, 1))
+        model = open_model(self.source(name, whose), config, choose_kernels(config.backend, 1))
         model.close = lambda: None  # type: ignore[method-assign]  # the next engine takes it too
         return model
 
     @cache  # noqa: B019
     def sizes(self, name: str, codec: str | None, page_size: int) -> tuple[int, int]:
         """(bytes of a page, pages that the longest request may take)."""
-        one = ByHand(self.loaded(name), self.source(name), kv_codec=codec, page_size=page_size, max_model_len=MOST_TOKENS, max_sequences=1)
+        one = ByHand(self.loaded(name, "engine"), self.source(name, "engine"), kv_codec=codec, page_size=page_size, max_model_len=MOST_TOKENS, max_sequences=1)
         try:
             return one.llm.info.page_bytes, one.cache.pages_to_finish(MOST_TOKENS)
         finally:
@@ -181,22 +182,22 @@ class EngineMachine(RuleBasedStateMachine):
         if name != "live":
             given |= {"cache_dir": self.folder / "pages", "cache_dir_bytes": self.room * (page_bytes + 4096 + 100)}
         self.name, self.codec = name, given["kv_codec"]
-        self.hand = ByHand(self.models.loaded(name), self.models.source(name), max_model_len=MOST_TOKENS, **given)
+        self.hand = ByHand(self.models.loaded(name, "engine"), self.models.source(name, "engine"), max_model_len=MOST_TOKENS, **given)
         self.llm = self.hand.llm
         if name == "live":
-            switch(self.models.source(name), self.adapter)
+            switch(self.models.source(name, "engine"), self.adapter)
 
     # -- actions --------------------------------------------------------------------------------------------------------------------------
 
-    @rule(prompt=prompts, params=st.sampled_from(KINDS), namespace=namespaces, priority=st.sampled_from([0, 0, 0, 1, -1]), copies=st.integers(1, 2))
-    def submit(self, prompt: list[int], params: SamplingParams, namespace: str | None, priority: int, copies: int) -> None:
+    @rule(prompt=prompts, kind=kinds, namespace=namespaces, priority=st.sampled_from([0, 0, 0, 1, -1]), copies=st.integers(1, 2))
+    def submit(self, prompt: list[int], kind: str, namespace: str | None, priority: int, copies: int) -> None:
         for _ in range(copies):
-            self._submit(prompt, params, namespace, priority)
+            self._submit(prompt, KINDS[kind], namespace, priority)
 
-    @rule(data=st.data(), rest=prompts, params=st.sampled_from(KINDS), namespace=namespaces)
-    def submit_the_next_turn(self, data: st.DataObject, rest: list[int], params: SamplingParams, namespace: str | None) -> None:
+    @rule(data=st.data(), rest=prompts, kind=kinds, namespace=namespaces)
+    def submit_the_next_turn(self, data: st.DataObject, rest: list[int], kind: str, namespace: str | None) -> None:
         """An earlier prompt with its answer, and something new."""
-        self._submit(data.draw(st.sampled_from(self.history)) + rest[-3:], params, namespace, 0)
+        self._submit(data.draw(st.sampled_from(self.history)) + rest[-3:], KINDS[kind], namespace, 0)
 
     def _submit(self, prompt: list[int], params: SamplingParams, namespace: str | None, priority: int) -> None:
         prompt = prompt[: MOST_TOKENS - MOST_DRAWN]
@@ -227,7 +228,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.streams)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.streams))[0].cancel()
+        self.streams[data.draw(st.integers(0, len(self.streams) - 1))][0].cancel()
         self.collect()
 
     @rule(data=st.data(), namespace=namespaces, ttl=st.sampled_from([None, 1.0]))
@@ -275,7 +276,7 @@ class EngineMachine(RuleBasedStateMachine):
         """With nothing open, as is asked of whoever changes a live model."""
         self.seen["switches"] += adapter != self.adapter
         self.adapter = adapter
-        switch(self.models.source("live"), adapter)
+        switch(self.models.source("live", "engine"), adapter)
 
     @rule(reads=st.integers(0, 3), writes=st.integers(0, 6), full=st.sampled_from([False, False, True]), dear=st.sampled_from([0.0, 0.0, 1e-15]))
     def move_the_disk(self, reads: int, writes: int, full: bool, dear: float) -> None:
@@ -308,7 +309,7 @@ class EngineMachine(RuleBasedStateMachine):
     def after_every_action(self) -> None:
         self.seen["actions"] += 1
         self.llm.check_integrity()
-        if not self.streams:
+        if not self.streams and not self.hand.busy:
             stats = self.llm.stats()
             assert stats["num_held_pages"] == stats["num_pinned_pages"] and not stats["num_running"] and not stats["num_waiting"]
 
