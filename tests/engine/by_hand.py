@@ -166,7 +166,7 @@ class ByHand:
 
 def damage(folder: Path, how: str, rng: random.Random) -> bool:
     """Do something to a page file of the folder; whether there is one."""
-    pages = sorted(folder.glob("*.page"))
+    pages = sorted(path for path in folder.glob("*.page") if path.is_file() and not path.is_symlink())
     if not pages:
         return False
     path, other = rng.choice(pages), rng.choice(pages)
