@@ -33,7 +33,10 @@ __all__ = ["one_thread"]
 
 MOST_DRAWN = 12
 ENOUGH_STEPS = 3000
-CODECS = (None, None, "int8", "int4", "k=int8,v=none")
+CODECS = (None, None, "int8", "int4", "k=int8,v=none", "k=none,v=int8")
+# What another engine over the same folder may differ in, with pages of the same size.
+OTHER_WEIGHTS = {"llama": "llama again", "llama again": "llama"}
+OTHER_CODEC = {"k=int8,v=none": "k=none,v=int8", "k=none,v=int8": "k=int8,v=none"}
 MODELS = ("llama", "llama", "llama again", "gemma3_text", "live", "live")
 ADAPTERS = ("", "a", "b")
 DRAWN = SamplingParams(max_tokens=MOST_DRAWN, temperature=1.0, seed=0, logprobs=2, ignore_eos=True)
@@ -187,13 +190,15 @@ class EngineMachine(RuleBasedStateMachine):
     def forget(self) -> None:
         self.llm.reset_cache()
 
-    @precondition(lambda self: self.name == "live" and not self.streams)
+    @precondition(lambda self: self.name == "live")
     @rule(adapter=st.sampled_from(ADAPTERS))
     def switch_adapter(self, adapter: str) -> None:
-        """With nothing open, as is asked of whoever changes a live model."""
+        """With nothing open, as is asked of whoever changes a live model; then what was asked before is asked again."""
+        self._finish()
         self.seen["switches"] += adapter != self.adapter
         self.adapter = adapter
         switch(self.models.source("live", "engine"), adapter)
+        self._ask_again()
 
     @rule(reads=st.integers(0, 3), writes=st.integers(0, 6), full=st.sampled_from([False, False, True]), dear=st.sampled_from([0.0, 0.0, 1e-15]))
     def move_the_disk(self, reads: int, writes: int, full: bool, dear: float) -> None:
@@ -210,25 +215,33 @@ class EngineMachine(RuleBasedStateMachine):
     def damage(self, how: str, seed: int) -> None:
         damage(self.folder / "pages", how, random.Random(seed))
 
-    @rule(name=st.sampled_from(MODELS), options=options, same=st.booleans(), lose_index=st.booleans())
-    def restart(self, name: str, options: dict[str, Any], same: bool, lose_index: bool) -> None:
-        """Whatever is open is cancelled; another engine opens over the same folder, of the same model with the same pages or of another."""
-        self._restart(name, options, same, lose_index)
+    @rule(name=st.sampled_from(MODELS), options=options, lose_index=st.booleans())
+    def restart(self, name: str, options: dict[str, Any], lose_index: bool) -> None:
+        """Whatever is open is cancelled; an engine of any model opens over the same folder."""
+        self._restart(name, options, lose_index)
 
-    @rule(options=options, damages=st.lists(hows, max_size=6), seed=st.integers(0, 1000), name=st.sampled_from([None] * 8 + [*MODELS]))
-    def restart_and_ask_again(self, options: dict[str, Any], damages: list[str], seed: int, name: str | None) -> None:
-        """The folder may have been damaged meanwhile; the next engine is asked what the last has answered."""
+    @rule(
+        options=options,
+        change=st.sampled_from(["nothing", "nothing", "weights", "codec"]),
+        damages=st.lists(hows, max_size=6),
+        seed=st.integers(0, 1000),
+    )
+    def restart_and_ask_again(self, options: dict[str, Any], change: str, damages: list[str], seed: int) -> None:
+        """The folder may have been damaged meanwhile; the next engine is asked what the last has answered, and may be another model's."""
         self._finish()
-        self._restart(name or self.name, options, name is None, False)
+        name = OTHER_WEIGHTS.get(self.name, self.name) if change == "weights" else self.name
+        codec = OTHER_CODEC.get(self.codec or "", self.codec) if change == "codec" else self.codec
+        self._restart(name, {**options, "kv_codec": codec, "page_size": self.llm.info.page_size}, False)
         for i, how in enumerate(damages):
             damage(self.folder / "pages", how, random.Random(seed + i))
+        self._ask_again()
+
+    def _ask_again(self) -> None:
         for prompt, params, namespace in self.asked[-3:]:
             self._submit(prompt, params, namespace, 0)
         self.step(4)
 
-    def _restart(self, name: str, options: dict[str, Any], same: bool, lose_index: bool) -> None:
-        if same:
-            name, options = self.name, {**options, "kv_codec": self.codec, "page_size": self.llm.info.page_size}
+    def _restart(self, name: str, options: dict[str, Any], lose_index: bool) -> None:
         self.close()
         if lose_index:
             (self.folder / "pages" / "index.sqlite").unlink(missing_ok=True)
