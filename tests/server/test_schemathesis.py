@@ -1,4 +1,7 @@
-"""The server asked by schemathesis from its own OpenAPI document, with bodies that fit it and bodies that do not. `make soak` asks far more."""
+"""The server asked by schemathesis from its own OpenAPI document, with bodies that fit it and bodies that do not; far more of them in `make soak`.
+
+Skipped where schemathesis is not installed, which no make target does.
+"""
 
 from __future__ import annotations
 
