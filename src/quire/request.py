@@ -35,9 +35,14 @@ class Request:
         return self.params.best_of or self.params.n
 
     @property
-    def num_tokens_at_most(self) -> int:
-        """Prompt and output of one sequence together."""
-        return len(self.prompt_token_ids) + self.max_tokens
+    def num_committed_at_most(self) -> int:
+        """See the function of this name."""
+        return num_committed_at_most(len(self.prompt_token_ids), self.max_tokens, self.params)
+
+
+def num_committed_at_most(prompt_len: int, max_tokens: int, params: SamplingParams) -> int:
+    """How many tokens of one sequence may come into the cache: the last that is drawn, or only scored, does not; all that are pooled do."""
+    return max(prompt_len + max_tokens - 1, prompt_len if params.pooling is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)

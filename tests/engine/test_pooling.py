@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quire import LLM, SamplingParams
-from quire.errors import InvalidRequestError
+from quire.errors import CacheTooSmallError, InvalidRequestError
 from quire.params import Pooling
 from tests.engine.conftest import Checkpoint
 
@@ -89,3 +89,15 @@ def test_what_is_refused(checkpoint: Checkpoint) -> None:
         assert llm.embed([]).shape[0] == 0
     with pytest.raises(InvalidRequestError, match="max_tokens"):
         SamplingParams(max_tokens=0)
+
+
+@pytest.mark.parametrize("pooling", BOTH)
+def test_a_prompt_of_a_page_and_a_token_takes_two_pages(checkpoint: Checkpoint, pooling: Pooling) -> None:
+    """All tokens are computed, the last too: where one page is all there is, the request is refused before it can stop the engine."""
+    with LLM(checkpoint("llama"), page_size=4) as llm:
+        page_bytes = llm.info.page_bytes
+    with LLM(checkpoint("llama"), page_size=4, cache_bytes=page_bytes) as llm:
+        assert llm.embed([3, 4, 5, 6], pooling=pooling).shape[0] == 1
+        with pytest.raises(CacheTooSmallError):
+            llm.embed([3, 4, 5, 6, 7], pooling=pooling)
+        assert llm.embed([3, 4, 5], pooling=pooling).shape[0] == 1 and llm.failure is None

@@ -59,7 +59,7 @@ class Engine:
         own_root = f"request {self._arrivals}" if scores or pooling == "mean" or request.num_branches > 1 and not cache.sharing else ""
         sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root, scores=scores, pooling=pooling)
         self._arrivals += request.num_branches
-        num_tokens = request.num_tokens_at_most - 1  # the last token drawn is never fed back
+        num_tokens = request.num_committed_at_most
         sequence.pages_at_most = cache.pages_to_finish(num_tokens)
         self._add_branch(state, sequence)
         self._requests[request.request_id] = state

@@ -11,7 +11,7 @@ from typing import cast
 from quire.engine.build import Built
 from quire.errors import InvalidRequestError
 from quire.params import SamplingParams
-from quire.request import Request, check_fits, check_namespace, check_priority, check_prompt
+from quire.request import Request, check_fits, check_namespace, check_priority, check_prompt, num_committed_at_most
 
 Prompt = str | Sequence[int]
 
@@ -45,7 +45,7 @@ class Intake:
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))
         max_tokens = check_prompt(token_ids, params, self._built.limits)
-        num_committed = len(token_ids) + max_tokens - 1  # the last token drawn is never fed back
+        num_committed = num_committed_at_most(len(token_ids), max_tokens, params)
         engine = self._built.engine
         check_fits(num_committed, engine.scheduler.cache.pages_to_finish(num_committed), engine.keeper.num_pages_for_requests)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
