@@ -271,7 +271,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.seen["ends"] += 1
             each = [replace(params, n=1, seed=None if params.seed is None else params.seed + i) for i in range(len(output.outputs))]
             check_bits(output, [self.models.answer(self.name, self.codec, adapter, prompt, one) for one in each])
-            self.history = [*self.history[-5:], prompt + output.outputs[0].token_ids]
+            self.history = [*self.history[-5:], (prompt + output.outputs[0].token_ids)[: MOST_TOKENS - 1]]
         self.streams = still_open
 
     def close(self) -> None:
