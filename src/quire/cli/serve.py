@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from quire.cli.door import load, needs_server_extra, stderr
+from quire.cli.options import Without
 from quire.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 def serve(
     model: Annotated[str, typer.Argument(help="A hub id, or a local folder in Hugging Face format.")],
-    config: EngineConfig,
+    config: Annotated[EngineConfig, Without("trust_remote_code")],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all interfaces.", rich_help_panel=PANEL)] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", rich_help_panel=PANEL)] = 8000,
     api_key: Annotated[
@@ -45,6 +46,7 @@ def serve(
     """Serve a model over HTTP, as OpenAI does.
 
     It listens at once and loads meanwhile; /ready says when requests are taken. SIGTERM or Ctrl-C drains it, a second one ends it at once.
+    Python code that comes with a checkpoint is never run by a server: such a model is refused.
     """
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
