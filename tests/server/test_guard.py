@@ -52,6 +52,7 @@ def test_every_route_wants_a_key(server: Running) -> None:
                 assert answer.headers["www-authenticate"] == "Bearer"
                 if method != "HEAD":
                     assert checked(answer)["code"] == "invalid_api_key"
+        assert client.get("/docs", headers={"authorization": f"Bearer {KEY}"}).content == client.get("/page/static/docs.html").content
         assert num_open == 4  # health, ready, the page and its files
         for path in ("/no/such/route", "/page/events", "/page/staticx", "/health/", "/page/static", "/HEALTH"):
             assert client.get(path).status_code == 401, path
