@@ -141,6 +141,21 @@ def test_a_slow_disk_keeps_nobody_else_waiting(checkpoint: Checkpoint, tmp_path:
         assert bits([output]) == cold and output.receipt.cached_tokens == 48 and output.receipt.waited_for == "disk"
 
 
+def test_a_smaller_pool_waits_for_pages_on_their_way_to_the_disk(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs and the writer holds pages: there is nobody to give way, and the pages come back by themselves."""
+    gate, write = threading.Event(), DiskStore.write
+    monkeypatch.setattr(DiskStore, "write", lambda *args: gate.wait(30) and write(*args))
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_bytes=2**20) as llm:
+        llm.generate(PROMPTS, DRAWN)
+        assert llm.stats()["num_held_pages"] > 1, "nothing is on its way"
+        opening = threading.Timer(0.3, gate.set)
+        opening.start()
+        assert llm.resize_cache(llm.info.page_bytes) == llm.info.page_bytes
+        opening.join()
+        llm.check_integrity()
+        assert llm.stats()["num_pages"] == 1
+
+
 def test_a_reset_waits_for_the_disk_and_holds_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_bytes=2**18) as llm:
         llm.generate(PROMPTS, DRAWN)

@@ -101,8 +101,11 @@ class CacheKeeper:
             while pool.num_usable > wanted:
                 retired = pool.retire(pool.num_usable - wanted)
                 self._store.give_back(retired)
-                if not retired:  # all that is left is held: those of the worst rank wait
+                if not retired and self._scheduler.num_running:  # all that is left is held: those of the worst rank wait
                     self._scheduler.preempt_worst()
+                elif not retired:  # or on its way to the disk or from it, and comes back by itself
+                    self._scheduler.tier.wait()
+                    self._scheduler.tier.poll()
         return pool.num_usable * page_bytes
 
     def tend(self) -> None:
