@@ -14,8 +14,8 @@ from quire import LLM, SamplingParams
 from quire.errors import ConfigError
 from quire.outputs import RequestOutput
 from quire.tensors.disk import DiskStore
-from tests.engine.conftest import Checkpoint
-from tests.tensors.checkpoints import tiny_model
+from tests.engine.conftest import Checkpoint, tokenizer
+from tests.tensors.checkpoints import make, tiny_model
 
 PROMPTS = [[5 + (i * i * 7 + 3 * i + seed) % 180 for i in range(50 + 7 * seed)] for seed in range(4)]
 DRAWN = [SamplingParams(max_tokens=20, temperature=1.0, seed=seed, logprobs=2, ignore_eos=True) for seed in range(4)]
@@ -48,6 +48,38 @@ def test_a_namespace_is_found_again_and_no_other(checkpoint: Checkpoint, tmp_pat
     for namespace, hit in (("a", 0), ("a", 48), ("b", 0)):
         with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
             assert llm.generate(PROMPTS[0], DRAWN[0], namespace=namespace)[0].receipt.cached_tokens == hit
+
+
+def another_tokenizer(folder: str) -> None:
+    """A token more than `tokenizer()` has: nothing that it had is written otherwise."""
+    other = tokenizer()
+    other.add_tokens(["<more>"])
+    other.save_pretrained(folder)
+
+
+def no_tokenizer(folder: str) -> None:
+    for path in Path(folder).glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("change", [another_tokenizer, no_tokenizer])
+def test_another_tokenizer_finds_nothing(tmp_path: Path, change: Callable[[str], None]) -> None:
+    """The ids are the same, and so are the weights to the byte and the second; only who made ids of text has changed, and changes back."""
+    folder = make(tmp_path / "model", "llama")
+    tokenizer().save_pretrained(folder)
+
+    def run() -> tuple[int, list[tuple[object, ...]]]:
+        with LLM(folder, page_size=4, cache_dir=tmp_path / "store") as llm:
+            outputs = llm.generate(PROMPTS[:1], DRAWN[:1])
+            assert llm.stats()["num_disk_damaged"] == 0, "a clean miss"
+            return outputs[0].receipt.cached_tokens, bits(outputs)
+
+    cold, warm = run(), run()
+    change(folder)
+    other, other_warm = run(), run()
+    tokenizer().save_pretrained(folder)
+    assert [hit for hit, _ in (cold, warm, other, other_warm, run())] == [0, 48, 0, 48, 48]
+    assert cold[1] == warm[1] == other[1] == other_warm[1]
 
 
 def test_what_preemption_pushed_out_comes_back_from_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -172,11 +172,13 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
     identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()
     cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
-    disk = _disk(config, model, store, f"{identity.hex()}/{kernels.name}/{version('quire')}") if config.cache_dir is not None else None
+    tokenizer = _tokenizer(source, config)
+    disk = None
+    if config.cache_dir is not None:
+        disk = _disk(config, model, store, f"{identity.hex()}/{kernels.name}/{version('quire')}/{tokenizer.fingerprint if tokenizer else 'ids'}")
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
-    tokenizer = _tokenizer(source, config)
     engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes)
     info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace)
     limits, eye = Limits(model.vocab_size, context_len), DiskEye(disk) if disk is not None else None

@@ -85,14 +85,16 @@ class TextTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of everything that decides ids and text: equal for two loads of the same files, in any process."""
-        hf = self.hf
-        parts = [sorted((name, str(token)) for name, token in hf.special_tokens_map.items()), bool(getattr(hf, "split_special_tokens", False))]
+        hf, digest = self.hf, hashlib.sha256()
+        told = [sorted((name, str(token)) for name, token in hf.special_tokens_map.items()), bool(getattr(hf, "split_special_tokens", False))]
+        told.append(f"{type(hf).__module__}.{type(hf).__qualname__}")  # of a tokenizer's own code
         if hf.is_fast:
-            parts.append(hf.backend_tokenizer.to_str())
+            digest.update(hf.backend_tokenizer.to_str().encode())  # megabytes, and in a form of its own: not for JSON once more
         else:
-            parts += [type(hf).__qualname__, sorted(hf.get_vocab().items()), sorted((i, repr(t)) for i, t in hf.added_tokens_decoder.items())]
-            parts.append(_digest_of_file(getattr(hf, "vocab_file", None)))
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            told += [sorted(hf.get_vocab().items()), sorted((i, repr(t)) for i, t in hf.added_tokens_decoder.items())]
+            told.append(_digest_of_file(getattr(hf, "vocab_file", None)))
+        digest.update(json.dumps(told).encode())
+        return digest.hexdigest()
 
     def _find_byte_ids(self) -> Mapping[int, int]:
         ids = {byte: self._id_of(f"<0x{byte:02X}>") for byte in range(256)}
