@@ -17,7 +17,8 @@ test: setup
 	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 soak: setup
-	$(BIN)/python -m pytest -q -rP tests/policy tests/tensors/test_disk_random.py tests/server/test_soak.py --hypothesis-profile=soak
+	$(BIN)/python -m pytest -q -rP tests/policy tests/tensors/test_disk_random.py tests/engine/test_random.py tests/server/test_schemathesis.py \
+		tests/server/test_soak.py --hypothesis-profile=soak
 
 lint: setup
 	$(BIN)/ruff check .

@@ -305,13 +305,9 @@ class LLM:
     def _forget_old_weights(self) -> None:
         """Old keys with new weights would be wrong tokens: whoever comes next to a model in training finds nothing of what was."""
         model = self._built.model
-        if not model.live:
-            return
-        stamp = model.weights_stamp
-        if self._worker.call(stamp) != self._weights_stamp:  # there, as a step changes the model for its time
+        if model.live and self._worker.call(model.weights_stamp) != self._weights_stamp:  # there, as a step changes the model for its time
             self.reset_cache()
-            self._worker.call(lambda: probe_again(model))
-            self._weights_stamp = self._worker.call(stamp)
+            self._weights_stamp = self._worker.call(lambda: probe_again(model))
 
     def _checked(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's token ids, of which something could be cached."""

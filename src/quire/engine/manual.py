@@ -168,5 +168,4 @@ class ManualEngine:
         if self._cache.pool.num_held:
             raise InvalidRequestError("model", "other weights", "what it was while sequences are held")
         self._cache.reset()
-        probe_again(model)
-        self._stamp = model.weights_stamp()
+        self._stamp = probe_again(model)

@@ -86,13 +86,15 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
     return ProbeReport(sum(map(len, sequences)), error, tolerance, model.everywhere)
 
 
-def probe_again(model: CausalModel) -> None:
-    """Take a live model, whose weights have changed, as it is now, and probe it if it is made of other code than any that has passed.
+def probe_again(model: CausalModel) -> int:
+    """Take a live model, whose weights have changed, as it is now, and probe it if it is made of other code than any that has passed. Returns its
+    stamp (`weights_stamp`).
 
     Raises as `probe`, UnsupportedModelError too for a change that only a new engine can take; nothing may be computed until a later call succeeds.
     """
     if model.survey_again():
         probe(model)
+    return model.weights_stamp()
 
 
 def _sequences(model: CausalModel) -> list[torch.Tensor]:
