@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import os
 import shutil
@@ -21,30 +20,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from quire import SamplingParams
-from quire.config import EngineConfig
-from quire.engine import build
-from quire.engine.build import Built
 from quire.engine.intake import Intake
 from quire.errors import CacheTooSmallError, InvalidRequestError, StepError
 from quire.outputs import RequestOutput, TokenEvent
-from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe_again
-from tests.engine.test_llm import Adapted
+from tests.engine.plain_engine import FOLDER, adapter, bits, expected, model_of, opened, plain_engine, shut
 from tests.policy.oracle import SOAK
-from tests.tensors.checkpoints import make, one_thread, tiny_model
+from tests.tensors.checkpoints import one_thread
 
 __all__ = ["one_thread"]
 
-FOLDER = Path(tempfile.mkdtemp(prefix="quire-random-"))
-KERNELS = functools.cache(lambda: build.choose_kernels("auto", 1))
-PAGE, MOST_TOKENS = 4, 52
+MOST_TOKENS = 52
 BASES = [[3 + (i * i * 7 + 3 * i + 31 * seed) % 500 for i in range(40)] for seed in range(2)]
 lengths = st.one_of(st.sampled_from([40, 40, 39, 16, 1]), st.integers(1, 40))
 prompts = st.builds(lambda base, n, tail: (*base[:n], *tail), st.sampled_from(BASES), lengths, st.lists(st.integers(3, 5), max_size=3))
 spaces = st.sampled_from(["", "", "", "a", "a/b", "c"])
 CODECS = [None, None, "int8", "int4", "k=int8,v=int4"]
 Ask = tuple[tuple[int, ...], SamplingParams, str, int]
-Bits = list[tuple[object, ...]]
 SEEN: Counter[str] = Counter()  # what these lives have come to, all together
 
 
@@ -58,55 +50,6 @@ def asking(num_new: int, n: int, seed: int, sampled: bool, scored: bool) -> Samp
 one_in_eight = st.sampled_from([False] * 7 + [True])
 params = st.builds(asking, st.integers(1, 9), st.sampled_from([1, 1, 1, 2, 3]), st.integers(0, 2), st.booleans(), one_in_eight)
 asks = st.tuples(prompts, params, spaces, st.sampled_from([0, 0, 0, 1, 2]))
-
-
-@functools.cache
-def model_of(kind: str) -> CausalModel:
-    """Opened and probed once: engines come and go by the hundred. "adapted" is live, the others are folders'."""
-    if kind == "adapted":
-        live = tiny_model("llama", num_hidden_layers=2)
-        live.model.layers[1].self_attn.k_proj = Adapted(live.model.layers[1].self_attn.k_proj)
-        return build.open_model(live, EngineConfig.of({}), KERNELS())
-    folder = make(FOLDER / kind, kind, num_hidden_layers=3 if kind == "gemma3_text" else 2, sliding_window=7)
-    return build.open_model(folder, EngineConfig.of({}), KERNELS())
-
-
-def opened(kind: str, **options: Any) -> Built:
-    config = EngineConfig.of({"page_size": PAGE, "reserve_bytes": 0, **options})
-    source: Any = str(FOLDER / kind) if kind != "adapted" else model_of(kind).transformers_model
-    return build._lay_out(source, model_of(kind), config, KERNELS(), 1)
-
-
-def shut(built: Built) -> None:
-    built.engine.masks.close()
-    built.grammars.close()
-    if built.tier is not None:
-        built.tier.close()
-
-
-def adapter(kind: str) -> Any:
-    return model_of(kind).transformers_model.model.layers[1].self_attn.k_proj
-
-
-def bits(output: RequestOutput) -> Bits:
-    scores = (output.prompt_logprobs, output.prompt_top_logprobs)
-    return [(one.token_ids, one.logprobs, one.top_logprobs, one.cumulative_logprob, one.finish_reason, scores) for one in output.outputs]
-
-
-@functools.cache
-def plain_engine(kind: str, codec: str | None) -> Built:
-    return opened(kind, kv_codec=codec, prefix_sharing=False, cache_bytes=2**21)
-
-
-@functools.lru_cache(20_000)
-def expected(kind: str, codec: str | None, adapters: tuple[object, ...], prompt: tuple[int, ...], params: SamplingParams) -> Bits:
-    """What an engine without a cache gives, with this request alone in it."""
-    built, outputs = plain_engine(kind, codec), list[RequestOutput]()
-    request = Intake(built).request(prompt, params, None, 0, None)
-    built.engine.add(request, lambda event: outputs.append(event.output) if event.output is not None else None)
-    while not outputs:
-        built.engine.step()
-    return bits(outputs[0].raise_for_error())
 
 
 @dataclass
