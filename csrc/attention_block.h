@@ -1,6 +1,7 @@
-// One work item: a block of query rows (tokens x query heads of one KV head) of one sequence, against all its keys or some
-// parts of them. Online softmax after Milakov & Gimelshein (2018), tiled as in FlashAttention (Dao et al., 2022).
+// One work item against all its keys or some parts of them. Online softmax after Milakov & Gimelshein (2018), tiled as in
+// FlashAttention (Dao et al., 2022).
 #pragma once
+#include "attention_item.h"
 #include "attention_keys.h"
 #include "attention_values.h"
 #include "kernels.h"
@@ -12,8 +13,6 @@ namespace {
 
 constexpr int kBlockRows = 192;  // query rows of one work item
 
-constexpr float kLog2E = 1.44269504088896341f;
-
 // One thread's working memory, in floats, carved from one allocation.
 struct Scratch {
   float *q, *columns, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *zeros;
@@ -21,39 +20,16 @@ struct Scratch {
 };
 
 struct Block {
-  const AttendArgs& args;
+  Item& item;
   Scratch& s;
   const KeyFormat& key;
   const ValueFormat& value;
-  History from;
-  int32_t first_position, num_tokens;  // absolute position of the first query token
-  int32_t heads, first_head;           // query heads of this item
-  int64_t k_rows, v_stride;            // head dimensions in a panel of queries or keys; length of an output row in scratch
-  Fetcher fetcher;                     // of nothing, with its rates
-  Rows tiles[2];                       // this one and the next
+  int64_t k_rows, v_stride;  // head dimensions in a panel of queries or keys; length of an output row in scratch
+  Fetcher fetcher;           // of nothing, with its rates
 
-  int rows() const { return num_tokens * heads; }
+  const AttendArgs& args() const { return item.args; }
   const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
-  int32_t position(int token) const { return first_position + token; }
-  // The first key a token sees; never falls from one token to the next.
-  int32_t first_key(int token) const {
-    const int32_t at = position(token);
-    int32_t first = args.window > 0 && at >= args.window ? at - args.window + 1 : 0;
-    if (args.chunk > 0 && at / args.chunk * args.chunk > first) first = at / args.chunk * args.chunk;
-    return first;
-  }
 };
-
-QUIRE_INLINE int clip(int64_t x, int hi) { return x < 0 ? 0 : x > hi ? hi : int(x); }
-
-// log2(e) times the score, scaled and softcapped.
-QUIRE_INLINE F32x16 shape_score(F32x16 dot, float scale, float softcap) {
-  if (softcap == 0.0f) return mul(dot, set1(scale * kLog2E));
-  return mul(tanh(mul(dot, set1(scale / softcap))), set1(softcap * kLog2E));
-}
-
-// What a running maximum is subtracted as: a row whose scores are all -inf so far must give zeros, not NaN.
-QUIRE_INLINE float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
 
 // Scores of up to 16 rows to probabilities, in place; updates each row's maximum and sums, and gives the factor by which its
 // former output shrinks. Lanes outside a row's keys lo..hi-1 become exactly zero.
@@ -127,40 +103,37 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fet
     rows = rows_in_panel(r0, end_row);
     queries[num_queries++] = {b.queries(r0), s.scores + (r0 - first_row) * kTile, rows, (s.hi[r0 + rows - 1] + 15) / 16};
   }
-  b.key.score_few(tile, b.args.layout.k.dim, queries, num_queries, {s.columns, s.columns + kColumnFloats}, fetcher);
+  b.key.score_few(tile, b.args().layout.k.dim, queries, num_queries, {s.columns, s.columns + kColumnFloats}, fetcher);
   int r0 = first_row;
   for (int i = 0; i < num_queries; r0 += queries[i++].rows) {
     const int rows = queries[i].rows, *lo = s.lo + r0, *hi = s.hi + r0;
     float* scores = queries[i].scores;
-    softmax_rows(rows, queries[i].groups, lo, hi, b.args.scale, b.args.softcap, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    softmax_rows(rows, queries[i].groups, lo, hi, b.args().scale, b.args().softcap, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
     for_visible_keys(rows, lo, hi, s.alpha + r0, [&](int r, int count, int from, int to, const float* shrink) {
       float* out = s.out + (r0 + r) * b.v_stride;
-      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args.layout.v.dim, shrink, out, b.v_stride, fetcher);
+      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, fetcher);
     });
   }
 }
-
-// Cache lines that a tile's rows take, about.
-QUIRE_INLINE int tile_lines(const PageLayout& at) { return kTile * (at.k.bytes + at.v.bytes) / kLine + 16; }
 
 // Any number of rows against a tile that is transposed and copied: each panel passes all rows before the next one.
 inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int first_row, int end_row, Fetcher& fetcher) {
   Scratch& s = b.s;
   const int passes = kTile / kPanelLanes + (int(b.v_stride) + kPanelLanes - 1) / kPanelLanes;
-  const int rate = tile_lines(b.args.layout) * 256 / ((end_row - 1) / kMaxRows + 1 - first_row / kMaxRows) / passes + 1;
+  const int rate = tile_lines(b.args().layout) * 256 / ((end_row - 1) / kMaxRows + 1 - first_row / kMaxRows) / passes + 1;
   int rows;
   for (int group = 0; group < kTile / 16; group += kPanel) {
     for (int r0 = first_row; r0 < end_row; r0 += rows) {
       rows = rows_in_panel(r0, end_row);
       fetch(fetcher, rate);
       const int groups = (s.hi[r0 + rows - 1] + 15) / 16 - group;
-      if (groups > 0) b.key.score_panel(rows, b.queries(r0), keys, group, groups, b.args.layout.k.dim, s.scores + r0 * kTile);
+      if (groups > 0) b.key.score_panel(rows, b.queries(r0), keys, group, groups, b.args().layout.k.dim, s.scores + r0 * kTile);
     }
   }
   for (int r0 = first_row; r0 < end_row; r0 += rows) {
     rows = rows_in_panel(r0, end_row);
     const int groups = (s.hi[r0 + rows - 1] + 15) / 16;
-    softmax_rows(rows, groups, s.lo + r0, s.hi + r0, b.args.scale, b.args.softcap, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    softmax_rows(rows, groups, s.lo + r0, s.hi + r0, b.args().scale, b.args().softcap, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
   }
   for (int d = 0; d < b.v_stride; d += kPanelLanes) {
     const int vecs = int(b.v_stride - d) / 16;
@@ -180,43 +153,29 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
   }
 }
 
-// Finds the rows of the tile at `base` that some token of the block sees; false if there are none.
-inline bool locate_tile(const Block& b, int64_t base, Rows& rows) {
-  if (rows.base == base) return rows.first_token < rows.end_token;
-  const int first = clip(base - b.first_position, b.num_tokens);
-  int end = b.num_tokens;
-  while (end > first && b.first_key(end - 1) >= base + kTile) --end;
-  rows.base = base;
-  rows.first_token = first;
-  rows.end_token = end;
-  if (first >= end) return false;
-  const int lo = clip(b.first_key(first) - base, kTile), hi = clip(b.position(end - 1) + 1 - base, kTile);
-  locate(b.from, base, lo, hi, (const char*)b.s.zeros, rows);
-  return true;
-}
-
 inline void run_tile(Block& b, int64_t base) {
-  const PageLayout& at = b.args.layout;
-  auto& rows = b.tiles[base / kTile % 2];
-  auto& next = b.tiles[base / kTile % 2 ^ 1];
-  if (!locate_tile(b, base, rows)) return;
-  const int first_row = rows.first_token * b.heads, end_row = rows.end_token * b.heads;
+  Item& item = b.item;
+  const char* const zeros = (const char*)b.s.zeros;
+  Rows &rows = item.tiles[base / kTile % 2], &next = item.tiles[base / kTile % 2 ^ 1];
+  if (!locate_tile(item, base, zeros, rows)) return;
+  const int first_row = rows.first_token * item.heads, end_row = rows.end_token * item.heads;
   for (int token = rows.first_token; token < rows.end_token; ++token) {
-    const int lo = clip(b.first_key(token) - base, kTile), hi = clip(b.position(token) + 1 - base, kTile);
-    for (int r = token * b.heads; r < (token + 1) * b.heads; ++r) {
+    const int lo = clip(item.first_key(token) - base, kTile), hi = clip(item.position(token) + 1 - base, kTile);
+    for (int r = token * item.heads; r < (token + 1) * item.heads; ++r) {
       b.s.lo[r] = lo;
       b.s.hi[r] = hi;
       b.s.seen[r] = 1.0f;
     }
   }
   Fetcher fetcher = b.fetcher;
-  if (locate_tile(b, base + kTile, next)) {
+  if (locate_tile(item, base + kTile, zeros, next)) {
     fetcher.run = next.runs;
     fetcher.end_run = next.runs + next.num_runs;
   }
   if (end_row - first_row <= kDirectRows) {
     few_rows(b, rows, first_row, end_row, fetcher);
   } else {
+    const PageLayout& at = b.args().layout;
     const KeyPanels keys{b.s.keys, b.k_rows * kPanelLanes};
     b.key.transpose(rows, at.k.dim, b.s.keys, keys.stride);
     const bool values_finite = b.value.copy(rows, at.v.dim, b.s.values);
@@ -227,16 +186,15 @@ inline void run_tile(Block& b, int64_t base) {
 // One part of the keys: afterwards s.max, s.sums and s.out hold the block's state for this part alone, and s.seen says
 // which rows saw any of its keys.
 inline void run_part(Block& b, int64_t part) {
-  const int rows = b.rows();
+  const int rows = b.item.rows();
   for (int r = 0; r < rows; ++r) {
     b.s.max[r] = -__builtin_inff();
     b.s.seen[r] = 0.0f;
   }
   memset(b.s.sums, 0, size_t(rows) * 64);
   memset(b.s.out, 0, size_t(rows * b.v_stride) * 4);
-  const int64_t first = b.first_key(0), end = b.position(b.num_tokens - 1) + 1, part_end = (part + 1) * kPartKeys;
-  const int64_t begin = first > part * kPartKeys ? first / kTile * kTile : part * kPartKeys;
-  for (int64_t base = begin; base < (end < part_end ? end : part_end); base += kTile) run_tile(b, base);
+  const KeyRange keys = keys_of_part(b.item, part);
+  for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) run_tile(b, base);
 }
 
 // Adds one part's row (output, maximum, sum) to the row's total; parts come in ascending order.

@@ -25,7 +25,7 @@ struct Run {
   const char *at, *end;
 };
 
-// Entries lo..hi-1, and zeros for the rest of the groups of 16 keys that these begin and end.
+// Entries lo..hi-1, and zeros for the rest of the groups of 32 keys that these begin and end.
 struct Rows {
   const char* k[kTile];
   const char* v[kTile];
@@ -76,8 +76,8 @@ inline void locate(const History& from, int64_t base, int lo, int hi, const char
       add_run(rows, v, at.v.bytes);
     }
   }
-  for (int j = lo & ~15; j < lo; ++j) rows.k[j] = zeros;
-  for (int j = hi; j & 15; ++j) rows.k[j] = zeros;
+  for (int j = lo & ~31; j < lo; ++j) rows.k[j] = rows.v[j] = zeros;
+  for (int j = hi; j & 31; ++j) rows.k[j] = rows.v[j] = zeros;
 }
 
 // Asks for the next tile's rows, line by line, while this tile is computed: pages lie anywhere, so the CPU cannot guess
@@ -88,6 +88,8 @@ struct Fetcher {
   int due = 0;
   const char *at = nullptr, *end = nullptr;  // of the run at hand
 };
+// Into the first cache, or `kFar`, where that one is full, into the second.
+template <bool kFar = false>
 QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   f.due += amount;
   int lines = f.due / 256;
@@ -100,7 +102,10 @@ QUIRE_INLINE void fetch(Fetcher& f, int amount) {
       f.end = f.run->end;
       ++f.run;
     }
-    prefetch(at);
+    if constexpr (kFar)
+      prefetch_l2(at);
+    else
+      prefetch(at);
   }
   f.at = at;
 }

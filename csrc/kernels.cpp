@@ -16,7 +16,7 @@ namespace quire {
 namespace QUIRE_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {QUIRE_STRING(QUIRE_ISA), kBlockRows, kSplitRows, &attend, &commit, &encode, linear_kernels, sampling_kernels, &run_rows};
+const Kernels kernels = {QUIRE_STRING(QUIRE_ISA), &block_rows, kSplitRows, &attend, &commit, &encode, linear_kernels, sampling_kernels, &run_rows};
 
 }  // namespace QUIRE_ISA
 }  // namespace quire

@@ -95,7 +95,7 @@ struct EncodeArgs {
 
 struct Kernels {
   const char* isa;
-  int32_t block_rows;  // query rows (tokens x heads of a group) that one work item may hold
+  int32_t (*block_rows)(const AttendArgs*);  // query rows (tokens x heads of a group) that one work item may hold
   int32_t split_rows;  // blocks of at most this many rows may be split over their keys
   int (*attend)(const AttendArgs*, Error*);
   int (*commit)(const CommitArgs*);

@@ -9,14 +9,26 @@ namespace {
 // Below this many multiply-adds, waking a second thread costs more than it saves.
 constexpr int64_t kThreadsPay = 300000;
 
-// Items per thread and KV head under which long blocks are cut.
+// Items per thread and KV head under which long blocks are cut: those of many rows into fewer rows, those of few rows over their keys.
 constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kLeastBlockRows = 192;
+
+// Query tokens of a block of up to `rows` rows, or of half or a quarter as many where that leaves threads without work.
+int32_t tokens_of_block(const AttendArgs& args, int64_t rows) {
+  const int64_t group = args.num_heads / args.layout.num_kv_heads;
+  for (;; rows /= 2) {
+    const int64_t tokens = std::max<int64_t>(1, rows / group);
+    int64_t items = 0;
+    for (int32_t s = 0; s < args.num_seqs; ++s) items += (args.query_start[s + 1] - args.query_start[s] + tokens - 1) / tokens;
+    if (rows < 2 * kLeastBlockRows || items * args.layout.num_kv_heads >= kItemsPerThread * args.num_threads) return int32_t(tokens);
+  }
+}
 
 }  // namespace
 
 void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule) {
   const int64_t group = args.num_heads / args.layout.num_kv_heads, kv_heads = args.layout.num_kv_heads;
-  const int32_t block_tokens = int32_t(std::max<int64_t>(1, kernels.block_rows / group));
+  const int32_t block_tokens = tokens_of_block(args, kernels.block_rows(&args));
   auto& [items, costs, partials, counters] = schedule;
   items.clear();
   costs.clear();

@@ -46,7 +46,7 @@ namespace QUIRE_ISA {
 namespace {
 
 QUIRE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-QUIRE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 3); }
+QUIRE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 QUIRE_INLINE float bf16_to_f32(uint16_t h) {
   const uint32_t u = uint32_t(h) << 16;

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -14,8 +15,9 @@
 namespace quire {
 namespace {
 
-constexpr std::chrono::microseconds kSpin{50};
-constexpr int kLooks = 64;  // between two offers of the core to others; some microseconds
+using Clock = std::chrono::steady_clock;
+constexpr Clock::duration kMostSpin = std::chrono::microseconds(50), kLeastSpin = kMostSpin / 64;
+constexpr int kLooks = 32;  // between two offers of the core to others; a microsecond or so
 
 void pause() {
 #ifdef __x86_64__
@@ -37,18 +39,23 @@ class alignas(64) Gate {
   }
 
   void wait(uint32_t seen) {
-    const auto end = std::chrono::steady_clock::now() + kSpin;
+    static thread_local Clock::duration spin = kMostSpin;
+    const auto longer = [] { spin = std::min(kMostSpin, 2 * spin); };
+    const auto start = Clock::now();
     do {
       for (int i = 0; i < kLooks; ++i) {
-        if (now() != seen) return;
+        if (now() != seen) return longer();
         pause();
       }
       std::this_thread::yield();
-    } while (std::chrono::steady_clock::now() < end);
-    std::unique_lock<std::mutex> lock(mutex_);
-    sleepers_.fetch_add(1);
-    changed_.wait(lock, [&] { return value_.load() != seen; });
-    sleepers_.fetch_sub(1);
+    } while (Clock::now() - start < spin);
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleepers_.fetch_add(1);
+      changed_.wait(lock, [&] { return value_.load() != seen; });
+      sleepers_.fetch_sub(1);
+    }
+    Clock::now() - start < 2 * kMostSpin ? longer() : static_cast<void>(spin = std::max(kLeastSpin, spin / 2));
   }
 
  private:

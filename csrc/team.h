@@ -4,8 +4,9 @@
 //   worker i ── waits ─────────> body(i) ── meet() ──┴──> waits for the next call
 //
 // Whoever waits looks again and again for a while, since a step is hundreds of calls with microseconds between them, and then
-// sleeps: an idle engine costs nothing. Between looks it offers its core to any other thread that could run. GCC's OpenMP does
-// neither: its threads spin for milliseconds or, once a process has more of them than cores, not at all.
+// sleeps: an idle engine costs nothing. Where that was in vain it looks for half as long the next time, where it was not for
+// twice as long: on a crowded machine, where the others wait for a core, nobody takes it from them by looking. GCC's OpenMP
+// spins for milliseconds or, once a process has more of its threads than cores, not at all.
 //
 // Declarations only, as in kernels.h. parallel.h is what kernels call.
 #pragma once

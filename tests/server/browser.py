@@ -1,8 +1,9 @@
-"""The page in a real browser: fixtures and waits. Screenshots stay in the run's temporary folder, page*/ under what --basetemp names."""
+"""The page in a real browser: fixtures and waits. Screenshots stay in build/screenshots, or in the folder that QUIRE_SCREENSHOTS names."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -63,8 +64,10 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page")
+def shots() -> Path:
+    folder = Path(os.environ.get("QUIRE_SCREENSHOTS") or Path(__file__).parents[2] / "build" / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,26 @@ def test_quire_serve_drains_on_sigterm(model: str) -> None:
             assert "Traceback" not in rest and "k1" not in rest, rest
         finally:
             process.kill()
+
+
+def test_a_checkpoints_own_code_is_never_run(model: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from quire.cli.app import app
+
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model, folder)
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | own))
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    trap = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["code.OwnTokenizer", "code.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config | trap))
+    refused = CliRunner().invoke(app, ["serve", str(folder), "--port", "0"])
+    assert refused.exit_code == 2 and "comes with Python code of its own" in refused.stderr
+    asked = CliRunner().invoke(app, ["serve", str(folder), "--port", "0", "--trust-remote-code"])
+    assert asked.exit_code == 2 and "--trust-remote-code" in asked.stderr and "Quire at" not in asked.stderr
+    assert not ran.exists()
 
 
 def test_what_cannot_be_served_ends_quire_serve(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ native = pytest.importorskip("quire.tensors.native", reason="the native kernels 
 
 from quire.tensors.attention.native import NativeAttention  # noqa: E402
 from quire.tensors.codec import RowFormat, decode, encode  # noqa: E402
+from tests.tensors.attention_cases import NAN, Geometry, assert_close, compute_alone, make_sequence, run_ragged  # noqa: E402
 from tests.tensors.test_codec import DIMS, DTYPES, sample  # noqa: E402
-from tests.tensors.test_native_attention import NAN, Geometry, assert_close, compute_alone, make_sequence, run_ragged  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -41,7 +41,7 @@ def door(run: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except QuireError as error:
             complain(error)
-            raise typer.Exit(BAD if isinstance(error, ValueError) else FAILED) from error
+            raise typer.Exit(exit_status(error)) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:
@@ -49,6 +49,11 @@ def door(run: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(BROKEN_PIPE) from error
 
     return guarded
+
+
+def exit_status(error: QuireError) -> int:
+    """What a command that failed of it ends with."""
+    return BAD if isinstance(error, ValueError) else FAILED
 
 
 def complain(error: Exception | str) -> None:
@@ -68,9 +73,9 @@ def loaded(model: str | None, config: EngineConfig) -> Iterator[LLM]:
         yield llm
 
 
-def load(source: str, config: EngineConfig) -> LLM:
-    """A new `LLM` on `source`, with a spinner on the terminal until it is ready."""
-    with waiting(source):
+def load(source: str, config: EngineConfig, warn: Callable[[str], None] | None = None) -> LLM:
+    """A new `LLM` on `source`, with a spinner on the terminal until it is ready, or with `warn` told of warnings and nothing shown."""
+    with waiting(source, warn):
         from quire import LLM
 
         return LLM(source, **asdict(config))
@@ -89,12 +94,12 @@ def needs_server_extra(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def waiting(source: str) -> Iterator[None]:
-    """Say on the terminal that a model is being loaded, and keep transformers from saying anything."""
+def waiting(source: str, warn: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Say on the terminal that a model is being loaded, and keep transformers from saying anything. With `warn` say nothing, but tell it warnings."""
     console = stderr()
     name = Path(source).name or source
-    with console.status(Text(f"loading {name}"), spinner="dots") if console.is_terminal else contextlib.nullcontext():
-        _quiet(hub=not Path(source).expanduser().is_dir())
+    with console.status(Text(f"loading {name}"), spinner="dots") if console.is_terminal and warn is None else contextlib.nullcontext():
+        _quiet(hub=not Path(source).expanduser().is_dir() and warn is None, warn=_warn if warn is None else warn)
         yield
 
 
@@ -110,8 +115,8 @@ def demo_model() -> Path:
     return folder
 
 
-def _quiet(hub: bool) -> None:
-    """Turn off transformers' log and progress bars (a download's bar stays) and show a warning as one line."""
+def _quiet(hub: bool, warn: Callable[[str], None]) -> None:
+    """Turn off transformers' log and progress bars (a download's bar stays with `hub`) and tell `warn` of a warning."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -120,7 +125,11 @@ def _quiet(hub: bool) -> None:
         from huggingface_hub.utils.tqdm import enable_progress_bars
 
         enable_progress_bars()
-    warnings.showwarning = lambda message, *_, **__: _say("warning: ", "bold yellow", str(message), "yellow")
+    warnings.showwarning = lambda message, *_, **__: warn(str(message))
+
+
+def _warn(message: str) -> None:
+    _say("warning: ", "bold yellow", message, "yellow")
 
 
 def _say(head: str, head_style: str, text: str, style: str) -> None:

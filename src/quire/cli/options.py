@@ -82,6 +82,13 @@ UNSET = {
 }
 
 
+class Without:
+    """`Annotated[EngineConfig, Without("...")]`: a command that has no option for these fields; they keep their defaults."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
 class Kind(NamedTuple):
     """How a value is written: its name in the help, what reads it (raising ValueError), and in words what it must be."""
 
@@ -93,18 +100,19 @@ class Kind(NamedTuple):
 def expand(run: Callable[..., None]) -> Callable[..., None]:
     """`run` with each parameter of type `SamplingParams` or `EngineConfig` replaced by one option for each of the type's fields."""
     hints = get_type_hints(run, include_extras=True)
-    kinds = {name: hint for name, hint in hints.items() if hint in (SamplingParams, EngineConfig)}
+    kinds = {name: kind for name, kind in get_type_hints(run).items() if kind in (SamplingParams, EngineConfig)}
+    names = {name: _option_names(kind, hints[name]) for name, kind in kinds.items()}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(run).parameters.items():
         if name in kinds:
-            parameters.extend(_options(kinds[name]))
+            parameters.extend(_options(kinds[name], names[name]))
         else:
             parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
 
     @functools.wraps(run)
     def expanded(**given: Any) -> None:
         for name, kind in kinds.items():
-            given[name] = build(kind, {f.name: given.pop(f.name) for f in fields(kind) if f.name not in LIBRARY_ONLY})
+            given[name] = build(kind, {field: given.pop(field) for field in names[name]})
         run(**given)
 
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -149,10 +157,15 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]]) if "." in match[1] else int(match[1]) * UNITS[match[2]]
 
 
-def _options(kind: Any) -> list[inspect.Parameter]:
+def _option_names(kind: Any, hint: Any) -> list[str]:
+    without = [name for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Without) for name in extra.names]
+    return [f.name for f in fields(kind) if f.name not in (*LIBRARY_ONLY, *without)]
+
+
+def _options(kind: Any, names: list[str]) -> list[inspect.Parameter]:
     helps, panel = (SAMPLING, "Sampling") if kind is SamplingParams else (ENGINE, "Engine")
     hints = get_type_hints(kind)
-    return [_option(f.name, hints[f.name], f.default, helps[f.name], panel) for f in fields(kind) if f.name not in LIBRARY_ONLY]
+    return [_option(f.name, hints[f.name], f.default, helps[f.name], panel) for f in fields(kind) if f.name in names]
 
 
 def _option(name: str, hint: Any, default: Any, text: str, panel: str) -> inspect.Parameter:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
-from typing import TYPE_CHECKING, Annotated
+import os
+from typing import Annotated, get_args
 
 import typer
-from rich.text import Text
 
-from quire.cli.door import load, needs_server_extra, stderr
+from quire.cli.door import exit_status, load, needs_server_extra
+from quire.cli.options import Without
 from quire.config import EngineConfig
-
-if TYPE_CHECKING:
-    from quire import LLM
+from quire.errors import ConfigError, QuireError
 
 PANEL = "Server"
+
+M_ARENA_MAX = -8  # glibc's number for it, see malloc.h
 
 
 def serve(
     model: Annotated[str, typer.Argument(help="A hub id, or a local folder in Hugging Face format.")],
-    config: EngineConfig,
+    config: Annotated[EngineConfig, Without("trust_remote_code")],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all interfaces.", rich_help_panel=PANEL)] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", rich_help_panel=PANEL)] = 8000,
     api_key: Annotated[
@@ -34,16 +37,22 @@ def serve(
         str | None, typer.Option(help="What clients call the model.", show_default="its id, or its folder's name", rich_help_panel=PANEL)
     ] = None,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have to end in after SIGTERM.", rich_help_panel=PANEL)] = 30.0,
+    log_format: Annotated[
+        str, typer.Option(help="What happens, on stderr, as text or as json, a line an event.", metavar="text|json", rich_help_panel=PANEL)
+    ] = "text",
     access_log: Annotated[
-        bool, typer.Option("--access-log", help="A JSON line an answer on stderr, without what was asked.", rich_help_panel=PANEL)
-    ] = False,
+        bool | None,
+        typer.Option(help="A line a request too, without what was asked.", show_default="with json", rich_help_panel=PANEL),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI does.
 
     It listens at once and loads meanwhile; /ready says when requests are taken. SIGTERM or Ctrl-C drains it, a second one ends it at once.
+    Python code that comes with a checkpoint is never run by a server: such a model is refused.
     """
+    _share_one_arena()
     with needs_server_extra("the server"):
-        from quire.server import life
+        from quire.server import life, logs
         from quire.server.keys import KeyRing
         from quire.server.settings import ServerSettings, public_name
     settings = ServerSettings(
@@ -54,21 +63,21 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         grace_s=grace,
     )
-    if access_log:
-        lines = logging.getLogger("quire.access")
-        lines.setLevel(logging.INFO)
-        lines.addHandler(logging.StreamHandler())
-    console = stderr()
+    if log_format not in get_args(logs.LogFormat):
+        raise ConfigError(f"log_format={log_format!r}: must be one of {', '.join(get_args(logs.LogFormat))}")
+    as_json = log_format == "json"
+    with logs.on_stderr("json" if as_json else "text", requests=as_json if access_log is None else access_log):
+        try:
+            life.serve(settings, lambda: load(model, config, logs.warn if as_json else None))
+        except QuireError as error:
+            if not as_json:
+                raise
+            logs.tell("failed", str(error), {"error": str(error)}, level=logging.ERROR)
+            raise typer.Exit(exit_status(error)) from error
 
-    def listening(address: str) -> None:
-        console.print(Text.assemble(("Quire", "bold"), f" at {address}/v1, {'with API keys' if settings.keys else 'without API keys'}"))
-        if not settings.keys and not settings.on_loopback:
-            console.print(Text("Everybody who reaches this address may use it: set --api-key or QUIRE_API_KEY.", style="yellow"))
 
-    def loading() -> LLM:
-        llm = load(model, config)
-        info = llm.info
-        console.print(Text(f"ready: {settings.model}, {info.model_type}, {info.dtype}, {info.backend}, context {info.context_len:,}"))
-        return llm
-
-    life.serve(settings, loading, listening)
+def _share_one_arena() -> None:
+    """Before there are threads: in an arena of its own each would keep what its largest request took, 16 times over on two cores (docs/server.md)."""
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc than glibc
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)

@@ -122,7 +122,7 @@ class Worker:
                 pass
             self._drain("cancelled", None)
         except BaseException as death:  # whatever ends the loop must reach those who wait
-            log.critical("the engine has failed", exc_info=death)
+            log.critical("the engine has failed", exc_info=death, extra={"event": "engine_died"})
             with self._wake:
                 self._death = death
             error = EngineDeadError(f"the engine has failed: {type(death).__name__}: {death}")

@@ -45,7 +45,7 @@ class App(FastAPI):
 def create_app(serving: Serving) -> FastAPI:
     """The ASGI application over one `Serving`, which is at `app.state.serving`."""
     summary = "OpenAI-compatible inference on a paged, shared cache"
-    app = App(title="Quire", version=quire.__version__, summary=summary, redoc_url=None, responses=ERRORS)
+    app = App(title="Quire", version=quire.__version__, summary=summary, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.serving = serving
     for router in (
         completions.router,

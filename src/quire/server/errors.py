@@ -98,8 +98,10 @@ def as_server_error(error: BaseException) -> ServerError:
 def install(app: FastAPI) -> None:
     """Have every exception answered in the one shape."""
 
-    async def answer(_: Request, error: Exception) -> Response:
-        return as_server_error(error).response()
+    async def answer(request: Request, error: Exception) -> Response:
+        refusal = as_server_error(error)
+        request.state.code = refusal.code  # for the log
+        return refusal.response()
 
     for kind in (HTTPException, RequestValidationError, ServerError, InvalidRequestError, QueueFullError, EngineDeadError, RequestFailedError):
         app.add_exception_handler(kind, answer)

@@ -5,7 +5,6 @@ Everything is guarded but what is listed here, also addresses that do not exist:
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from typing import Any
@@ -15,11 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.errors import ServerError, as_server_error
 from quire.server.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
+from quire.server.logs import access_log, tell
+from quire.server.runs import Run
 from quire.server.serving import Serving
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/"))
 OPEN_FOLDER = "/page/static/"
-log = logging.getLogger("quire.access")
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 
 
 class Guard:
@@ -50,9 +51,11 @@ class Guard:
             except Exception as error:
                 if status:  # half an answer is on its way: the connection is cut
                     raise
-                await as_server_error(error).response()(scope, receive, sending)
+                refusal = as_server_error(error)
+                state["code"] = refusal.code
+                await refusal.response()(scope, receive, sending)
         finally:
-            _log(scope, status, state.get("key_id", ""), time.perf_counter() - began_s)
+            self._tell(scope, status, time.perf_counter() - began_s)
 
     def _admit(self, scope: Scope, state: dict[str, Any]) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -68,6 +71,37 @@ class Guard:
         if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
             too_large = _too_large()
             raise ServerError(413, too_large.detail, code="body_too_large", headers=too_large.headers)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        """Which route and what became of it: never what was asked, not even the address, which is the client's own text."""
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        state, method = scope["state"], scope["method"]
+        facts = {
+            "method": method if method in METHODS else "other",
+            "route": getattr(scope.get("route"), "path", None),
+            "status": status,
+            "key": state.get("key_id", ""),
+            "ms": round(seconds * 1000, 1),
+        }
+        run: Run | None = state.get("run")
+        if run is None:
+            code = {"code": state.get("code")} if status >= 400 else {}
+            _say("refused" if code else "request", facts | code)
+        elif run.over.is_set():
+            _say("request", {"id": run.name} | facts | run.facts())
+        else:  # it was cancelled, or goes on in the background
+
+            async def later() -> None:
+                await run.over.wait()
+                _say("request", {"id": run.name} | facts | run.facts())
+
+            self._serving.in_background(later())
+
+
+def _say(event: str, facts: dict[str, Any]) -> None:
+    more = ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("method", "route", "status"))
+    tell(event, f"{facts['method']} {facts['route'] or 'no such address'} {facts['status']}, {more}", facts, to=access_log)
 
 
 def _bounded(receive: Receive) -> Receive:
@@ -88,10 +122,3 @@ def _bounded(receive: Receive) -> Receive:
 def _too_large() -> HTTPException:
     # What more there is of it is not read: the connection ends with the answer.
     return HTTPException(413, f"the body must have at most {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
-
-
-def _log(scope: Scope, status: int, key_id: str, seconds: float) -> None:
-    """Which route and what became of it: never what was asked, not even the address, which is the client's own text."""
-    if log.isEnabledFor(logging.INFO):
-        route = getattr(scope.get("route"), "path", None)
-        log.info(json.dumps({"method": scope["method"], "route": route, "status": status, "key": key_id, "ms": round(seconds * 1000, 1)}))

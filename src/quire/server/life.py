@@ -11,15 +11,18 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
+import quire
 from quire.errors import ConfigError
 from quire.server.app import create_app
 from quire.server.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, MAX_HEADER_BYTES, UNREAD_S
+from quire.server.logs import tell
 from quire.server.protocol import Protocol, allow_connections
 from quire.server.serving import Serving, start_loading
 from quire.server.settings import ServerSettings
@@ -37,8 +40,8 @@ PATIENCE = {
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def serve(settings: ServerSettings, load: Callable[[], LLM], listening: Callable[[str], None]) -> None:
-    """Serve until a signal ends it. `load` runs on a thread of its own; `listening` is called with the server's address.
+def serve(settings: ServerSettings, load: Callable[[], LLM]) -> None:
+    """Serve until a signal ends it. `load` runs on a thread of its own.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -47,11 +50,13 @@ def serve(settings: ServerSettings, load: Callable[[], LLM], listening: Callable
     sock = bind(settings.host, settings.port)
     serving = Serving(settings, load)
     server = Server(create_app(serving), serving, allow_connections())
-    listening(address(sock))
+    _tell_start(settings, address(sock))
 
     def loaded() -> None:
-        if serving.load_error is not None:
+        if serving.llm is None:
             server.stop()
+        else:
+            _tell_ready(serving, serving.llm)
 
     loading = start_loading(serving, loaded)
     server.run([sock])
@@ -63,6 +68,20 @@ def serve(settings: ServerSettings, load: Callable[[], LLM], listening: Callable
         sys.stderr.flush()
         os._exit(0)
     serving.close()
+
+
+def _tell_start(settings: ServerSettings, url: str) -> None:
+    facts = {"address": url, "api_keys": bool(settings.keys), "model": settings.model, "version": quire.__version__, "pid": os.getpid()}
+    tell("start", f"Quire at {url}/v1, {'with' if settings.keys else 'without'} API keys", facts)
+    if not settings.keys and not settings.on_loopback:
+        tell("open_to_all", "everybody who reaches this address may use it: set --api-key or QUIRE_API_KEY", {}, level=logging.WARNING)
+
+
+def _tell_ready(serving: Serving, llm: LLM) -> None:
+    model, info = serving.settings.model, llm.info
+    facts = {"model": model, "type": info.model_type, "dtype": info.dtype, "backend": info.backend, "context": info.context_len}
+    sentence = f"ready: {model}, {info.model_type}, {info.dtype}, {info.backend}, context {info.context_len:,}"
+    tell("ready", sentence, facts | {"seconds": round(time.monotonic() - serving.started_s, 1)})
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -138,6 +157,7 @@ class Server(uvicorn.Server):
             server.close()
         await self._serving.drain(self._serving.settings.grace_s)
         await super().shutdown(sockets)
+        await self._serving.settle(LAST_WORDS_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -28,6 +28,12 @@ def index() -> FileResponse:
     return _file("index.html")
 
 
+@router.get("/docs", include_in_schema=False)
+def docs() -> FileResponse:
+    """The API's page, for whoever has a key. Without one a browser opens it among the static files and gives the key there."""
+    return _file("docs.html")
+
+
 @router.get("/page/static/{name}", include_in_schema=False)
 def static(name: str) -> FileResponse:
     """One of its files; there are no folders under it."""

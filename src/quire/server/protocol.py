@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quire.server.errors import ServerError
 from quire.server.limits import MAX_CONNECTIONS, OTHER_DESCRIPTORS, REQUEST_S
+from quire.server.logs import access_log, tell
 
 COMING = (h11.IDLE, h11.SEND_BODY)
 
@@ -81,6 +82,7 @@ class Protocol(H11Protocol):
             self._refuse(ServerError(503, f"there are {self._max_connections} connections with requests, the most there may be", code="busy"))
 
     def _refuse(self, error: ServerError) -> None:
+        tell("refused", f"a connection is refused: {error.status}, {error.code}", {"status": error.status, "code": error.code}, to=access_log)
         body = error.response().body
         told = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **error.headers}
         answer = h11.Response(status_code=error.status, headers=list(told.items()), reason=b"")

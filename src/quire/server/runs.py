@@ -6,15 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from starlette.types import Receive
 
 from quire.engine.stream import RequestStream, interleaved
-from quire.outputs import RequestOutput, TokenEvent
+from quire.outputs import Receipt, RequestOutput, TokenEvent
 from quire.params import SamplingParams
-from quire.server.errors import ServerError
+from quire.server.errors import ServerError, as_server_error
 from quire.server.keys import salted
 from quire.server.limits import MAX_THREADED_CHARS
 from quire.server.serving import Serving, serving_of
@@ -32,6 +32,15 @@ class Job(NamedTuple):
     params: SamplingParams
 
 
+class End(NamedTuple):
+    """What one prompt came to."""
+
+    receipt: Receipt
+    num_generated: int
+    finish_reasons: tuple[str, ...]
+    code: str | None
+
+
 class ClientLeft(Exception):
     """Nobody is there any more to be answered."""
 
@@ -46,6 +55,8 @@ class Run:
         self._open: set[int] = set()
         self._began_s = time.perf_counter()
         self._times_s: list[list[float]] = []  # when tokens of each job were sent on
+        self._ends: list[End] = []
+        self.over = asyncio.Event()  # nothing of it runs any more; what was cancelled ends a little later
 
     async def submit(self, llm: LLM, jobs: Sequence[Job], namespace: str, priority: int) -> None:
         """Submit all, or none.
@@ -98,6 +109,18 @@ class Run:
         for i in self._open:
             self._streams[i].cancel()
 
+    def facts(self) -> dict[str, Any]:
+        """What it came to so far, without a text: for the log."""
+        told: dict[str, Any] = {
+            "prompt_tokens": sum(end.receipt.prompt_tokens for end in self._ends),
+            "reused_tokens": sum(end.receipt.cached_tokens for end in self._ends),
+            "generated_tokens": sum(end.num_generated for end in self._ends),
+            "queued_ms": round(1000 * max((end.receipt.queued_s for end in self._ends), default=0.0), 1),
+            "finish": sorted({reason for end in self._ends for reason in end.finish_reasons}),
+        }
+        codes = [end.code for end in self._ends if end.code is not None]
+        return told | ({"code": codes[0]} if codes else {})
+
     def __enter__(self) -> Run:
         return self
 
@@ -120,6 +143,11 @@ class Run:
 
     def _note_output(self, i: int, output: RequestOutput) -> None:
         self._serving.metrics.finished(self._endpoint, output, key_id=self._key_id, token_times_s=self._times_s[i])
+        code = None if output.error is None else as_server_error(output.error).code
+        num_generated = sum(len(one.token_ids) for one in output.outputs)
+        self._ends.append(End(output.receipt, num_generated, tuple(str(one.finish_reason) for one in output.outputs), code))
+        if len(self._ends) == len(self._streams):
+            self.over.set()
 
     def _note_times(self, last_s: dict[tuple[int, int], float], i: int, event: TokenEvent) -> None:
         if not event.token_ids:
@@ -139,6 +167,7 @@ async def start_run(request: Request, endpoint: str, name: str, jobs: Sequence[J
     serving = serving_of(request)
     run = Run(serving, endpoint, name, request.state.key_id)
     await run.submit(serving.engine(), jobs, salted(request.state.namespace, cache_salt), priority)
+    request.state.run = run  # for the log
     return run
 
 

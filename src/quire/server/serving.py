@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -14,6 +13,7 @@ from fastapi import Request
 
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import ServerError, without_paths
+from quire.server.logs import tell
 from quire.server.metrics import Metrics
 from quire.server.settings import ServerSettings
 from quire.server.token_texts import TokenTexts
@@ -21,8 +21,6 @@ from quire.server.token_texts import TokenTexts
 if TYPE_CHECKING:
     from quire.engine.llm import LLM
     from quire.server.runs import Run
-
-log = logging.getLogger("quire.server")
 
 
 class Serving:
@@ -95,13 +93,25 @@ class Serving:
 
     async def drain(self, grace_s: float) -> None:
         """Take no more requests, give those that run `grace_s` seconds to end in, then cancel them."""
+        began_s, before = time.monotonic(), len(self.runs)
+        if before:
+            tell("draining", f"ending: {before} requests have {grace_s:g} s", {"requests": before, "grace_s": grace_s})
         self.closing.set()
         self._idle.clear()
         if self.runs:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
+        cut = len(self.runs)
         for run in list(self.runs):
             run.cancel()
+        if self.load_error is None:
+            facts = {"ended": before - cut, "cut": cut, "seconds": round(time.monotonic() - began_s, 1)}
+            tell("drained", f"ended: {before - cut} requests to their end, {cut} cut", facts)
+
+    async def settle(self, most_s: float) -> None:
+        """Let what runs in the background end: what was cut is counted and logged then."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=most_s)
 
     def close(self) -> None:
         """End the engine and what belongs to it. Blocks."""

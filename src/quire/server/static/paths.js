@@ -80,8 +80,9 @@ export class Paths {
     });
     pen.lineJoin = pen.lineCap = "round";
     const thin = Math.max(1, Math.min(2, map.cell / 8));
+    const faint = map.cell < 9 ? 0.4 : 1; // over small cells a line is about as wide as they are, and would hide them
     for (const [style, width, alpha] of [[ground, thin + 2, num > 4 ? 0.25 : 0.6], [ink, thin, num > 4 ? 0.4 : 0.75]]) {
-      Object.assign(pen, { strokeStyle: style, lineWidth: width, globalAlpha: alpha });
+      Object.assign(pen, { strokeStyle: style, lineWidth: width, globalAlpha: alpha * faint });
       pen.stroke();
     }
     pen.globalAlpha = 1;

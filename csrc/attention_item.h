@@ -1,0 +1,109 @@
+// One work item of attention: a block of query rows (tokens x query heads of one KV head) of one sequence, which keys each of
+// its rows sees, and what a score becomes. How rows and keys lie in scratch concerns only those who compute with them.
+#pragma once
+#include "attention_rows.h"
+#include "elements.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+
+constexpr int kSplitRows = 16;  // query rows of a work item that is split over its keys, at most
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+QUIRE_INLINE int clip(int64_t x, int hi) { return x < 0 ? 0 : x > hi ? hi : int(x); }
+QUIRE_INLINE int64_t round_up(int64_t x, int64_t to = 16) { return (x + to - 1) / to * to; }
+
+struct Item {
+  const AttendArgs& args;
+  History from;
+  int64_t packed_token;                // the first query token's place in the step
+  int32_t first_position, num_tokens;  // its absolute position
+  int32_t heads, first_head;           // query heads of this item
+  Rows tiles[2];                       // the one at hand and the next
+
+  int rows() const { return num_tokens * heads; }
+  const char* query(int row) const {
+    return (const char*)args.q + (packed_token + row / heads) * args.q_token_stride + (first_head + row % heads) * args.q_head_stride;
+  }
+  // In elements of q's dtype.
+  int64_t out(int row) const { return ((packed_token + row / heads) * args.num_heads + first_head + row % heads) * args.layout.v.dim; }
+  int32_t position(int token) const { return first_position + token; }
+  // The first key a token sees; never falls from one token to the next.
+  int32_t first_key(int token) const {
+    const int32_t at = position(token);
+    int32_t first = args.window > 0 && at >= args.window ? at - args.window + 1 : 0;
+    if (args.chunk > 0 && at / args.chunk * args.chunk > first) first = at / args.chunk * args.chunk;
+    return first;
+  }
+};
+
+inline Item item_of(const AttendArgs& args, const WorkItem& item, int32_t kv_head, int32_t first_head, int32_t heads) {
+  const Staged& staged = args.staged;
+  const int64_t start = args.query_start[item.seq];
+  const int32_t committed = args.num_committed[item.seq];
+  return {args,
+          {&args.layout, (const char*)staged.k + start * staged.k_token_stride + kv_head * staged.k_head_stride,
+           (const char*)staged.v + start * staged.v_token_stride + kv_head * staged.v_head_stride, staged.k_token_stride, staged.v_token_stride,
+           args.page_ids + args.page_start[item.seq], committed, kv_head},
+          start + item.first_token,
+          committed + item.first_token,
+          item.num_tokens,
+          heads,
+          first_head,
+          {}};
+}
+
+// Finds the rows of the tile at `base` that some token of the item sees; false if there are none.
+inline bool locate_tile(const Item& item, int64_t base, const char* zeros, Rows& rows) {
+  if (rows.base == base) return rows.first_token < rows.end_token;
+  const int first = clip(base - item.first_position, item.num_tokens);
+  int end = item.num_tokens;
+  while (end > first && item.first_key(end - 1) >= base + kTile) --end;
+  rows.base = base;
+  rows.first_token = first;
+  rows.end_token = end;
+  if (first >= end) return false;
+  const int lo = clip(item.first_key(first) - base, kTile), hi = clip(item.position(end - 1) + 1 - base, kTile);
+  locate(item.from, base, lo, hi, zeros, rows);
+  return true;
+}
+
+// Some keys: of a part, those from the first that some token sees to the last.
+struct KeyRange {
+  int64_t begin, end;
+};
+inline KeyRange keys_of_part(const Item& item, int64_t part) {
+  const int64_t first = item.first_key(0), end = item.position(item.num_tokens - 1) + 1, part_end = (part + 1) * kPartKeys;
+  return {first > part * kPartKeys ? first : part * kPartKeys, end < part_end ? end : part_end};
+}
+
+// log2(e) times the score, scaled and softcapped.
+QUIRE_INLINE F32x16 shape_score(F32x16 dot, float scale, float softcap) {
+  if (softcap == 0.0f) return mul(dot, set1(scale * kLog2E));
+  return mul(tanh(mul(dot, set1(scale / softcap))), set1(softcap * kLog2E));
+}
+
+// What a running maximum is subtracted as: a row whose scores are all -inf so far must give zeros, not NaN.
+QUIRE_INLINE float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
+
+// log2(e) times the sink of query head `head`, and -inf where there are no sinks.
+QUIRE_INLINE float sink_score(const AttendArgs& args, int head) {
+  if (!args.sinks) return -__builtin_inff();
+  float lanes[16];
+  store(lanes, load_elements_n(args.sinks_dtype, (const char*)args.sinks + head * element_bytes(args.sinks_dtype), 1));
+  return lanes[0] * kLog2E;
+}
+
+// A row of keys or values, whatever their format, that does not exist.
+QUIRE_INLINE int64_t zero_floats(const AttendArgs& args) { return round_up(args.layout.k.dim > args.layout.v.dim ? args.layout.k.dim : args.layout.v.dim, 32); }
+
+// Cache lines that a tile's rows take, about.
+QUIRE_INLINE int tile_lines(const PageLayout& at) { return kTile * (at.k.bytes + at.v.bytes) / kLine + 16; }
+
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
