@@ -58,6 +58,15 @@ def test_bits_where_scores_keep_growing(isa: str, dtype: torch.dtype) -> None:
         assert torch.equal(whole, compute_alone(geometry, sequence, counts, page_size=7, num_threads=2))
 
 
+def test_bits_of_a_million_results(isa: str) -> None:
+    """A sum of probabilities that is off by its last bit shows in one of some ten thousand results in bf16, so it takes many to see it, of
+    scores so far apart that such sums are rounded."""
+    geometry = Geometry(8, 1, 32, 256)
+    sequence = make_sequence(geometry, 600, seed=13, scale=2.0)
+    whole = compute_alone(geometry, sequence, [600], page_size=16, num_threads=2)
+    assert torch.equal(whole, compute_alone(geometry, sequence, [2] * 300, page_size=16, num_threads=2))
+
+
 @pytest.mark.parametrize("num_heads", [2, 16])
 def test_bits_do_not_depend_on_splitting_long_sequences(isa: str, num_heads: int) -> None:
     """One long sequence with few heads is cut over its keys when there are threads to fill."""
