@@ -100,7 +100,8 @@ inline void settle_rows(Few& f, Span span, int64_t base) {
     F32x16 sum = load(f.sums(r));
     if (mask_bits(now.grown) >> r & 1u) {
       sum = mul(sum, set1(shrink[r]));
-      for (float *to = f.s.out + r * f.v_dims, *const end = to + (f.part.fresh ? 0 : f.v_dims); to < end; to += 16) store(to, mul(load(to), set1(shrink[r])));
+      float* const out = f.s.out + r * f.v_dims;
+      for (int d = 0; d < (f.part.fresh ? 0 : f.v_dims); d += 16) store(out + d, mul(load(out + d), set1(shrink[r])));
     }
     for (int key = span.first * kTileK; key < span.end * kTileK; key += 16) {
       const F32x16 p = rounded_exp2(load(f.row(r) + key), factor, set1(minus_base[r]));
@@ -243,7 +244,8 @@ inline void start_few(Few& f) {
   if (!f.total.fresh) memset(f.s.total, 0, size_t(kLanes * f.v_dims) * 4);
 }
 
-inline void run_few(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads, Scratch& s) {
+inline void run_few(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads,
+                    Scratch& s) {
   const PageLayout& at = args.layout;
   Item item = item_of(args, work, kv_head, first_head, heads);
   const int rows = item.rows();

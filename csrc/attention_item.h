@@ -99,7 +99,9 @@ QUIRE_INLINE float sink_score(const AttendArgs& args, int head) {
 }
 
 // A row of keys or values, whatever their format, that does not exist.
-QUIRE_INLINE int64_t zero_floats(const AttendArgs& args) { return round_up(args.layout.k.dim > args.layout.v.dim ? args.layout.k.dim : args.layout.v.dim, 32); }
+QUIRE_INLINE int64_t zero_floats(const AttendArgs& args) {
+  return round_up(args.layout.k.dim > args.layout.v.dim ? args.layout.k.dim : args.layout.v.dim, 32);
+}
 
 // Cache lines that a tile's rows take, about.
 QUIRE_INLINE int tile_lines(const PageLayout& at) { return kTile * (at.k.bytes + at.v.bytes) / kLine + 16; }
