@@ -110,43 +110,41 @@ inline Fetcher fetch_rates(const PageLayout& at, const KeyFormat& key) {
   return {nullptr, nullptr, 40 * lines / patches, 36 * lines / steps, 52 * lines / kTile + 1};
 }
 
-inline void run_item(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads,
-                     Scratch& s) {
-  const PageLayout& at = args.layout;
+inline Block block_of(Item& item, Scratch& s) {
+  const PageLayout& at = item.args.layout;
   const KeyFormat& key = kKeyFormats[at.k.format];
   const ValueFormat& value = kValueFormats[at.v.format];
-  Item item = item_of(args, work, kv_head, first_head, heads);
   Block b{item, s, key, value, round_up(at.k.dim + 1), round_up(at.v.dim, 16 * value.vecs), fetch_rates(at, key)};
   load_queries(b);
-  const int rows = item.rows();
-  const int64_t stride = partial_stride(at.v.dim);
-  float* const partials = work.num_splits > 1 ? args.partials + work.partials + head_index * work.num_parts * rows * stride : nullptr;
+  return b;
+}
+
+inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Block b = block_of(item, s);
+  const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
+  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.part * work.num_parts * stride : nullptr;
   if (!partials) start_totals(b);
   for (int32_t part = work.first_part; part < work.end_part; ++part) {
-    run_part(b, part);
-    for (int r = 0; r < rows; ++r) {
-      const float sum = sum_lanes(load(s.sums + 16 * r));
-      if (partials) {
-        float* to = partials + ((part - work.block_first_part) * rows + r) * stride;
-        memcpy(to, s.out + r * b.v_stride, size_t(b.v_stride) * 4);
-        to[b.v_stride] = s.max[r];
-        to[b.v_stride + 1] = s.seen[r] != 0.0f ? sum : -1.0f;
-      } else if (s.seen[r] != 0.0f) {
-        merge_row(s.out + r * b.v_stride, s.max[r], sum, s.total_out + r * b.v_stride, s.total_max + r, s.total_sum + r, b.v_stride);
-      }
-    }
+    run_part(b, part, beginning_of(args, work, of, part));
+    partials ? save_part(b, partials + (part - work.block_first_part) * stride) : merge_part(b);
   }
   if (partials) {
-    if (__atomic_add_fetch(args.counters + work.counter + head_index, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
+    if (__atomic_add_fetch(args.counters + work.counter + of.part, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
     start_totals(b);
-    for (int32_t i = 0; i < work.num_parts * rows; ++i) {
-      const float* from = partials + i * stride;
-      const int r = i % rows;
-      if (from[b.v_stride + 1] == -1.0f) continue;
-      merge_row(from, from[b.v_stride], from[b.v_stride + 1], s.total_out + r * b.v_stride, s.total_max + r, s.total_sum + r, b.v_stride);
+    for (int32_t i = 0; i < work.num_parts; ++i) {
+      begin_part(b, partials + i * stride);
+      merge_part(b);
     }
   }
   write_out(b);
+}
+
+inline void share_item(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Block b = block_of(item, s);
+  run_part(b, work.part, {nullptr, 0});
+  save_part(b, states_of(args, work, of));
 }
 
 // How items are computed, with what a thread needs for it: false from prepare() if memory is short.
@@ -154,9 +152,8 @@ struct ByVectors {
   static constexpr int kRows = kBlockRows;
   Scratch s;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
-  void run(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads) {
-    run_item(args, work, head_index, kv_head, first_head, heads, s);
-  }
+  void run(const AttendArgs& args, const WorkItem& work, const Heads& of) { run_item(args, work, of, s); }
+  void share(const AttendArgs& args, const SharedItem& work, const Heads& of) { share_item(args, work, of, s); }
 };
 
 template <class Way>
@@ -164,15 +161,19 @@ int attend_by(const AttendArgs& args, Error* error) {
   const int32_t kv_heads = args.layout.num_kv_heads, group = args.num_heads / kv_heads;
   const int32_t heads = group < Way::kRows ? group : Way::kRows, head_parts = (group + heads - 1) / heads;
   const int64_t per_item = int64_t(kv_heads) * head_parts;
+  const auto heads_of = [&](int64_t i) -> Heads {
+    const int32_t part = int32_t(i % per_item), kv_head = part / head_parts, first = part % head_parts * heads;
+    return {part, kv_head, kv_head * group + first, group - first < heads ? group - first : heads};
+  };
   int failed = 0;
-  Next next{args.num_items * per_item};
-  parallel(args.num_threads, [&](const Member&) {
+  Next shared{args.num_shared * per_item}, next{args.num_items * per_item};
+  parallel(args.num_threads, [&](const Member& me) {
     Way way;
-    if (!way.prepare(args)) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-    for (int64_t i; next.take(i);) {
-      const int32_t h = int32_t(i % per_item), kv_head = h / head_parts, first = h % head_parts * heads;
-      way.run(args, args.items[i / per_item], h, kv_head, kv_head * group + first, group - first < heads ? group - first : heads);
-    }
+    const bool ready = way.prepare(args);
+    if (!ready) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+    for (int64_t i; ready && shared.take(i);) way.share(args, args.shared[i / per_item], heads_of(i));
+    if (args.num_shared > 0) me.meet();  // since others' states are gone on from
+    for (int64_t i; ready && next.take(i);) way.run(args, args.items[i / per_item], heads_of(i));
   });
   if (failed) snprintf(error->text, sizeof error->text, "attend: out of memory for a thread's scratch");
   return failed;

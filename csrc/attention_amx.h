@@ -50,24 +50,41 @@ inline void run_part(Block& b, int64_t begin, int64_t end) {
   }
 }
 
-inline void run_item(const AttendArgs& args, const WorkItem& work, int32_t kv_head, int32_t first_head, int32_t heads, Scratch& s) {
-  const PageLayout& at = args.layout;
-  Item item = item_of(args, work, kv_head, first_head, heads);
-  const int rows = item.rows(), k_steps = int(round_up(at.k.dim, kTileK) / kTileK), v_tiles = int(round_up(at.v.dim, 32) / 16);
-  Block b{item, s, {{}, (const uint32_t*)s.values, k_steps, v_tiles}, score_factor(args), (rows + kLanes - 1) / kLanes, {}};
-  load_queries(item, k_steps, (uint32_t*)s.queries);
+inline void prepare(Block& b) {
+  const int rows = b.item.rows();
+  load_queries(b.item, b.x.k_steps, (uint32_t*)b.s.queries);
   for (int g = 0; g < b.num_groups; ++g) {
-    Group& group = b.groups[g];
-    group.first_token = g * kLanes / heads;
-    group.last_token = ((rows < (g + 1) * kLanes ? rows : (g + 1) * kLanes) - 1) / heads;
-    start_sums(item, g * kLanes, group.total);
-    if (!group.total.fresh) memset(s.total + g * b.out_floats(), 0, size_t(b.out_floats()) * 4);
+    b.groups[g].first_token = g * kLanes / b.item.heads;
+    b.groups[g].last_token = ((rows < (g + 1) * kLanes ? rows : (g + 1) * kLanes) - 1) / b.item.heads;
+  }
+}
+inline Block block_of(Item& item, Scratch& s, float* states) {
+  const PageLayout& at = item.args.layout;
+  const int k_steps = int(round_up(at.k.dim, kTileK) / kTileK), v_tiles = int(state_outputs(at.v.dim) / 16);
+  return {item, s, {{}, (const uint32_t*)s.values, k_steps, v_tiles}, score_factor(item.args), states, (item.rows() + kLanes - 1) / kLanes, {}};
+}
+
+inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Block b = block_of(item, s, nullptr);
+  prepare(b);
+  for (int g = 0; g < b.num_groups; ++g) {
+    start_sums(item, g * kLanes, b.groups[g].total);
+    if (!b.groups[g].total.fresh) memset(s.total + g * b.out_floats(), 0, size_t(b.out_floats()) * 4);
   }
   for (int32_t part = work.first_part; part < work.end_part; ++part) {
     const KeyRange keys = keys_of_part(item, part);
     run_part(b, keys.begin, keys.end);
   }
-  for (int g = 0; g < b.num_groups; ++g) write_group(item, g * kLanes, b.groups[g].total, s.total + g * b.out_floats(), v_tiles);
+  for (int g = 0; g < b.num_groups; ++g) write_group(item, g * kLanes, b.groups[g].total, s.total + g * b.out_floats(), b.x.v_tiles);
+}
+
+inline void share_item(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Block b = block_of(item, s, states_of(args, work, of));
+  prepare(b);
+  const KeyRange keys = keys_of_part(item, work.part);
+  run_part(b, keys.begin, keys.end);
 }
 
 struct ByTiles {
@@ -75,11 +92,11 @@ struct ByTiles {
   Scratch s;
   TileShapes shapes;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
-  void run(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads) {
-    if (work.num_tokens * heads <= kLanes)
-      run_few(args, work, head_index, kv_head, first_head, heads, s);
-    else
-      run_item(args, work, kv_head, first_head, heads, s);
+  void run(const AttendArgs& args, const WorkItem& work, const Heads& of) {
+    work.num_tokens * of.count <= kLanes ? run_few(args, work, of, s) : run_item(args, work, of, s);
+  }
+  void share(const AttendArgs& args, const SharedItem& work, const Heads& of) {
+    work.num_tokens * of.count <= kLanes ? share_few(args, work, of, s) : share_item(args, work, of, s);
   }
 };
 static_assert(kSplitRows <= kLanes, "blocks that are split over their keys have few rows");

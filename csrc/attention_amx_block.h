@@ -49,6 +49,7 @@ struct Block {
   Scratch& s;
   Operands x;
   float factor;
+  float* states;  // of a shared item's rows, where they are left; else null
   int num_groups;
   Group groups[kGroups];
 
@@ -210,7 +211,12 @@ struct Passing {
       fresh = false;
     }
     add_outputs();
-    for (int g = 0; g < G && !fresh; ++g) merge(g);
+    for (int g = 0; g < G && !fresh; ++g) b.states ? save(g) : merge(g);
+  }
+
+  void save(int g) {
+    const int first = (group + g) * kLanes, rows = b.item.rows() - first < kLanes ? b.item.rows() - first : kLanes;
+    save_group(rows, load(base[g]), sums(g), out(g), b.x.v_tiles, b.states + first * state_floats(16 * b.x.v_tiles));
   }
 
   void merge(int g) {

@@ -208,15 +208,37 @@ inline void run_tile(Few& f, int64_t base) {
   f.part.fresh = false;
 }
 
-// Adds one part's outputs [rows][v_dims], bases and sums to the totals of those before it.
-inline void merge_rows(Few& f, const float* out, F32x16 base, F32x16 sum) {
-  const Merge m = merge_sums(base, sum, f.total);
+// A part from its first key on, or from the states that rows have of it.
+inline void begin_part(Few& f, const float* states) {
+  f.part.fresh = !states;
+  store(f.part.base, set1(-__builtin_inff()));
+  for (int r = 0; r < f.item.rows(); ++r) {
+    store(f.sums(r), states ? load(states + f.v_dims) : zero());
+    if (!states) continue;
+    memcpy(f.s.out + r * f.v_dims, states, size_t(f.v_dims) * 4);
+    f.part.base[r] = states[f.v_dims + kLanes];
+    states += state_floats(f.v_dims);
+  }
+}
+
+inline void save_part(Few& f, float* states) {
+  for (int r = 0; r < f.item.rows(); ++r, states += state_floats(f.v_dims)) {
+    memcpy(states, f.s.out + r * f.v_dims, size_t(f.v_dims) * 4);
+    store(states + f.v_dims, load(f.sums(r)));
+    states[f.v_dims + kLanes] = f.part.base[r];
+  }
+}
+
+// Adds the part to the totals of those before it.
+inline void merge_part(Few& f) {
+  for (int r = 0; r < f.item.rows(); ++r) f.part.sum[r] = sum_lanes(load(f.sums(r)));
+  const Merge m = merge_sums(load(f.part.base), load(f.part.sum), f.total);
   alignas(64) float shrink[kLanes], shrink_before[kLanes];
   store(shrink, m.shrink);
   store(shrink_before, m.shrink_before);
   for (int r = 0; r < f.item.rows(); ++r) {
     float* const to = f.s.total + r * f.v_dims;
-    const float* const from = out + r * f.v_dims;
+    const float* const from = f.s.out + r * f.v_dims;
     for (int d = 0; d < f.v_dims; d += 16)
       store(to + d, m.first ? load(from + d) : fma(load(from + d), set1(shrink[r]), mul(load(to + d), set1(shrink_before[r]))));
   }
@@ -239,46 +261,54 @@ inline void write_rows(const Few& f) {
   }
 }
 
+inline Few few_of(Item& item, Scratch& s) {
+  const PageLayout& at = item.args.layout;
+  Few f{item, s, int(round_up(at.k.dim, kTileK) / kTileK), int(state_outputs(at.v.dim)), score_factor(item.args), {}, {}};
+  load_queries(item, f.k_steps, (uint32_t*)s.queries);
+  return f;
+}
+
 inline void start_few(Few& f) {
   start_sums(f.item, 0, f.total);
   if (!f.total.fresh) memset(f.s.total, 0, size_t(kLanes * f.v_dims) * 4);
 }
 
-inline void run_few(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads,
-                    Scratch& s) {
-  const PageLayout& at = args.layout;
-  Item item = item_of(args, work, kv_head, first_head, heads);
-  const int rows = item.rows();
-  Few f{item, s, int(round_up(at.k.dim, kTileK) / kTileK), int(round_up(at.v.dim, 32)), score_factor(args), {}, {}};
-  load_queries(item, f.k_steps, (uint32_t*)s.queries);
-  const int64_t stride = rows * partial_stride(at.v.dim), outs = int64_t(rows) * f.v_dims;
-  float* const partials = work.num_splits > 1 ? args.partials + work.partials + head_index * work.num_parts * stride : nullptr;
+inline void run_keys(Few& f, KeyRange keys) {
+  for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) run_tile(f, base);
+}
+
+inline void run_few(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Few f = few_of(item, s);
+  const int64_t stride = item.rows() * state_floats(f.v_dims);
+  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.part * work.num_parts * stride : nullptr;
   if (!partials) start_few(f);
   for (int32_t part = work.first_part; part < work.end_part; ++part) {
-    f.part.fresh = true;
-    store(f.part.base, set1(-__builtin_inff()));
-    memset(s.sums, 0, size_t(rows * kLanes) * 4);
-    const KeyRange keys = keys_of_part(item, part);
-    for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) run_tile(f, base);
-    for (int r = 0; r < rows; ++r) f.part.sum[r] = sum_lanes(load(f.sums(r)));
-    if (partials) {  // every part has a key that some row sees
-      float* const to = partials + (part - work.block_first_part) * stride;
-      memcpy(to, s.out, size_t(outs) * 4);
-      memcpy(to + outs, f.part.base, size_t(rows) * 4);
-      memcpy(to + outs + rows, f.part.sum, size_t(rows) * 4);
-    } else {
-      merge_rows(f, s.out, load(f.part.base), load(f.part.sum));
-    }
+    const Beginning begun = beginning_of(args, work, of, part);
+    begin_part(f, begun.states);
+    run_keys(f, keys_of_part(item, part, begun.keys));
+    if (partials)
+      save_part(f, partials + (part - work.block_first_part) * stride);
+    else
+      merge_part(f);
   }
   if (partials) {
-    if (__atomic_add_fetch(args.counters + work.counter + head_index, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
+    if (__atomic_add_fetch(args.counters + work.counter + of.part, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
     start_few(f);
     for (int32_t i = 0; i < work.num_parts; ++i) {
-      const float* const from = partials + i * stride;
-      merge_rows(f, from, load_n(from + outs, rows), load_n(from + outs + rows, rows));
+      begin_part(f, partials + i * stride);
+      merge_part(f);
     }
   }
   write_rows(f);
+}
+
+inline void share_few(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Few f = few_of(item, s);
+  begin_part(f, nullptr);
+  run_keys(f, keys_of_part(item, work.part));
+  save_part(f, states_of(args, work, of));
 }
 
 }  // namespace tiles

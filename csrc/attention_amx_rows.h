@@ -85,6 +85,32 @@ inline void hide_values(Rows& rows, Seen seen, const char* zeros) {
     if (j < seen.lo || j >= seen.hi) rows.v[j] = zeros;
 }
 
+// States of up to sixteen rows, in the order that dimensions have with few rows (attention_amx_few.h).
+inline void save_group(int rows, F32x16 base, const float* sums, const float* out, int v_tiles, float* states) {
+  const int64_t v_dims = 16 * v_tiles, stride = state_floats(v_dims);
+  F32x16 x[16], y[16];
+  for (int d = 0; d < v_dims; d += 32) {
+    for (int i = 0; i < 16; ++i) {
+      x[i] = load(out + (d + i) * kLanes);
+      y[i] = load(out + (d + 16 + i) * kLanes);
+    }
+    transpose16(x);
+    transpose16(y);
+    for (int r = 0; r < rows; ++r) {
+      store(states + r * stride + d, {_mm512_shuffle_f32x4(x[r].v, y[r].v, 0x88)});
+      store(states + r * stride + d + 16, {_mm512_shuffle_f32x4(x[r].v, y[r].v, 0xdd)});
+    }
+  }
+  for (int i = 0; i < 16; ++i) x[i] = load(sums + i * kLanes);
+  transpose16(x);
+  alignas(64) float bases[kLanes];
+  store(bases, base);
+  for (int r = 0; r < rows; ++r) {
+    store(states + r * stride + v_dims, x[r]);
+    states[r * stride + v_dims + kLanes] = bases[r];
+  }
+}
+
 // Rows first_row.. of the item: totals divided by their sums.
 inline void write_group(const Item& item, int first_row, const Sums& total, const float* out, int v_tiles) {
   const int v_dim = item.args.layout.v.dim, rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;

@@ -183,30 +183,56 @@ inline void run_tile(Block& b, int64_t base) {
   }
 }
 
-// One part of the keys: afterwards s.max, s.sums and s.out hold the block's state for this part alone, and s.seen says
-// which rows saw any of its keys.
-inline void run_part(Block& b, int64_t part) {
-  const int rows = b.item.rows();
-  for (int r = 0; r < rows; ++r) {
-    b.s.max[r] = -__builtin_inff();
-    b.s.seen[r] = 0.0f;
+// What rows have of a part: nothing, or what they left.
+inline void begin_part(Block& b, const float* states) {
+  const int64_t floats = state_floats(b.args().layout.v.dim), sums = floats - 32;
+  for (int r = 0; r < b.item.rows(); ++r) {
+    if (states) {
+      memcpy(b.s.out + r * b.v_stride, states, size_t(b.v_stride) * 4);
+      store(b.s.sums + 16 * r, load(states + sums));
+    } else {
+      memset(b.s.out + r * b.v_stride, 0, size_t(b.v_stride) * 4);
+      store(b.s.sums + 16 * r, zero());
+    }
+    b.s.max[r] = states ? states[sums + 16] : -__builtin_inff();
+    b.s.seen[r] = states ? states[sums + 17] : 0.0f;
+    if (states) states += floats;
   }
-  memset(b.s.sums, 0, size_t(rows) * 64);
-  memset(b.s.out, 0, size_t(rows * b.v_stride) * 4);
-  const KeyRange keys = keys_of_part(b.item, part);
+}
+
+inline void save_part(const Block& b, float* states) {
+  const int64_t floats = state_floats(b.args().layout.v.dim), sums = floats - 32;
+  for (int r = 0; r < b.item.rows(); ++r, states += floats) {
+    memcpy(states, b.s.out + r * b.v_stride, size_t(b.v_stride) * 4);
+    store(states + sums, load(b.s.sums + 16 * r));
+    states[sums + 16] = b.s.max[r];
+    states[sums + 17] = b.s.seen[r];
+  }
+}
+
+// One part of the keys, from the states that rows have of it on: afterwards s.max, s.sums and s.out hold the block's state for this part alone, and
+// s.seen says which rows saw any of its keys.
+inline void run_part(Block& b, int64_t part, const Beginning& begun) {
+  begin_part(b, begun.states);
+  const KeyRange keys = keys_of_part(b.item, part, begun.keys);
   for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) run_tile(b, base);
 }
 
-// Adds one part's row (output, maximum, sum) to the row's total; parts come in ascending order.
-inline void merge_row(const float* out, float max, float sum, float* total_out, float* total_max, float* total_sum, int64_t v_stride) {
-  const float high = max > *total_max ? max : *total_max;
-  const F32x16 base = set1(finite_base(high));
-  const F32x16 shrink_total = exp2_nonpositive(sub(set1(*total_max), base)), shrink = exp2_nonpositive(sub(set1(max), base));
-  for (int64_t d = 0; d < v_stride; d += 16) store(total_out + d, fma(load(out + d), shrink, mul(load(total_out + d), shrink_total)));
-  float lanes[16];
-  store(lanes, fma(set1(sum), shrink, mul(set1(*total_sum), shrink_total)));
-  *total_sum = lanes[0];
-  *total_max = high;
+// Adds the part to the rows' totals; parts come in ascending order.
+inline void merge_part(Block& b) {
+  Scratch& s = b.s;
+  for (int r = 0; r < b.item.rows(); ++r) {
+    if (s.seen[r] == 0.0f) continue;
+    const float high = s.max[r] > s.total_max[r] ? s.max[r] : s.total_max[r];
+    const F32x16 base = set1(finite_base(high));
+    const F32x16 shrink_total = exp2_nonpositive(sub(set1(s.total_max[r]), base)), shrink = exp2_nonpositive(sub(set1(s.max[r]), base));
+    float *const out = s.out + r * b.v_stride, *const total = s.total_out + r * b.v_stride;
+    for (int64_t d = 0; d < b.v_stride; d += 16) store(total + d, fma(load(out + d), shrink, mul(load(total + d), shrink_total)));
+    float lanes[16];
+    store(lanes, fma(set1(sum_lanes(load(s.sums + 16 * r))), shrink, mul(set1(s.total_sum[r]), shrink_total)));
+    s.total_sum[r] = lanes[0];
+    s.total_max[r] = high;
+  }
 }
 
 }  // namespace

@@ -20,18 +20,20 @@ QUIRE_INLINE int64_t round_up(int64_t x, int64_t to = 16) { return (x + to - 1) 
 struct Item {
   const AttendArgs& args;
   History from;
-  int64_t packed_token;                // the first query token's place in the step
+  const int32_t* tokens;               // of a shared item: its query tokens' places in the step; all of them see all keys
+  int64_t packed_token;                // else the first one's place
   int32_t first_position, num_tokens;  // its absolute position
   int32_t heads, first_head;           // query heads of this item
   Rows tiles[2];                       // the one at hand and the next
 
   int rows() const { return num_tokens * heads; }
+  int64_t place(int token) const { return tokens ? tokens[token] : packed_token + token; }
   const char* query(int row) const {
-    return (const char*)args.q + (packed_token + row / heads) * args.q_token_stride + (first_head + row % heads) * args.q_head_stride;
+    return (const char*)args.q + place(row / heads) * args.q_token_stride + (first_head + row % heads) * args.q_head_stride;
   }
   // In elements of q's dtype.
-  int64_t out(int row) const { return ((packed_token + row / heads) * args.num_heads + first_head + row % heads) * args.layout.v.dim; }
-  int32_t position(int token) const { return first_position + token; }
+  int64_t out(int row) const { return (place(row / heads) * args.num_heads + first_head + row % heads) * args.layout.v.dim; }
+  int32_t position(int token) const { return tokens ? first_position : first_position + token; }
   // The first key a token sees; never falls from one token to the next.
   int32_t first_key(int token) const {
     const int32_t at = position(token);
@@ -41,20 +43,49 @@ struct Item {
   }
 };
 
-inline Item item_of(const AttendArgs& args, const WorkItem& item, int32_t kv_head, int32_t first_head, int32_t heads) {
+inline History history_of(const AttendArgs& args, int32_t seq, int32_t kv_head) {
   const Staged& staged = args.staged;
-  const int64_t start = args.query_start[item.seq];
-  const int32_t committed = args.num_committed[item.seq];
-  return {args,
-          {&args.layout, (const char*)staged.k + start * staged.k_token_stride + kv_head * staged.k_head_stride,
-           (const char*)staged.v + start * staged.v_token_stride + kv_head * staged.v_head_stride, staged.k_token_stride, staged.v_token_stride,
-           args.page_ids + args.page_start[item.seq], committed, kv_head},
-          start + item.first_token,
-          committed + item.first_token,
-          item.num_tokens,
-          heads,
-          first_head,
-          {}};
+  const int64_t start = args.query_start[seq];
+  return {&args.layout,
+          (const char*)staged.k + start * staged.k_token_stride + kv_head * staged.k_head_stride,
+          (const char*)staged.v + start * staged.v_token_stride + kv_head * staged.v_head_stride,
+          staged.k_token_stride,
+          staged.v_token_stride,
+          args.page_ids + args.page_start[seq],
+          args.num_committed[seq],
+          kv_head};
+}
+
+// Query heads of one KV head, `part` of them at a time where they are many.
+struct Heads {
+  int32_t part, kv_head, first, count;
+};
+
+inline Item item_of(const AttendArgs& args, const WorkItem& work, const Heads& of) {
+  return {args,           history_of(args, work.seq, of.kv_head), nullptr,  args.query_start[work.seq] + work.first_token,
+          args.num_committed[work.seq] + work.first_token, work.num_tokens, of.count, of.first, {}};
+}
+
+inline Item item_of(const AttendArgs& args, const SharedItem& work, const Heads& of) {
+  return {args,     history_of(args, work.seq, of.kv_head), args.shared_tokens + work.first_token, 0, work.part * kPartKeys + work.keys - 1,
+          work.num_tokens, of.count, of.first, {}};
+}
+
+// Where the rows of a shared item leave their states.
+inline float* states_of(const AttendArgs& args, const SharedItem& work, const Heads& of) {
+  return args.states + work.states + int64_t(of.part) * work.num_tokens * of.count * state_floats(args.layout.v.dim);
+}
+
+// What the rows of a block have of a part already: their states after its first keys, if there are any.
+struct Beginning {
+  const float* states;
+  int32_t keys;
+};
+inline Beginning beginning_of(const AttendArgs& args, const WorkItem& work, const Heads& of, int32_t part) {
+  const Begun begun = work.begun < 0 ? Begun{-1, 0} : args.begun[work.begun + part - work.block_first_part];
+  if (begun.shared < 0) return {nullptr, 0};
+  const SharedItem& shared = args.shared[begun.shared];
+  return {states_of(args, shared, of) + int64_t(begun.token) * of.count * state_floats(args.layout.v.dim), shared.keys};
 }
 
 // Finds the rows of the tile at `base` that some token of the item sees; false if there are none.
@@ -72,13 +103,14 @@ inline bool locate_tile(const Item& item, int64_t base, const char* zeros, Rows&
   return true;
 }
 
-// Some keys: of a part, those from the first that some token sees to the last.
+// Some keys: of a part, those from the first that some token sees, or that is not begun, to the last.
 struct KeyRange {
   int64_t begin, end;
 };
-inline KeyRange keys_of_part(const Item& item, int64_t part) {
+inline KeyRange keys_of_part(const Item& item, int64_t part, int32_t begun = 0) {
   const int64_t first = item.first_key(0), end = item.position(item.num_tokens - 1) + 1, part_end = (part + 1) * kPartKeys;
-  return {first > part * kPartKeys ? first : part * kPartKeys, end < part_end ? end : part_end};
+  const int64_t begin = part * kPartKeys + begun;
+  return {first > begin ? first : begin, end < part_end ? end : part_end};
 }
 
 // log2(e) times the score, scaled and softcapped.

@@ -59,6 +59,20 @@ struct WorkItem {
   int32_t num_splits;                      // 1: the item does the whole block and merges as it goes
   int32_t block_first_part, num_parts;     // of the whole block
   int64_t partials, counter;               // of head 0 of this block, where num_splits > 1
+  int64_t begun;                           // AttendArgs::begun has the block's parts from here on; -1: nothing is
+};
+
+// The first keys of one part, which several sequences have in the same pages: of a common prompt, or of what the samples of one began with. The query
+// rows of all of them meet these together, before any other item; each row's state goes to AttendArgs::states, where its own item goes on.
+struct SharedItem {
+  int32_t seq, part, keys;          // one of the sequences; keys: a multiple of a tile
+  int32_t first_token, num_tokens;  // of AttendArgs::shared_tokens; those of one sequence lie together
+  int64_t states;                   // of head 0: [rows][state_floats]
+};
+
+// Where a block goes on in a part: from the states that a shared item left for its tokens, `token` being the first of them. -1: nothing is begun.
+struct Begun {
+  int32_t shared, token;
 };
 
 struct AttendArgs {
@@ -74,7 +88,12 @@ struct AttendArgs {
   int32_t window, chunk, num_threads;
   const WorkItem* items;
   int64_t num_items;
-  float* partials;    // per split block and KV head: [num_parts][rows][partial_stride]
+  const SharedItem* shared;
+  int64_t num_shared;
+  const int32_t* shared_tokens;  // places in the step
+  const Begun* begun;            // [parts] of each block that has some
+  float* states;
+  float* partials;    // per split block and KV head: [num_parts][rows][state_floats]
   int32_t* counters;  // per split block and KV head: how many of its items are done
 };
 
@@ -105,8 +124,9 @@ struct Kernels {
   void (*run_rows)(const RowsArgs*);
 };
 
-// Floats of one row's partial result: its output, its largest score, its sum.
-constexpr int64_t partial_stride(int64_t v_dim) { return (v_dim + 31) / 32 * 32 + 2; }
+// What a row has of some keys of a part: its outputs, then sixteen sums, what scores are subtracted from, and whether it saw any of the keys.
+constexpr int64_t state_outputs(int64_t v_dim) { return (v_dim + 31) / 32 * 32; }
+constexpr int64_t state_floats(int64_t v_dim) { return state_outputs(v_dim) + 32; }
 
 // Bytes of a row of `dim` elements of a DType or Format.
 int32_t row_bytes(int32_t format, int32_t dim);

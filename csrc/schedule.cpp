@@ -29,10 +29,10 @@ int32_t tokens_of_block(const AttendArgs& args, int64_t rows) {
 void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule) {
   const int64_t group = args.num_heads / args.layout.num_kv_heads, kv_heads = args.layout.num_kv_heads;
   const int32_t block_tokens = tokens_of_block(args, kernels.block_rows(&args));
-  auto& [items, costs, partials, counters] = schedule;
+  auto& items = schedule.items;
+  auto& costs = schedule.costs;
   items.clear();
   costs.clear();
-  int64_t total = 0;
   for (int32_t s = 0; s < args.num_seqs; ++s) {
     const int32_t num_tokens = args.query_start[s + 1] - args.query_start[s];
     for (int32_t first = 0; first < num_tokens; first += block_tokens) {
@@ -41,12 +41,11 @@ void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule
       int64_t begin = args.window > 0 ? std::max<int64_t>(0, position - args.window + 1) : 0;
       if (args.chunk > 0) begin = std::max(begin, position / args.chunk * args.chunk);
       const int32_t first_part = int32_t(begin / kPartKeys), end_part = int32_t((end - 1) / kPartKeys + 1);
-      // Reading a key costs about as much as scoring it against four rows.
-      costs.push_back((end - begin) * (count * group + 4));
-      total += costs.back();
-      items.push_back({s, first, count, first_part, end_part, 1, first_part, end_part - first_part, 0, 0});
+      costs.push_back(cost_of(end - begin, count * group));
+      items.push_back({s, first, count, first_part, end_part, 1, first_part, end_part - first_part, 0, 0, -1});
     }
   }
+  const int64_t shared = share_keys(args, kernels, schedule), total = std::accumulate(costs.begin(), costs.end(), shared);
   const int64_t multiply_adds = total * kv_heads * (args.layout.k.dim + args.layout.v.dim);
   if (multiply_adds < kThreadsPay) args.num_threads = 1;
 
@@ -74,12 +73,12 @@ void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule
         }
       }
       costs[i] /= splits;
-      num_partials += kv_heads * block.num_parts * rows * partial_stride(args.layout.v.dim);
+      num_partials += kv_heads * block.num_parts * rows * state_floats(args.layout.v.dim);
       num_counters += kv_heads;
     }
   }
-  if (int64_t(partials.size()) < num_partials) partials.resize(size_t(num_partials));
-  counters.assign(size_t(num_counters), 0);
+  if (int64_t(schedule.partials.size()) < num_partials) schedule.partials.resize(size_t(num_partials));
+  schedule.counters.assign(size_t(num_counters), 0);
 
   if (items.size() > 1) {
     std::vector<uint32_t> order(items.size());
@@ -92,8 +91,8 @@ void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule
   }
   args.items = items.data();
   args.num_items = int64_t(items.size());
-  args.partials = partials.data();
-  args.counters = counters.data();
+  args.partials = schedule.partials.data();
+  args.counters = schedule.counters.data();
 }
 
 }  // namespace quire

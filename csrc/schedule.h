@@ -11,11 +11,21 @@ namespace quire {
 struct Schedule {
   std::vector<WorkItem> items;
   std::vector<int64_t> costs;
-  std::vector<float> partials;
+  std::vector<SharedItem> shared;
+  std::vector<int32_t> shared_tokens;
+  std::vector<Begun> begun;
+  std::vector<float> states, partials;
   std::vector<int32_t> counters;
 };
 
 // Fills `schedule` and points `args` at it; sets args.num_threads to 1 where a second thread would not pay.
 void build_schedule(AttendArgs& args, const Kernels& kernels, Schedule& schedule);
+
+// What rows cost against some keys. Reading a key costs about as much as scoring it against four rows.
+inline int64_t cost_of(int64_t keys, int64_t rows) { return keys * (rows + 4); }
+
+// Finds keys that blocks of few rows have in the same pages, and takes them out of the costs of these (shared_keys.cpp). Returns what the shared
+// items cost.
+int64_t share_keys(AttendArgs& args, const Kernels& kernels, Schedule& schedule);
 
 }  // namespace quire

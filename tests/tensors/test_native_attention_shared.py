@@ -1,0 +1,55 @@
+"""Sequences that have keys in the same pages, in the C++ attention: the bits of each are those it has with pages of its own."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
+
+from tests.tensors.attention_cases import Cache, Geometry, Sequence, compute_alone, make_sequence
+
+GEOMETRIES = {
+    "bf16": Geometry(4, 2, 64, 64),
+    "bf16 of many heads": Geometry(16, 1, 32, 96),
+    "bf16 odd": Geometry(5, 5, 35, 21),
+    "softcap and sinks": Geometry(6, 2, 32, 48, softcap=5.0, sinks=True),
+    "fp32": Geometry(7, 1, 20, 64, torch.float32),
+    "int8": Geometry(6, 2, 64, 64, codec=("int8", "int8")),
+    "mixed": Geometry(4, 2, 64, 40, codec=("int8", "int4")),
+}
+
+
+def branch(cache: Cache, stem: Sequence, shared: int, length: int, seed: int) -> Sequence:
+    """A sequence whose first `shared` tokens are those of `stem`, in its full pages as far as there are any."""
+    own = make_sequence(cache.geometry, length, seed)
+    for name in "qkv":
+        setattr(own, name, torch.cat([getattr(stem, name)[:shared], getattr(own, name)[shared:]]))
+    pages = shared // cache.place.page_size
+    own.page_ids, own.num_committed = stem.page_ids[:pages], pages * cache.place.page_size
+    return own
+
+
+def assert_as_alone(cache: Cache, sequence: Sequence) -> None:
+    alone = compute_alone(cache.geometry, sequence, [len(sequence.q)], page_size=16, num_threads=2)
+    assert torch.equal(sequence.out, alone[len(sequence.q) - len(sequence.out) :])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+@pytest.mark.parametrize("page_size", [7, 16, 64])
+def test_branches_of_branches_have_the_bits_they_have_alone(isa: str, geometry: Geometry, page_size: int) -> None:
+    choose = random.Random(page_size)
+    cache = Cache(geometry, page_size, 2500 // page_size * 4, seed=page_size)
+    sequences = [make_sequence(geometry, 1210, seed=1), make_sequence(geometry, 150, seed=2)]
+    cache.step([(sequences[0], 1190), (sequences[1], 90)])
+    for shared, length in [(700, 760), (1150, 1170), (1150, 1180), (650, 700), (650, 690), (600, 640), (70, 110), (3, 60)]:
+        sequences.append(branch(cache, sequences[0], shared, length, seed=len(sequences)))
+    cache.step([(sequences[2], 730 - sequences[2].num_committed)])
+    sequences.append(branch(cache, sequences[2], 730, 770, seed=30))
+    while open_ones := [s for s in sequences if s.num_committed < len(s.q)]:
+        chosen = choose.sample(open_ones, choose.randint(1, len(open_ones)))
+        cache.step([(s, min(choose.choice([1, 1, 1, 2, 3, 20]), len(s.q) - s.num_committed)) for s in chosen])
+    for sequence in sequences:
+        assert_as_alone(cache, sequence)
