@@ -27,7 +27,7 @@ struct BufferForm {
 
 // `product` 0: `count` instructions from `first` on. Else 1 + the WeightFormat of x W, where these mean nothing: the
 // numbers of buffers stand for x, weight, bias (-1: none) and y; m rows to a token, x from element `x_at` of its row on.
-struct ProgramStep {
+struct PlannedStep {
   int64_t product, first, count, x, x_at, weight, bias, y, m, n, k, x_stride, weight_stride;
 };
 
@@ -44,7 +44,7 @@ class Program {
   Program(nb::bytes instructions, nb::bytes buffers, nb::bytes steps, int64_t scratch_floats, int64_t arena_bytes)
       : instructions_(unpacked<RowInstruction>(instructions, "instructions must be whole RowInstruction structs")),
         buffers_(unpacked<BufferForm>(buffers, "buffers must be whole BufferForm structs")),
-        steps_(unpacked<ProgramStep>(steps, "steps must be whole Step structs")),
+        steps_(unpacked<PlannedStep>(steps, "steps must be whole PlannedStep structs")),
         scratch_floats_((scratch_floats + 15) / 16 * 16),
         arena_bytes_(arena_bytes) {
     const int64_t num_buffers = int64_t(buffers_.size()), num_instructions = int64_t(instructions_.size());
@@ -62,7 +62,7 @@ class Program {
         require(o->at >= 0 && last < scratch_floats_, "an operand is outside of scratch");
       }
     }
-    for (const ProgramStep& s : steps_) {
+    for (const PlannedStep& s : steps_) {
       if (s.product)
         require(s.product > 0 && s.product <= kNumWeightFormats && known(s.x) && known(s.weight) && known(s.y) && s.bias >= -1 && s.bias < num_buffers, "a product's buffer is out of range");
       else
@@ -129,7 +129,7 @@ class Program {
   void carry_out(int64_t first, int64_t end, int64_t num_rows, std::vector<RowBuffer>& buffers, int32_t num_threads) const {
     static thread_local Kept scratch;
     for (int64_t i = first; i < end; ++i) {
-      const ProgramStep& s = steps_[size_t(i)];
+      const PlannedStep& s = steps_[size_t(i)];
       if (s.product) {
         const RowBuffer &x = buffers[size_t(s.x)], &y = buffers[size_t(s.y)];
         const int64_t element = x.dtype == kF32 ? 4 : 2;
@@ -145,7 +145,7 @@ class Program {
 
   std::vector<RowInstruction> instructions_;
   std::vector<BufferForm> buffers_;
-  std::vector<ProgramStep> steps_;
+  std::vector<PlannedStep> steps_;
   int64_t scratch_floats_, arena_bytes_, num_given_ = 0;
 };
 
