@@ -1,8 +1,6 @@
 // Python bindings of the linear kernels.
 #include <nanobind/nanobind.h>
 
-#include <stdexcept>
-
 #include "bind.h"
 #include "kept.h"
 
@@ -11,10 +9,7 @@ namespace nb = nanobind;
 namespace quire {
 namespace {
 
-void require(bool fine) {
-  if (!fine) throw std::invalid_argument("sizes, dtype, format or num_threads out of range");
-}
-bool is_dtype(int32_t dtype) { return dtype >= kF32 && dtype <= kF16; }
+void require(bool fine) { quire::require(fine, "sizes, dtype, format or num_threads out of range"); }
 bool is_packed(int32_t format) { return format >= kPackedF32 && format < kNumWeightFormats; }
 
 void product(int32_t format, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t x_stride,

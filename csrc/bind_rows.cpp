@@ -3,7 +3,6 @@
 #include <nanobind/stl/vector.h>
 #include <string.h>
 
-#include <stdexcept>
 #include <vector>
 
 #include "bind.h"
@@ -14,10 +13,6 @@ namespace nb = nanobind;
 
 namespace quire {
 namespace {
-
-void require(bool fine, const char* what) {
-  if (!fine) throw std::invalid_argument(what);
-}
 
 // Packed by program.py, in this order. `arena` < 0: the address is given at each call; otherwise the buffer's first byte in
 // the arena, for each token of the call.
@@ -50,11 +45,11 @@ class Program {
     const int64_t num_buffers = int64_t(buffers_.size()), num_instructions = int64_t(instructions_.size());
     const auto known = [&](int64_t buffer) { return buffer >= 0 && buffer < num_buffers; };
     for (const BufferForm& form : buffers_) {
-      require(form.row_bytes >= 0 && form.dtype >= kF32 && form.dtype <= kF16 && form.arena < arena_bytes_, "a buffer is out of range");
+      require(form.row_bytes >= 0 && is_dtype(form.dtype) && form.arena < arena_bytes_, "a buffer is out of range");
       num_given_ += form.arena < 0;
     }
     for (const RowInstruction& g : instructions_) {
-      require(g.op >= 0 && g.op < kNumRowOps && g.dtype >= kF32 && g.dtype <= kF16, "an instruction is not known");
+      require(g.op >= 0 && g.op < kNumRowOps && is_dtype(g.dtype), "an instruction is not known");
       require(g.op > kRowStore || known(g.buffer), "an instruction's buffer is out of range");
       for (const RowOperand* o : {&g.out, &g.a, &g.b, &g.c}) {
         int64_t last = o->at;
@@ -157,7 +152,7 @@ void bind_rows(nb::module_& m) {
       .def("run", &Program::run)
       .def("run_layer", &Program::run_layer);
   nb::class_<AttendForm>(m, "AttendForm").def("__init__", [](AttendForm* form, int32_t dtype, int32_t num_heads, int32_t window, int32_t chunk, float scale, float softcap) {
-    require(dtype >= kF32 && dtype <= kF16 && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
+    require(is_dtype(dtype) && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
     new (form) AttendForm{dtype, num_heads, window, chunk, scale, softcap};
   });
 }
