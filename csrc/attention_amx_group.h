@@ -37,10 +37,7 @@ inline void score_pair(int k_steps, const char* const* keys, Span span, const ch
   for (int step = span.first; step < span.end; ++step) {
     const char *low = keys[2 * step], *high = keys[2 * step + 1], *q = queries;
     float* const to = scores + 2 * step * kTileFloats;
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
+    zero_sums();
     for (int s = 0; s < k_steps; ++s, low += 64, high += 64, q += kTileBytes) {
       fetch<true>(fetcher, lines);
       tile_load<4>(low, row_bytes);

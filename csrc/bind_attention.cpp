@@ -16,10 +16,6 @@ namespace nb = nanobind;
 namespace quire {
 namespace {
 
-void require(bool fine, const char* what) {
-  if (!fine) throw std::invalid_argument(what);
-}
-
 RowLayout row_layout(const char* name, int64_t slots, int64_t page_bytes, int64_t offset, int32_t dim, int32_t format, int32_t bytes) {
   const std::string field(name);
   if (format < kF32 || format > kInt4) throw std::invalid_argument(field + " format " + std::to_string(format) + ": must be from 0 to 4");
@@ -34,8 +30,6 @@ RowLayout row_layout(const char* name, int64_t slots, int64_t page_bytes, int64_
                                 " bytes: must be multiples of " + std::to_string(element));
   return {offset, dim, format, bytes};
 }
-
-bool is_dtype(int32_t format) { return format >= kF32 && format <= kF16; }
 
 void attend(int32_t dtype, Address q, int64_t q_token_stride, int64_t q_head_stride, Address k, int64_t k_token_stride, int64_t k_head_stride,
             Address v, int64_t v_token_stride, int64_t v_head_stride, Address out, Address pages, int64_t num_pages, int64_t page_bytes,

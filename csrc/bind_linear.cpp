@@ -1,40 +1,16 @@
 // Python bindings of the linear kernels.
 #include <nanobind/nanobind.h>
 
-#include <memory>
-#include <new>
-#include <stdexcept>
-
 #include "bind.h"
+#include "kept.h"
 
 namespace nb = nanobind;
 
 namespace quire {
 namespace {
 
-void require(bool fine) {
-  if (!fine) throw std::invalid_argument("sizes, dtype, format or num_threads out of range");
-}
-bool is_dtype(int32_t dtype) { return dtype >= kF32 && dtype <= kF16; }
+void require(bool fine) { quire::require(fine, "sizes, dtype, format or num_threads out of range"); }
 bool is_packed(int32_t format) { return format >= kPackedF32 && format < kNumWeightFormats; }
-
-constexpr std::align_val_t kLine{64};
-struct Freed {
-  void operator()(float* p) const { operator delete(p, kLine); }
-};
-
-// Each calling thread keeps its scratch: 8 MiB of x and 0.3 MiB for every thread of the team at the most.
-float* scratch_of_this_thread(int64_t num_floats) {
-  thread_local std::unique_ptr<float, Freed> scratch;
-  thread_local int64_t held = 0;
-  if (num_floats > held) {
-    scratch.reset();
-    held = 0;
-    scratch.reset(static_cast<float*>(operator new(size_t(num_floats) * sizeof(float), kLine)));
-    held = num_floats;
-  }
-  return scratch.get();
-}
 
 void product(int32_t format, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t x_stride,
              int64_t w_stride, int32_t dtype, int32_t num_threads) {
@@ -74,7 +50,8 @@ int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
 void multiply(LinearArgs args) {
   if (args.m == 0 || args.n == 0) return;  // the kernels want something to do
   const LinearKernels& kernels = active_kernels().linear;
-  args.scratch = scratch_of_this_thread(kernels.scratch_floats(&args));
+  static thread_local Kept scratch;  // 8 MiB of x and 0.3 MiB for every thread of the team at the most
+  args.scratch = reinterpret_cast<float*>(scratch.bytes(kernels.scratch_floats(&args) * int64_t(sizeof(float))));
   kernels.multiply(&args);
 }
 

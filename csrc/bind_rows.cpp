@@ -3,7 +3,6 @@
 #include <nanobind/stl/vector.h>
 #include <string.h>
 
-#include <stdexcept>
 #include <vector>
 
 #include "bind.h"
@@ -15,10 +14,6 @@ namespace nb = nanobind;
 namespace quire {
 namespace {
 
-void require(bool fine, const char* what) {
-  if (!fine) throw std::invalid_argument(what);
-}
-
 // Packed by program.py, in this order. `arena` < 0: the address is given at each call; otherwise the buffer's first byte in
 // the arena, for each token of the call.
 struct BufferForm {
@@ -27,7 +22,7 @@ struct BufferForm {
 
 // `product` 0: `count` instructions from `first` on. Else 1 + the WeightFormat of x W, where these mean nothing: the
 // numbers of buffers stand for x, weight, bias (-1: none) and y; m rows to a token, x from element `x_at` of its row on.
-struct ProgramStep {
+struct PlannedStep {
   int64_t product, first, count, x, x_at, weight, bias, y, m, n, k, x_stride, weight_stride;
 };
 
@@ -44,17 +39,17 @@ class Program {
   Program(nb::bytes instructions, nb::bytes buffers, nb::bytes steps, int64_t scratch_floats, int64_t arena_bytes)
       : instructions_(unpacked<RowInstruction>(instructions, "instructions must be whole RowInstruction structs")),
         buffers_(unpacked<BufferForm>(buffers, "buffers must be whole BufferForm structs")),
-        steps_(unpacked<ProgramStep>(steps, "steps must be whole Step structs")),
+        steps_(unpacked<PlannedStep>(steps, "steps must be whole PlannedStep structs")),
         scratch_floats_((scratch_floats + 15) / 16 * 16),
         arena_bytes_(arena_bytes) {
     const int64_t num_buffers = int64_t(buffers_.size()), num_instructions = int64_t(instructions_.size());
     const auto known = [&](int64_t buffer) { return buffer >= 0 && buffer < num_buffers; };
     for (const BufferForm& form : buffers_) {
-      require(form.row_bytes >= 0 && form.dtype >= kF32 && form.dtype <= kF16 && form.arena < arena_bytes_, "a buffer is out of range");
+      require(form.row_bytes >= 0 && is_dtype(form.dtype) && form.arena < arena_bytes_, "a buffer is out of range");
       num_given_ += form.arena < 0;
     }
     for (const RowInstruction& g : instructions_) {
-      require(g.op >= 0 && g.op < kNumRowOps && g.dtype >= kF32 && g.dtype <= kF16, "an instruction is not known");
+      require(g.op >= 0 && g.op < kNumRowOps && is_dtype(g.dtype), "an instruction is not known");
       require(g.op > kRowStore || known(g.buffer), "an instruction's buffer is out of range");
       for (const RowOperand* o : {&g.out, &g.a, &g.b, &g.c}) {
         int64_t last = o->at;
@@ -62,7 +57,7 @@ class Program {
         require(o->at >= 0 && last < scratch_floats_, "an operand is outside of scratch");
       }
     }
-    for (const ProgramStep& s : steps_) {
+    for (const PlannedStep& s : steps_) {
       if (s.product)
         require(s.product > 0 && s.product <= kNumWeightFormats && known(s.x) && known(s.weight) && known(s.y) && s.bias >= -1 && s.bias < num_buffers, "a product's buffer is out of range");
       else
@@ -129,7 +124,7 @@ class Program {
   void carry_out(int64_t first, int64_t end, int64_t num_rows, std::vector<RowBuffer>& buffers, int32_t num_threads) const {
     static thread_local Kept scratch;
     for (int64_t i = first; i < end; ++i) {
-      const ProgramStep& s = steps_[size_t(i)];
+      const PlannedStep& s = steps_[size_t(i)];
       if (s.product) {
         const RowBuffer &x = buffers[size_t(s.x)], &y = buffers[size_t(s.y)];
         const int64_t element = x.dtype == kF32 ? 4 : 2;
@@ -145,7 +140,7 @@ class Program {
 
   std::vector<RowInstruction> instructions_;
   std::vector<BufferForm> buffers_;
-  std::vector<ProgramStep> steps_;
+  std::vector<PlannedStep> steps_;
   int64_t scratch_floats_, arena_bytes_, num_given_ = 0;
 };
 
@@ -157,7 +152,7 @@ void bind_rows(nb::module_& m) {
       .def("run", &Program::run)
       .def("run_layer", &Program::run_layer);
   nb::class_<AttendForm>(m, "AttendForm").def("__init__", [](AttendForm* form, int32_t dtype, int32_t num_heads, int32_t window, int32_t chunk, float scale, float softcap) {
-    require(dtype >= kF32 && dtype <= kF16 && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
+    require(is_dtype(dtype) && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
     new (form) AttendForm{dtype, num_heads, window, chunk, scale, softcap};
   });
 }

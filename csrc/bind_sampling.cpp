@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <string.h>
 
-#include <stdexcept>
 #include <vector>
 
 #include "bind.h"
@@ -12,14 +11,10 @@ namespace nb = nanobind;
 namespace quire {
 namespace {
 
-void require(bool fine, const char* what) {
-  if (!fine) throw std::invalid_argument(what);
-}
-
 // (token, status, logprob, [(id, logprob), ...]) for each row.
 nb::list sample(int32_t dtype, uintptr_t logits, int64_t row_stride, int32_t vocab_size, nb::bytes packed, int32_t max_top, uintptr_t scratch,
                 int64_t num_scratch_floats, int32_t num_threads) {
-  require(dtype >= kF32 && dtype <= kF16, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(is_dtype(dtype), "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
   require(vocab_size > 0 && row_stride >= vocab_size, "vocab_size must be positive and row_stride no less");
   require(num_threads > 0, "num_threads must be positive");
   require(packed.size() % sizeof(SampleRow) == 0, "rows must be whole SampleRow structs");

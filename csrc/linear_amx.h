@@ -14,6 +14,7 @@
 //      A 4 | C 0  C 1
 //      A 5 | C 2  C 3            while they pass, what will be read next is asked for, evenly
 #pragma once
+#include "linear_amx_plan.h"
 #include "linear_amx_weights.h"
 
 #if defined(QUIRE_AMX)
@@ -22,28 +23,7 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kBlockSteps = 8, kStreamRows = 64;
-constexpr int64_t kTileXBytes = 3 << 19;  // of x at once: it stays in the second cache
-
-struct TilePlan {
-  int threads, rows, tile_rows;  // rows of x at once, and of one of its tiles
-  bool by_rows;                  // threads share the rows of x, not the columns
-  int64_t x_bytes, sum_bytes, thread_bytes;
-};
-
-inline TilePlan tile_plan(const LinearArgs& g) {
-  TilePlan p{};
-  const double read = 0.15, compute = 0.001 * double(g.m);  // nanoseconds on one thread, roughly; waking another costs microseconds
-  p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
-  const int64_t row = steps_of(g.k) * 64 + 1, fitting = kTileXBytes / row / 32 * 32;
-  p.tile_rows = int(smaller(g.m, 16));
-  p.rows = int(smaller(round_up(g.m, p.tile_rows), fitting > 32 ? fitting : 32));
-  p.by_rows = p.threads > 1 && ceil_div(g.n, kWide) < 2 * p.threads && g.m >= 32 * p.threads;
-  p.x_bytes = steps_of(g.k) * 64 * p.rows;
-  p.sum_bytes = round_up(p.rows, 16) * kWide * 4;
-  p.thread_bytes = p.sum_bytes + kBlockSteps * kStepBytes;
-  return p;
-}
+constexpr int kBlockSteps = 8, kStreamRows = 64, kBlockScratch = kBlockSteps * kStepBytes;
 
 // Rows first..last-1 of x, from row m0 on, to tiles; what is missing from a last tile is zero.
 inline void tiles_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* out) {
@@ -88,46 +68,18 @@ QUIRE_INLINE void tile_steps(const char* x, int64_t next_tile, int64_t x_step, c
   }
 }
 
-// C 0..3 from and to scratch, a tile after the other.
-QUIRE_INLINE void load_sums(const float* sums, bool first) {
-  if (first) {
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-  } else {
-    tile_load<0>(sums, 64);
-    tile_load<1>(sums + 256, 64);
-    tile_load<2>(sums + 512, 64);
-    tile_load<3>(sums + 768, 64);
-  }
-}
-QUIRE_INLINE void store_sums(float* sums) {
-  tile_store<0>(sums, 64);
-  tile_store<1>(sums + 256, 64);
-  tile_store<2>(sums + 512, 64);
-  tile_store<3>(sums + 768, 64);
-}
-
-// Sums of MT tiles of rows and NT of columns to rows m.. of y, columns n.. of it.
-template <int MT, int NT>
-void sums_to_y(const LinearArgs& g, const float* sums, int64_t m, int rows, int64_t n) {
-  for (int r = 0; r < rows; ++r) {
-    auto* y = (uint16_t*)g.y + (m + r) * g.n + n;
-    for (int j = 0; j < NT && n + 16 * j < g.n; ++j) {
-      F32x16 v = load(sums + (r / 16 * NT + j) * 256 + r % 16 * 16);
-      const int left = int(smaller(g.n - n - 16 * j, 16));
-      if (g.bias) v = add(v, load_bf16_n((const uint16_t*)g.bias + n + 16 * j, left));
-      store_brain_n(y + 16 * j, v, left);
-    }
-  }
+// Sums of tiles, NT of columns for each of rows, to rows m.. of y, columns n.. of it.
+template <int NT>
+QUIRE_INLINE void tiles_to_y(const LinearArgs& g, const char* sums, int64_t m, int rows, int64_t n) {
+  sums_to_y(g, m, rows, n, NT, [&](int r, int j) { return (const float*)(sums + (r / 16 * NT + j) * kTileBytes + r % 16 * 64); });
 }
 
 // A panel for up to 16 rows of x: its lines where they are, or a block after the other.
 template <class W>
-void few_tiles(const LinearArgs& g, const TilePlan& p, const char* x, int64_t panel, float* sums, char* block) {
+void few_tiles(const LinearArgs& g, const TilePlan& p, const char* x, int64_t panel, char* block) {
   const int64_t steps = steps_of(g.k), x_step = p.tile_rows * 64;
-  load_sums(sums, true);
+  char* const sums = block + kBlockScratch;
+  zero_sums();
   if constexpr (W::kStreams) {
     const char* lines = W::at(g, panel, 0);
     Ahead ahead{lines + 2 * kAhead, kStepBytes};
@@ -141,37 +93,38 @@ void few_tiles(const LinearArgs& g, const TilePlan& p, const char* x, int64_t pa
     }
   }
   store_sums(sums);
-  sums_to_y<1, 4>(g, sums, 0, p.tile_rows, panel * kWide);
+  tiles_to_y<4>(g, sums, 0, p.tile_rows, panel * kWide);
 }
 
 // Steps s..s+here-1 of a panel for `count` tiles of 16 rows of x, from row m0 of y on; `lines` are of step s.
 template <bool kStreamed>
 void many_steps(const LinearArgs& g, const char* x, int64_t m0, int count, int64_t panel, const char* lines, int64_t s, int64_t here, Ahead ahead,
-                float* sums) {
+                char* sums) {
   const int64_t steps = steps_of(g.k), x_tile = steps * kTileBytes;
   const bool ends = s + here == steps;
   x += s * kTileBytes;
   for (int t = 0; t < count; t += 2) {
     const int rows = int(smaller(g.m - m0 - 16 * t, t + 1 < count ? 32 : 16));
     if (t + 1 < count) {
-      for (int half = 0; half < 2; ++half, sums += 1024) {
-        load_sums(sums, s == 0);
+      for (int half = 0; half < 2; ++half, sums += 4 * kTileBytes) {
+        s == 0 ? zero_sums() : load_sums(sums);
         tile_steps<2, 2, kStreamed>(x + t * x_tile, x_tile, kTileBytes, lines + half * 2 * (kStreamed ? 64 : kTileBytes), here, ahead);
         store_sums(sums);
-        if (ends) sums_to_y<2, 2>(g, sums, m0 + 16 * t, rows, panel * kWide + 32 * half);
+        if (ends) tiles_to_y<2>(g, sums, m0 + 16 * t, rows, panel * kWide + 32 * half);
       }
     } else {
-      load_sums(sums, s == 0);
+      s == 0 ? zero_sums() : load_sums(sums);
       tile_steps<1, 4, kStreamed>(x + t * x_tile, 0, kTileBytes, lines, here, ahead);
       store_sums(sums);
-      if (ends) sums_to_y<1, 4>(g, sums, m0 + 16 * t, rows, panel * kWide);
+      if (ends) tiles_to_y<4>(g, sums, m0 + 16 * t, rows, panel * kWide);
     }
   }
 }
 
 template <class W>
-void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64_t panel, bool last, float* sums, char* block) {
+void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64_t panel, bool last, char* block) {
   const int64_t steps = steps_of(g.k);
+  char* const sums = block + kBlockScratch;
   // What comes next is shared among the passes of what is here; behind the last panel nothing is ours.
   const auto ahead = [&](const char* at, int64_t bytes, int64_t here) {
     return Ahead{at, last || bytes == 0 ? 0 : round_up(ceil_div(bytes, here * count), 64)};
@@ -188,52 +141,16 @@ void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64
   } while (s < steps);
 }
 
+// The product of bf16 x with a weight that gives its operands as W does (linear_amx_weights.h).
 template <class W>
-void part_tiles(const LinearArgs& g, const TilePlan& p, const Member& me) {
-  char* const x = (char*)g.scratch;
-  char* const mine = x + p.x_bytes + me.id * p.thread_bytes;
-  const int64_t panels = ceil_div(g.n, kWide), begin = p.by_rows ? 0 : panels * me.id / me.count, end = p.by_rows ? panels : panels * (me.id + 1) / me.count;
-  const TileShapes shapes(p.tile_rows, p.tile_rows < 16 ? 0x1fu : 0);  // all of C and A
-  for (int64_t m0 = 0; m0 < g.m; m0 += p.rows) {
-    const int rows = int(smaller(round_up(g.m - m0, p.tile_rows), p.rows)), tiles = rows / p.tile_rows;
-    if (m0 > 0) me.meet();
-    tiles_of_x(g, p, m0, rows * me.id / me.count, rows * (me.id + 1) / me.count, x);
-    me.meet();
-    const int first = p.by_rows ? tiles * me.id / me.count : 0, last = p.by_rows ? tiles * (me.id + 1) / me.count : tiles;
-    for (int64_t panel = begin; panel < end && first < last; ++panel) {
-      if (g.m <= 16) {
-        few_tiles<W>(g, p, x, panel, (float*)mine, mine + p.sum_bytes);
-      } else {
-        many_tiles<W>(g, x + first * steps_of(g.k) * kTileBytes, m0 + 16 * first, last - first, panel, panel + 1 == end, (float*)mine,
-                      mine + p.sum_bytes);
-      }
-    }
+struct BrainProduct {
+  static TilePlan plan(const LinearArgs& g) { return tile_plan(g, 0.15, steps_of(g.k) * 64, kBlockScratch); }
+  static TileShapes shapes(const TilePlan& p) { return TileShapes(p.tile_rows, 0x1f); }  // all of C and A
+  static void place(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* x) { tiles_of_x(g, p, m0, first, last, x); }
+  static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool last, char* own) {
+    g.m <= 16 ? few_tiles<W>(g, p, x, panel, own) : many_tiles<W>(g, x, m, count, panel, last, own);
   }
-}
-
-template <class W>
-void run_tiles(const LinearArgs& g) {
-  const TilePlan p = tile_plan(g);
-  parallel(p.threads, [&](const Member& me) { part_tiles<W>(g, p, me); });
-}
-
-inline int64_t tile_scratch_floats(const LinearArgs& g) {
-  const TilePlan p = tile_plan(g);
-  return (p.x_bytes + p.threads * p.thread_bytes) / 4;
-}
-
-// f(W{}) for the way a bf16 product's weight lies; false if tiles do not serve it.
-template <class Function>
-bool with_tiles(const LinearArgs& g, const Function& f) {
-  if (g.dtype != kBF16) return false;
-  switch (g.format) {
-    case kRowsNK: f(AsItLies<false>{}); return true;
-    case kRowsKN: f(AsItLies<true>{}); return true;
-    case kPackedBF16: f(Copied{}); return true;
-    case kPackedInt4: f(Decoded<PackedInt4>{}); return true;
-    default: return false;
-  }
-}
+};
 
 }  // namespace product
 }  // namespace

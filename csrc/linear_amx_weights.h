@@ -16,8 +16,7 @@ constexpr int kInterleaved = 64 * kLines;       // from pair to pair of a line, 
 
 QUIRE_INLINE int64_t steps_of(int64_t k) { return ceil_div(k, kTileK); }
 
-// fp32 rounded to bf16, by the CPU's own instruction: 16 of them, or pairs of them.
-QUIRE_INLINE void store_brain_n(uint16_t* p, F32x16 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x.v)); }
+// fp32 rounded to pairs of bf16, by the CPU's own instruction.
 QUIRE_INLINE U32x16 brain_pairs(F32x16 low, F32x16 high) {
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};

@@ -9,11 +9,26 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
+#if defined(QUIRE_AMX)
+// f(P{}) for the struct of a product on tiles (linear_amx_plan.h); false if tiles do not serve it.
+template <class Function>
+bool with_tiles(const LinearArgs& g, const Function& f) {
+  if (g.dtype != kBF16) return false;
+  switch (g.format) {
+    case kRowsNK: f(BrainProduct<AsItLies<false>>{}); return true;
+    case kRowsKN: f(BrainProduct<AsItLies<true>>{}); return true;
+    case kPackedBF16: f(BrainProduct<Copied>{}); return true;
+    case kPackedInt8: f(CodeProduct{}); return true;
+    case kPackedInt4: f(BrainProduct<Decoded<PackedInt4>>{}); return true;
+    default: return false;
+  }
+}
+#endif
+
 inline int64_t scratch_floats_for(const LinearArgs* g) {
   int64_t floats = 0;
 #if defined(QUIRE_AMX)
-  if (is_of_codes(*g)) return code_scratch_floats(*g);
-  if (with_tiles(*g, [](auto) {})) return tile_scratch_floats(*g);
+  if (with_tiles(*g, [&](auto product) { floats = tile_scratch_floats<decltype(product)>(*g); })) return floats;
 #endif
   if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
   if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
@@ -26,8 +41,7 @@ inline int64_t scratch_floats_for(const LinearArgs* g) {
 
 inline void multiply_any(const LinearArgs* g) {
 #if defined(QUIRE_AMX)
-  if (is_of_codes(*g)) return run_codes(*g);
-  if (with_tiles(*g, [&](auto weight) { run_tiles<decltype(weight)>(*g); })) return;
+  if (with_tiles(*g, [&](auto product) { run_tiles<decltype(product)>(*g); })) return;
 #endif
   if (g->format == kRowsNK) return multiply<false>(*g);
   if (g->format == kRowsKN) return multiply<true>(*g);

@@ -48,6 +48,26 @@ QUIRE_INLINE void tile_dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm
 template <int C, int A, int B>
 QUIRE_INLINE void tile_dot_bytes() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
 
+// C 0..3, which hold sums; in memory they lie one after the other.
+QUIRE_INLINE void zero_sums() {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+}
+QUIRE_INLINE void load_sums(const char* from) {
+  tile_load<0>(from, 64);
+  tile_load<1>(from + kTileBytes, 64);
+  tile_load<2>(from + 2 * kTileBytes, 64);
+  tile_load<3>(from + 3 * kTileBytes, 64);
+}
+QUIRE_INLINE void store_sums(char* to) {
+  tile_store<0>(to, 64);
+  tile_store<1>(to + kTileBytes, 64);
+  tile_store<2>(to + 2 * kTileBytes, 64);
+  tile_store<3>(to + 3 * kTileBytes, 64);
+}
+
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire

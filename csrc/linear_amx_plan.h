@@ -1,0 +1,85 @@
+// What products on AMX have in common, whatever their law: rows of x go to scratch as tiles, so many at once, and panels of 64 columns of the weight
+// pass them, shared by threads. How is a product's own, a struct P:
+//
+//   plan(g)                                    -> TilePlan
+//   shapes(p)                                  -> TileShapes
+//   place(g, p, m0, first, last, x)            rows first..last-1 of x, from row m0 on, to tiles
+//   pass(g, p, x, m, count, panel, last, own)  a panel times `count` tiles of x, to y from its row m on; `last`: behind it nothing is this thread's
+#pragma once
+#include "linear_packed.h"
+#include "tiles_amx.h"
+
+#if defined(QUIRE_AMX)
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+namespace product {
+
+constexpr int64_t kTileXBytes = 3 << 19;  // of x at once: it stays in the second cache
+
+struct TilePlan {
+  int threads, rows, tile_rows;  // rows of x at once, and of one of its tiles
+  bool by_rows;                  // threads share the rows of x, not the columns
+  int64_t tile_bytes, x_bytes, own_bytes;  // of a tile, of all at once, and of what a thread has for its own
+};
+
+// `read`: nanoseconds on one thread for an element of the weight, roughly; waking another costs microseconds. `row_bytes`: of a row of x in its
+// tile. `before`: bytes of a thread's own in front of the sums of a panel.
+inline TilePlan tile_plan(const LinearArgs& g, double read, int64_t row_bytes, int64_t before) {
+  TilePlan p{};
+  const double compute = 0.001 * double(g.m);
+  p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
+  const int64_t fitting = kTileXBytes / (row_bytes + 1) / 32 * 32;
+  p.tile_rows = int(smaller(g.m, 16));
+  p.rows = int(smaller(round_up(g.m, p.tile_rows), fitting > 32 ? fitting : 32));
+  p.by_rows = p.threads > 1 && ceil_div(g.n, kWide) < 2 * p.threads && g.m >= 32 * p.threads;
+  p.tile_bytes = row_bytes * p.tile_rows;
+  p.x_bytes = round_up(row_bytes * p.rows, 64);
+  p.own_bytes = before + round_up(p.rows, 16) * kWide * 4;
+  return p;
+}
+
+template <class P>
+int64_t tile_scratch_floats(const LinearArgs& g) {
+  const TilePlan p = P::plan(g);
+  return (p.x_bytes + p.threads * p.own_bytes) / 4;
+}
+
+// Sums of 16 columns each, `lines` to a row, at(row, line), with bias to rows m.. of y, columns n.. of it.
+template <class At>
+QUIRE_INLINE void sums_to_y(const LinearArgs& g, int64_t m, int rows, int64_t n, int lines, const At& at) {
+  for (int r = 0; r < rows; ++r) {
+    auto* y = (uint16_t*)g.y + (m + r) * g.n + n;
+    for (int j = 0; j < lines && n + 16 * j < g.n; ++j) {
+      const int left = int(smaller(g.n - n - 16 * j, 16));
+      F32x16 v = load(at(r, j));
+      if (g.bias) v = add(v, load_bf16_n((const uint16_t*)g.bias + n + 16 * j, left));
+      _mm256_mask_storeu_epi16(y + 16 * j, first_lanes(left), (__m256i)_mm512_cvtneps_pbh(v.v));
+    }
+  }
+}
+
+template <class P>
+void run_tiles(const LinearArgs& g) {
+  const TilePlan p = P::plan(g);
+  parallel(p.threads, [&](const Member& me) {
+    char *const x = (char*)g.scratch, *const own = x + p.x_bytes + me.id * p.own_bytes;
+    const int64_t panels = ceil_div(g.n, kWide), begin = p.by_rows ? 0 : panels * me.id / me.count, end = p.by_rows ? panels : panels * (me.id + 1) / me.count;
+    const TileShapes shapes = P::shapes(p);
+    for (int64_t m0 = 0; m0 < g.m; m0 += p.rows) {
+      const int rows = int(smaller(round_up(g.m - m0, p.tile_rows), p.rows)), tiles = rows / p.tile_rows;
+      if (m0 > 0) me.meet();
+      P::place(g, p, m0, rows * me.id / me.count, rows * (me.id + 1) / me.count, x);
+      me.meet();
+      const int first = p.by_rows ? tiles * me.id / me.count : 0, count = (p.by_rows ? tiles * (me.id + 1) / me.count : tiles) - first;
+      for (int64_t panel = begin; panel < end && count > 0; ++panel)
+        P::pass(g, p, x + first * p.tile_bytes, m0 + first * p.tile_rows, count, panel, panel + 1 == end, own);
+    }
+  });
+}
+
+}  // namespace product
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
+#endif
