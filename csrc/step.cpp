@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -97,7 +98,7 @@ void Step::attend(int32_t layer_idx, const AttendForm& form, const void* q, cons
   check_attend(args);
   build_schedule(args, kernels, schedule);
   if (kernels.attend(&args, &error)) throw std::runtime_error(error.text);
-  layers_.push_back(layer_idx);
+  if (std::find(layers_.begin(), layers_.end(), layer_idx) == layers_.end()) layers_.push_back(layer_idx);
 }
 
 void Step::commit(const std::vector<Address>& slots, int32_t num_threads) const {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -116,8 +116,9 @@ class CausalModel:
         if self._takes_logits_at:
             inputs["logits_to_keep"] = logits_at
         model, surgery = self._open()
+        run = _call
         if self.lowered is not None and self.lowered.intact():
-            surgery = self.lowered.surgery
+            surgery, run = self.lowered.surgery, self.lowered.chains.run
         # Buffers a live model makes lazily in a forward must serve its trainer's backward later, which inference tensors cannot.
         with (
             torch.inference_mode(not self.live),
@@ -128,7 +129,7 @@ class CausalModel:
             surgery.mode if self.everywhere else nullcontext(),
             keeping,
         ):
-            logits: torch.Tensor = model(**inputs).logits[0]
+            logits: torch.Tensor = run(lambda: model(**inputs).logits[0])
         if not self._takes_logits_at:
             logits = logits[logits_at]
         return logits[:num_rows].contiguous()
@@ -229,6 +230,10 @@ def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
     """The ids below `count` without those the config names: a model warns of a pad, and takes some for an image to come."""
     special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
     return [token for token in range(count) if token not in special]
+
+
+def _call(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return forward()
 
 
 def _without_autocast() -> torch.autocast | nullcontext[None]:

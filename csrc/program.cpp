@@ -1,0 +1,132 @@
+#include "program.h"
+
+#include <utility>
+
+#include "bind.h"
+#include "kept.h"
+
+namespace quire {
+
+Program::Program(std::vector<RowInstruction> instructions, std::vector<BufferForm> buffers, std::vector<PlannedStep> steps, int64_t scratch_floats,
+                 int64_t arena_bytes)
+    : instructions_(std::move(instructions)),
+      buffers_(std::move(buffers)),
+      steps_(std::move(steps)),
+      scratch_floats_((scratch_floats + 15) / 16 * 16),
+      arena_bytes_(arena_bytes) {
+  const int64_t num_buffers = int64_t(buffers_.size()), num_instructions = int64_t(instructions_.size());
+  const auto known = [&](int64_t buffer) { return buffer >= 0 && buffer < num_buffers; };
+  for (const BufferForm& form : buffers_) {
+    require(form.row_bytes >= 0 && is_dtype(form.dtype) && form.arena < arena_bytes_, "a buffer is out of range");
+    num_given_ += form.arena < 0;
+  }
+  for (const RowInstruction& g : instructions_) {
+    require(g.op >= 0 && g.op < kNumRowOps && is_dtype(g.dtype), "an instruction is not known");
+    require(g.op > kRowStore || known(g.buffer), "an instruction's buffer is out of range");
+    for (const RowOperand* o : {&g.out, &g.a, &g.b, &g.c}) {
+      int64_t last = o->at;
+      for (int i = 0; i < 3; ++i) last += int64_t(g.n[i] - 1) * o->step[i];
+      require(o->at >= 0 && last < scratch_floats_, "an operand is outside of scratch");
+    }
+  }
+  for (const PlannedStep& s : steps_) {
+    if (s.product)
+      require(s.product > 0 && s.product <= kNumWeightFormats && known(s.x) && known(s.weight) && known(s.y) && s.bias >= -1 && s.bias < num_buffers, "a product's buffer is out of range");
+    else
+      require(s.first >= 0 && s.count >= 0 && s.first + s.count <= num_instructions, "a step's instructions are out of range");
+  }
+}
+
+std::vector<RowBuffer>& Program::bound(const std::vector<Address>& addresses, int64_t num_rows) const {
+  require(int64_t(addresses.size()) == num_given_, "one address must be given for each buffer that has none");
+  static thread_local Kept arena;
+  static thread_local std::vector<RowBuffer> buffers;
+  char* const own = arena.bytes(arena_bytes_ * num_rows);
+  buffers.clear();
+  size_t given = 0;
+  for (const BufferForm& form : buffers_)
+    buffers.push_back({form.arena < 0 ? pointer<char>(addresses[given++]) : own + form.arena * num_rows, form.row_bytes, int32_t(form.dtype)});
+  return buffers;
+}
+
+void Program::run(int64_t first, int64_t end, int64_t num_rows, const std::vector<RowBuffer>& buffers, int32_t num_threads) const {
+  require(first >= 0 && first <= end && end <= num_steps(), "steps are out of range");
+  require(num_rows >= 0 && num_threads > 0, "num_rows must not be negative and num_threads must be positive");
+  static thread_local Kept scratch;
+  for (int64_t i = first; i < end; ++i) {
+    const PlannedStep& s = steps_[size_t(i)];
+    if (s.product) {
+      const RowBuffer &x = buffers[size_t(s.x)], &y = buffers[size_t(s.y)];
+      const int64_t element = x.dtype == kF32 ? 4 : 2;
+      multiply({x.rows + s.x_at * element, buffers[size_t(s.weight)].rows, s.bias < 0 ? nullptr : buffers[size_t(s.bias)].rows, y.rows,
+                num_rows * s.m, s.n, s.k, s.x_stride, s.weight_stride, x.dtype, int32_t(s.product - 1), num_threads, nullptr});
+    } else {
+      auto* const floats = reinterpret_cast<float*>(scratch.bytes(scratch_floats_ * num_threads * int64_t(sizeof(float))));
+      const RowsArgs args{instructions_.data() + s.first, s.count, buffers.data(), num_rows, floats, scratch_floats_, num_threads};
+      active_kernels().run_rows(&args);
+    }
+  }
+}
+
+void Layers::add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const AttendForm& form, int32_t layer_idx) {
+  require(middle >= 0 && middle <= program.num_steps(), "steps are out of range");
+  require(num_weights >= 0 && num_inputs > 0 && num_weights + num_inputs + 4 < program.num_given(), "a program's buffers are fewer than its layer has");
+  layers_.push_back({&program, middle, num_weights, num_inputs, form, layer_idx, {}});
+}
+
+void Layers::set_weights(int64_t index, std::vector<Address> addresses) {
+  require(index >= 0 && index < size(), "there is no such layer");
+  Layer& layer = layers_[size_t(index)];
+  require(int64_t(addresses.size()) == layer.num_weights, "one address must be given for each weight");
+  layer.weights = std::move(addresses);
+}
+
+void Layers::run(Step& step, int64_t num_rows, std::vector<Address> inputs, int64_t hidden_at, const std::vector<Address>& outputs,
+                 int32_t num_threads) const {
+  require(num_threads > 0 && num_rows == step.num_tokens(), "a layer's rows must be the step's tokens");
+  require(hidden_at >= 0 && hidden_at < int64_t(inputs.size()), "there is no such input");
+  static thread_local Kept between[2];
+  for (size_t i = 0; i + 1 < layers_.size(); ++i) {
+    const Layer& layer = layers_[i];
+    const Address to = reinterpret_cast<Address>(between[i % 2].bytes(layer.program->row_bytes(layer.num_weights + layer.num_inputs + 4) * num_rows));
+    run_one(layer, step, num_rows, inputs, {to}, num_threads);
+    inputs[size_t(hidden_at)] = to;
+  }
+  if (!layers_.empty()) run_one(layers_.back(), step, num_rows, inputs, outputs, num_threads);
+}
+
+void Layers::run_one(const Layer& layer, Step& step, int64_t num_rows, const std::vector<Address>& inputs,
+                     const std::vector<Address>& outputs, int32_t num_threads) const {
+  const LayerPlace& place = step.store().place(layer.layer_idx);
+  const PageLayout& at = place.layout;
+  const AttendForm& form = layer.form;
+  require(int64_t(inputs.size()) == layer.num_inputs && int64_t(layer.weights.size()) == layer.num_weights, "a layer's inputs or weights are not all given");
+  require(form.num_heads > 0 && form.num_heads % at.num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
+  static thread_local std::vector<Address> addresses;
+  addresses.assign(layer.weights.begin(), layer.weights.end());
+  addresses.insert(addresses.end(), inputs.begin(), inputs.end());
+  const size_t attended = addresses.size();
+  addresses.insert(addresses.end(), 4, 0);
+  addresses.insert(addresses.end(), outputs.begin(), outputs.end());
+  std::vector<RowBuffer>& buffers = layer.program->bound(addresses, num_rows);
+  const int64_t element = form.dtype == kF32 ? 4 : 2, heads[] = {form.num_heads, at.num_kv_heads, at.num_kv_heads, form.num_heads};
+  const int32_t dims[] = {at.k.dim, at.k.dim, at.v.dim, at.v.dim};
+  static thread_local Kept kept;
+  int64_t size = 0, from[4];
+  for (size_t i = 0; i < 4; ++i) {
+    require(buffers[attended + i].row_bytes == heads[i] * dims[i] * element, "rows of q, k, v and out do not fit the layer's place");
+    from[i] = size;
+    size += (heads[i] * dims[i] * element * num_rows + kLine - 1) / kLine * kLine;
+  }
+  char* const memory = kept.bytes(size);
+  for (size_t i = 0; i < 4; ++i) buffers[attended + i].rows = memory + from[i];
+  const Staged staged = step.rows_of(place);
+  if (at.k.format < kInt8) buffers[attended + 1].rows = (char*)staged.k;
+  if (at.v.format < kInt8) buffers[attended + 2].rows = (char*)staged.v;
+  layer.program->run(0, layer.middle, num_rows, buffers, num_threads);
+  const RowBuffer* const qkv = buffers.data() + attended;
+  step.attend(layer.layer_idx, form, qkv[0].rows, qkv[1].rows, qkv[2].rows, qkv[3].rows, num_threads);
+  layer.program->run(layer.middle, layer.program->num_steps(), num_rows, buffers, num_threads);
+}
+
+}  // namespace quire

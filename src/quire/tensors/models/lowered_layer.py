@@ -1,0 +1,136 @@
+"""A decoder layer's forward as its native program."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from quire.tensors.models.calls import layer_ids, put_together, taken_apart, weights_of
+from quire.tensors.models.chain import PASSED, Chain, Chains, LayerCall
+from quire.tensors.models.hook import current
+from quire.tensors.models.program import Program
+from quire.tensors.models.recording import Recording, Seen
+from quire.tensors.models.rowplan import Plan
+from quire.tensors.native import DTYPE_CODES, lib
+from quire.tensors.packed import bytes_of
+
+
+class LoweredLayer:
+    """What a layer gets as its forward. A live model's weights are looked up at every call: a trainer may have put others in their place.
+
+    `chain`, `index`: the chain it is in, and where (see chain.py). Raises RuntimeError where it is called, or its weights are, otherwise than when it
+    was lowered.
+    """
+
+    def __init__(
+        self, plan: Plan, program: Program, layer: nn.Module, recording: Recording, num_threads: int, *, live: bool, chains: Chains | None = None
+    ) -> None:
+        attend = plan.attend
+        self.chain: Chain | None = None
+        self.index = 0
+        self._chains, self._live, self._num_threads = chains, live, num_threads
+        self._program, self._mask = program, attend.mask
+        (self._layer_idx,) = layer_ids(layer)
+        self._skeleton, self._result = recording.call.skeleton, recording.result
+        weights = weights_of(layer)
+        self._used = [(place, *weights[number], recording.weights[number]) for place, (_, number) in enumerate(plan.weights)]
+        self._inputs = [(number, plan.sizes[value], plan.dtypes[value]) for value, number in plan.inputs]
+        self._outputs = [(shape, plan.dtypes[value]) for value, shape in plan.outputs]
+        self._attended = [(shape, plan.dtypes[value]) for shape, value in zip(attend.shapes, attend.values, strict=True)]
+        self._gives = plan.sizes[attend.out], plan.dtypes[attend.out]
+        mask, heads = attend.mask, attend.shapes[0][0]
+        self._form = lib.AttendForm(DTYPE_CODES[plan.dtypes[attend.values[0]]], heads, mask.window, mask.chunk, mask.scale, mask.softcap)
+        self._addresses = [0] * len(plan.weights)
+        self._held: list[torch.Tensor] = []  # keeps the memory of a model of our own, whose weights are looked up once
+        self._natives: list[tuple[Any, int]] = []
+        self._native = lib.Layers()
+        self.add_to(self._native, 0)
+
+    def add_to(self, native: Any, index: int) -> None:
+        """Make it the next one, number `index`, of `native`, a quire._native.Layers."""
+        native.add(self._program.native, self._program.middle, len(self._addresses), len(self._inputs), self._form, self._layer_idx)
+        self._natives.append((native, index))
+        if all(self._addresses):
+            native.set_weights(index, self._addresses)
+
+    def place_of(self, number: int) -> int:
+        """Where the call's tensor `number` is among the inputs, -1 where it is none."""
+        return next((place for place, (given, _, _) in enumerate(self._inputs) if given == number), -1)
+
+    def takes_and_gives_as(self, other: LoweredLayer) -> bool:
+        """Whether it can come before `other` in a chain."""
+        same = (self._skeleton, self._inputs, self._outputs) == (other._skeleton, other._inputs, other._outputs)
+        return same and len(self._outputs) == 1 and (prod(self._outputs[0][0]), self._outputs[0][1]) in [x[1:] for x in self._inputs]
+
+    def look_up(self) -> None:
+        """Find the weights, if they may have been changed."""
+        if self._held:
+            return
+        changed = False
+        for place, part, name, seen in self._used:
+            weight = bytes_of(part[name])
+            address = weight.data_ptr()
+            if address != self._addresses[place]:
+                _check(weight, seen, name, self._layer_idx)
+                self._addresses[place], changed = address, True
+            if not self._live:
+                self._held.append(weight)
+        if changed:
+            for native, index in self._natives:
+                native.set_weights(index, self._addresses)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        chain = self.chain
+        if chain is not None and chain.at == self.index > 0:
+            passed: Any = chain.pass_on([*args, *kwargs.values()])
+            return put_together(self._result, iter([passed]))
+        tensors: list[torch.Tensor] = []
+        if not taken_apart((args, kwargs), self._skeleton, tensors):
+            raise RuntimeError(f"layer {self._layer_idx} is called with other arguments than it was lowered for")
+        given = [tensors[number].contiguous() for number, _, _ in self._inputs]
+        num_tokens = given[0].numel() // self._inputs[0][1]
+        for x, (_, size, dtype) in zip(given, self._inputs, strict=True):
+            if x.numel() != num_tokens * size or x.dtype is not dtype:
+                raise RuntimeError(f"layer {self._layer_idx}: {tuple(x.shape)} of {x.dtype} is not {size} of {dtype} for each of {num_tokens} tokens")
+        results = [torch.empty((1, num_tokens, *shape), dtype=dtype) for shape, dtype in self._outputs]
+        inputs = [x.data_ptr() for x in given]
+        step = getattr(current().step, "of_programs", None)
+        if step is None:
+            self._run_in_halves(num_tokens, inputs, results)
+        elif chain is not None and self.index == 0:
+            chain.begin([*args, *kwargs.values()], step, num_tokens, inputs, results[0], self._num_threads)
+            passed = PASSED
+            return put_together(self._result, iter([passed]))
+        else:
+            self.look_up()
+            self._native.run(step.handle, num_tokens, inputs, 0, [x.data_ptr() for x in results], self._num_threads)
+            if self._chains is not None and self._chains.seen is not None:
+                form, result = (len(args), tuple(kwargs)), results[0] if len(results) == 1 else None
+                self._chains.seen.append(LayerCall(self, [*args, *kwargs.values()], form, tensors, result))
+        return put_together(self._result, iter(results))
+
+    def _run_in_halves(self, num_tokens: int, inputs: list[int], results: list[torch.Tensor]) -> None:
+        """In a step that attends by itself."""
+        self.look_up()
+        running, native, middle = current(), self._program.native, self._program.middle
+        q, k, v = [torch.empty((num_tokens, *shape), dtype=dtype) for shape, dtype in self._attended]
+        where = [*self._addresses, *inputs, q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, *[x.data_ptr() for x in results]]
+        native.run(0, middle, num_tokens, where, self._num_threads)
+        with running.mode.paused():
+            out = running.step.attend(self._layer_idx, q, k, v, self._mask)
+        size, dtype = self._gives
+        if out.numel() != num_tokens * size or out.dtype is not dtype or not out.is_contiguous():
+            raise RuntimeError(f"layer {self._layer_idx}: attention gave {tuple(out.shape)} of {out.dtype}, not {size} of {dtype} a token")
+        where[len(self._addresses) + len(inputs) + 3] = out.data_ptr()
+        native.run(middle, self._program.end, num_tokens, where, self._num_threads)
+
+
+def _check(weight: torch.Tensor, seen: Seen, name: str, layer_idx: int) -> None:
+    """A weight that another tensor has been put in the place of must be one like it."""
+    alike = weight.shape == seen.shape and weight.stride() == seen.stride and weight.dtype == seen.dtype and weight.is_cpu
+    if not alike or type(weight) not in (nn.Parameter, torch.Tensor):
+        now = f"{type(weight).__name__} {tuple(weight.shape)} {weight.dtype}"
+        raise RuntimeError(f"{name} of layer {layer_idx} is now {now}, which it was not lowered for: open the model anew")
