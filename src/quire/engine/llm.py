@@ -25,6 +25,7 @@ from quire.outputs import Explanation, RequestOutput, TokenEvent
 from quire.params import Pooling, SamplingParams
 from quire.policy.pins import Pin
 from quire.request import Request, check_namespace
+from quire.tensors.models.probe import probe_again
 from quire.tensors.stacked import StackedView
 
 MAX_PIN_ATTEMPTS = 3
@@ -303,10 +304,14 @@ class LLM:
 
     def _forget_old_weights(self) -> None:
         """Old keys with new weights would be wrong tokens: whoever comes next to a model in training finds nothing of what was."""
-        stamp = self._built.model.weights_stamp()
-        if stamp != self._weights_stamp:
+        model = self._built.model
+        if not model.live:
+            return
+        stamp = model.weights_stamp
+        if self._worker.call(stamp) != self._weights_stamp:  # there, as a step changes the model for its time
             self.reset_cache()
-            self._weights_stamp = stamp
+            self._worker.call(lambda: probe_again(model))
+            self._weights_stamp = self._worker.call(stamp)
 
     def _checked(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's token ids, of which something could be cached."""

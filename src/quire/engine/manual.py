@@ -22,6 +22,7 @@ from quire.params import SamplingParams
 from quire.policy import sequence as policy
 from quire.policy.plan import StepPlan, Work
 from quire.tensors.device import one_torch_thread_here
+from quire.tensors.models.probe import probe_again
 from quire.tensors.sampler import Row, Sampled, SequenceState
 
 T = TypeVar("T")
@@ -161,10 +162,11 @@ class ManualEngine:
 
     def _forget_old_weights(self) -> None:
         """Nothing cached outlives a change of a live model's weights; what is held cannot be forgotten, so then the change is refused."""
-        stamp = self.built.model.weights_stamp()
-        if stamp == self._stamp:
+        model = self.built.model
+        if model.weights_stamp() == self._stamp:
             return
         if self._cache.pool.num_held:
             raise InvalidRequestError("model", "other weights", "what it was while sequences are held")
         self._cache.reset()
-        self._stamp = stamp
+        probe_again(model)
+        self._stamp = model.weights_stamp()

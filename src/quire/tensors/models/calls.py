@@ -93,12 +93,13 @@ def foreign_module(layer: nn.Module) -> nn.Module | None:
     """A module in `layer` that is its owner's code, or hooked or wrapped: what it computes may change without a trace."""
     for module in layer.modules():
         hooked = module is not layer and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-        if _is_foreign(module) or hooked:
+        if is_foreign(module) or hooked:
             return module
     return None
 
 
-def _is_foreign(module: nn.Module) -> bool:
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is of its owner's own code."""
     return type(module).__module__.split(".")[0] not in ("torch", "transformers")
 
 
@@ -109,9 +110,35 @@ def traces(model: nn.Module) -> list[object]:
     for module in model.modules():
         kept = [tensor for name, tensor in module._buffers.items() if name not in module._non_persistent_buffers_set]
         told += [_trace(tensor) for tensor in (*module._parameters.values(), *kept) if tensor is not None]
-        if _is_foreign(module):
+        if is_foreign(module):
             told += [(name, _trace(value)) for name, value in module.__dict__.items() if name not in _OF_TORCH]
     return told
+
+
+def code_of(model: nn.Module) -> tuple[object, ...]:
+    """What code a model runs, as far as can be told: its modules and their places, what wraps or hooks them, and the flags and names among the
+    plain attributes of its owner's own. Numbers are not among it: an adapter scaled otherwise runs the same code."""
+    told: list[object] = []
+    for name, module in model.named_modules():
+        told += [name, type(module), _function(module.__dict__.get("forward"))]
+        told += [_function(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()]
+        if is_foreign(module):
+            told += [(key, _flags(value)) for key, value in module.__dict__.items() if key not in _OF_TORCH and key != "forward"]
+    return tuple(told)
+
+
+def _function(given: object) -> object:
+    return getattr(given, "__code__", type(given))
+
+
+def _flags(value: object) -> object:
+    if isinstance(value, (tuple, list)):
+        return tuple([_flags(item) for item in value])
+    if isinstance(value, (set, frozenset)):
+        return frozenset([_flags(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(_flags(name), _flags(item)) for name, item in value.items()])
+    return value if isinstance(value, (bool, str)) else _function(value)
 
 
 def _trace(value: object) -> object:

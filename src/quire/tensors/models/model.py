@@ -9,28 +9,32 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products
-from quire.tensors.models.calls import traces
+from quire.tensors.models.calls import code_of, traces
 from quire.tensors.models.exact import VECTOR
-from quire.tensors.models.geometry import DryRun, check_layers
+from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
+from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, check_layers
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
+from quire.tensors.models.strays import OverlookedProducts, Strays, differing
 from quire.tensors.models.surgery import Surgery
-from quire.tensors.packed import bytes_of
 
 if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
     from quire.tensors.models.recording import Recorder
 
-_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_FEW, _MORE = 3, 5  # tokens of the forwards in which strays are looked for
+MAX_PASSED = 256  # forms of a live model that are known to have passed the probe
 
 
 class CausalModel:
@@ -59,22 +63,34 @@ class CausalModel:
         self.model_type: str = model.config.model_type
         self.tokenizer_source: str | None = (model.name_or_path or None) if live else name
         self.dtype: torch.dtype = model.dtype
-        self.eos_token_ids = _eos_token_ids(model)
-        self.context_len = _context_len(config)
-        self.weight_bytes = _weight_bytes(model)
+        self.eos_token_ids = eos_token_ids(model)
+        self.context_len = context_len(config)
+        self.weight_bytes = weight_bytes(model)
         self.everywhere = self.compiled = False
         self._model: PreTrainedModel | None = model
         self._products = products
         self.lowered: LoweredLayers | None = None
-        self._surgery: Surgery | None = Surgery(model, products, live=live)
-        self._output_layer = output_layer(model)
-        self.hidden_size = self._output_layer.in_features if self._output_layer is not None else None
+        self._passed: dict[object, bool] = {}  # code that has been probed -> whether it had to run in exact mode everywhere
+        self._survey(model)
+        self.hidden_size = _width(self._output_layer)
         self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._logits_multiple = self._tokens_multiple = 1
+        self.vocab_size, self.layers = self._shapes(model)
+        if getattr(config, "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
+            self._logits_multiple = VECTOR // math.gcd(VECTOR, self.vocab_size)
+
+    def _survey(self, model: PreTrainedModel) -> None:
+        """Find what is to be changed on the model for the time of a forward."""
+        self._surgery: Surgery | None = Surgery(model, self._products, live=self.live)
+        self._output_layer = output_layer(model)
+        self._modules, self._code = list(model.modules()), code_of(model)
+
+    def _shapes(self, model: PreTrainedModel) -> tuple[int, tuple[LayerGeometry, ...]]:
+        """(vocabulary, geometry of every layer), from a forward of one token."""
         dry = DryRun()
         token, zero = torch.tensor(ordinary_tokens(model.config, 64)[:1]), torch.zeros(1, dtype=torch.long)
         try:
-            self.vocab_size = self.forward(dry, token, zero, zero).shape[1]
+            vocab_size = self.forward(dry, token, zero, zero).shape[1]
         except QuireError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -82,9 +98,40 @@ class CausalModel:
             if not dry.layers:  # code of its own is not ready to do without the mask that we do not build
                 what = "no layer had called transformers' attention interface when its forward failed"
             raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}") from error
-        self.layers = check_layers(dry.layers, config)
-        if getattr(config, "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
-            self._logits_multiple = VECTOR // math.gcd(VECTOR, self.vocab_size)
+        return vocab_size, check_layers(dry.layers, text_config(model))
+
+    def survey_again(self) -> bool:
+        """Take a live model as it is made now. Whether its code is other than any that has passed the probe, so that it must be probed.
+
+        Raises UnsupportedModelError for a change that only a new engine can take.
+        """
+        model, _ = self._open()
+        if self.live and (self._code != code_of(model) or any(a is not b for a, b in zip_longest(self._modules, model.modules()))):
+            try:
+                self._take(model)
+            except BaseException:
+                self._code = ()  # nor has it passed, nor will a later call find it surveyed
+                raise
+        if self._code in self._passed:
+            self.everywhere = self._passed[self._code]
+        return self._code not in self._passed
+
+    def _take(self, model: PreTrainedModel) -> None:
+        lowered, self.lowered, self.everywhere = self.lowered, None, False
+        if self.compiled:
+            raise UnsupportedModelError(f"{self.model_type}: compile=True: it is made of other modules than those compiled: open it anew")
+        refuse_model(model)
+        self._survey(model)
+        if (self.vocab_size, self.layers, self.hidden_size) != (*self._shapes(model), _width(self._output_layer)):
+            raise UnsupportedModelError(f"{self.model_type}: its vocabulary, its width or what its layers keep of a token is another: open it anew")
+        if lowered is not None:
+            self.lower()
+
+    def passed(self) -> None:
+        """Note that the model, made as it is now, has passed the probe."""
+        if len(self._passed) == MAX_PASSED:
+            self._passed.clear()
+        self._passed[self._code] = self.everywhere
 
     def forward(
         self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, hidden: HiddenRows | None = None
@@ -135,11 +182,13 @@ class CausalModel:
 
     def weights_stamp(self) -> int:
         """A number that changes when a live model's weights do (replaced, loaded, or changed in place by an optimizer) or its adapters (switched,
-        merged, scaled). Writes through `.data` to a tensor that stays where it is leave no trace. 0 for a model of our own, which nobody changes."""
+        merged, scaled) or its modules. Writes through `.data` to a tensor that stays where it is leave no trace. 0 for a model of our own, which
+        nobody changes. Call it between two forwards: in one, the model is not what its owner made it."""
         if not self.live:
             return 0
         model, _ = self._open()
-        return hash((tuple(traces(model)), self.lowered is not None and self.lowered.intact()))
+        modules = tuple(map(id, model.modules()))
+        return hash((tuple(traces(model)), modules, code_of(model), self.lowered is not None and self.lowered.intact()))
 
     def compile(self) -> None:
         """Compile the decoder layers; every forward from now on runs the compiled ones. Takes a minute the first time, seconds from torch's cache.
@@ -200,6 +249,17 @@ class CausalModel:
         with self.with_products(WidenedProducts(self._products)), WithFloatActivations():
             yield
 
+    def strays(self) -> list[tuple[str, str]]:
+        """Products that depend on the tokens and that torch computes itself, in plain layers: (operator, class of the module). See strays.py."""
+        token = ordinary_tokens(self.transformers_model.config, 64)[0]
+        seen = []
+        for num_tokens in (_FEW, _MORE):
+            watch = Strays()
+            with self.with_products(OverlookedProducts(self._products, watch)), watch:
+                self.forward(NoAttention(), torch.full((num_tokens,), token), torch.arange(num_tokens), torch.arange(num_tokens))
+            seen.append(watch)
+        return differing(*seen)
+
     @contextmanager
     def with_products(self, products: Products, *, whole_vectors: bool = True) -> Iterator[None]:
         """Inside, this model's forwards take these products, in plain layers. `whole_vectors`: see `Surgery`."""
@@ -220,42 +280,10 @@ class CausalModel:
         return self._model, self._surgery
 
 
-def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config of the language model proper, within a composite config or the config itself."""
-    return model.config.get_text_config(decoder=True)
-
-
-def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
-    """The ids below `count` without those the config names: a model warns of a pad, and takes some for an image to come."""
-    special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
-    return [token for token in range(count) if token not in special]
+def _width(layer: nn.Linear | None) -> int | None:
+    return layer.in_features if layer is not None else None
 
 
 def _without_autocast() -> torch.autocast | nullcontext[None]:
     # A trainer's autocast would change the dtype of products behind our back; switching it off costs too much to do when it is not on.
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    found: set[int] = set()
-    for source in (model.config, text_config(model), getattr(model, "generation_config", None)):
-        given = getattr(source, "eos_token_id", None)
-        found.update(given if isinstance(given, (list, tuple)) else [] if given is None else [given])
-    return frozenset(found)
-
-
-def _context_len(config: PreTrainedConfig) -> int:
-    for field in _CONTEXT_FIELDS:
-        try:
-            value = getattr(config, field, None)
-        except NotImplementedError:  # how XLNet says that it has no limit
-            continue
-        if isinstance(value, int) and value > 0:
-            return value
-    raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    tensors = [bytes_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
