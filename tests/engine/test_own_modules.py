@@ -16,7 +16,7 @@ from quire.tensors.models.exact import ExactMode
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe
 from quire.tensors.native_products import NativeProducts
-from tests.tensors.checkpoints import tiny_model
+from tests.tensors.checkpoints import FAMILIES, tiny_model
 
 H = 64
 Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -132,6 +132,15 @@ def test_every_product_served_is(name: str) -> None:
     assert plain.shape == x.shape and (exact - plain).abs().max() < 1e-4 * plain.std()
     served = opened(owned(SERVED[name]))
     assert probe(served).everywhere is False and served.strays() == []
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_has_any_that_bits_do_not_show(family: str) -> None:
+    """So of a checkpoint of one, whose weights and code stay what they are, the probe does not ask."""
+    served = CausalModel(tiny_model(family), NativeProducts(2), name="", identity="", live=False)
+    probe(served)
+    assert not served.owned and served.strays() == []
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,6 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +17,10 @@ from transformers import PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products
-from quire.tensors.models.calls import code_of, traces
+from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
+from quire.tensors.models.form import Form
 from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, check_layers
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer
 from quire.tensors.models.hook import AttentionStep, Running, running
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from quire.tensors.models.recording import Recorder
 
 _FEW, _MORE = 3, 5  # tokens of the forwards in which strays are looked for
-MAX_PASSED = 256  # forms of a live model that are known to have passed the probe
+MAX_PASSED = 16  # codes of a live model that are known to have passed the probe
 
 
 class CausalModel:
@@ -49,6 +49,7 @@ class CausalModel:
         identity: changes whenever the logits may: weights, config, dtype, versions. A live model's is new each time it is wrapped.
         hidden_size: of the final hidden states, None where the model has no plain output layer to take them from.
         weight_bytes: of parameters and buffers, shared ones once. live: whether the caller owns the model.
+        owned: whether any of its code is neither torch's nor transformers', or may become so.
         everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py).
         compiled: whether its layers are compiled code (see compiled.py), which gives other bits than plain ones do.
         lowered: its layers that run as native programs (see lowered.py), which gives other bits too; None before `lower()`.
@@ -66,29 +67,31 @@ class CausalModel:
         self.eos_token_ids = eos_token_ids(model)
         self.context_len = context_len(config)
         self.weight_bytes = weight_bytes(model)
-        self.everywhere = self.compiled = False
+        self.compiled = self._lowers = False
         self._model: PreTrainedModel | None = model
         self._products = products
         self.lowered: LoweredLayers | None = None
         self._passed: dict[object, bool] = {}  # code that has been probed -> whether it had to run in exact mode everywhere
-        self._survey(model)
+        self._tokens_multiple = 1
+        self._read(model)
         self.hidden_size = _width(self._output_layer)
-        self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self._logits_multiple = self._tokens_multiple = 1
         self.vocab_size, self.layers = self._shapes(model)
-        if getattr(config, "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
-            self._logits_multiple = VECTOR // math.gcd(VECTOR, self.vocab_size)
+        self._form = Form(model) if live else None
 
-    def _survey(self, model: PreTrainedModel) -> None:
+    def _read(self, model: PreTrainedModel) -> None:
         """Find what is to be changed on the model for the time of a forward."""
         self._surgery: Surgery | None = Surgery(model, self._products, live=self.live)
         self._output_layer = output_layer(model)
-        self._modules, self._code = list(model.modules()), code_of(model)
+        self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        # A hook may do tomorrow what it does not do today, and there is no telling.
+        self.everywhere = self.live and any(map(is_wrapped, model.modules()))
+        self.owned = self.live or any(map(is_foreign, model.modules()))
 
     def _shapes(self, model: PreTrainedModel) -> tuple[int, tuple[LayerGeometry, ...]]:
         """(vocabulary, geometry of every layer), from a forward of one token."""
         dry = DryRun()
         token, zero = torch.tensor(ordinary_tokens(model.config, 64)[:1]), torch.zeros(1, dtype=torch.long)
+        self._logits_multiple = 1
         try:
             vocab_size = self.forward(dry, token, zero, zero).shape[1]
         except QuireError:
@@ -98,40 +101,50 @@ class CausalModel:
             if not dry.layers:  # code of its own is not ready to do without the mask that we do not build
                 what = "no layer had called transformers' attention interface when its forward failed"
             raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}") from error
+        if getattr(text_config(model), "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
+            self._logits_multiple = VECTOR // math.gcd(VECTOR, vocab_size)
         return vocab_size, check_layers(dry.layers, text_config(model))
 
-    def survey_again(self) -> bool:
+    @property
+    def changed(self) -> bool:
+        """Whether a live model is other than when it was last taken (see form.py). Ask between forwards: in one it is not as its owner made it."""
+        return self.live and (self._form is None or not self._form.holds())
+
+    def take_again(self) -> bool:
         """Take a live model as it is made now. Whether its code is other than any that has passed the probe, so that it must be probed.
 
-        Raises UnsupportedModelError for a change that only a new engine can take.
+        Raises UnsupportedModelError for a change that only a new engine can take. Until a call succeeds, or the probe, it counts as changed.
         """
         model, _ = self._open()
-        if self.live and (self._code != code_of(model) or any(a is not b for a, b in zip_longest(self._modules, model.modules()))):
-            try:
-                self._take(model)
-            except BaseException:
-                self._code = ()  # nor has it passed, nor will a later call find it surveyed
-                raise
-        if self._code in self._passed:
-            self.everywhere = self._passed[self._code]
-        return self._code not in self._passed
+        before, self._form = self._form, None
+        if before is None or not before.is_made_so():
+            self._take(model)
+        form = Form(model)
+        if form.code not in self._passed:
+            return True
+        self.everywhere, self._form = self._passed[form.code], form
+        return False
 
     def _take(self, model: PreTrainedModel) -> None:
-        lowered, self.lowered, self.everywhere = self.lowered, None, False
+        self.lowered = None
         if self.compiled:
             raise UnsupportedModelError(f"{self.model_type}: compile=True: it is made of other modules than those compiled: open it anew")
         refuse_model(model)
-        self._survey(model)
-        if (self.vocab_size, self.layers, self.hidden_size) != (*self._shapes(model), _width(self._output_layer)):
-            raise UnsupportedModelError(f"{self.model_type}: its vocabulary, its width or what its layers keep of a token is another: open it anew")
-        if lowered is not None:
-            self.lower()
+        self._read(model)
+        now = (model.dtype, *self._shapes(model), _width(self._output_layer))
+        if now != (self.dtype, self.vocab_size, self.layers, self.hidden_size):
+            what = "its dtype, its vocabulary, its width or what its layers keep of a token is another"
+            raise UnsupportedModelError(f"{self.model_type}: {what}: open it anew")
+        if self._lowers:
+            self._lower()
 
     def passed(self) -> None:
         """Note that the model, made as it is now, has passed the probe."""
-        if len(self._passed) == MAX_PASSED:
-            self._passed.clear()
-        self._passed[self._code] = self.everywhere
+        if self.live:
+            if len(self._passed) == MAX_PASSED:
+                self._passed.clear()
+            self._form = Form(self._open()[0])
+            self._passed[self._form.code] = self.everywhere
 
     def forward(
         self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, hidden: HiddenRows | None = None
@@ -180,16 +193,6 @@ class CausalModel:
             logits = logits[logits_at]
         return logits[:num_rows].contiguous()
 
-    def weights_stamp(self) -> int:
-        """A number that changes when a live model's weights do (replaced, loaded, or changed in place by an optimizer) or its adapters (switched,
-        merged, scaled) or its modules. Writes through `.data` to a tensor that stays where it is leave no trace. 0 for a model of our own, which
-        nobody changes. Call it between two forwards: in one, the model is not what its owner made it."""
-        if not self.live:
-            return 0
-        model, _ = self._open()
-        modules = tuple(map(id, model.modules()))
-        return hash((tuple(traces(model)), modules, code_of(model), self.lowered is not None and self.lowered.intact()))
-
     def compile(self) -> None:
         """Compile the decoder layers; every forward from now on runs the compiled ones. Takes a minute the first time, seconds from torch's cache.
 
@@ -199,6 +202,7 @@ class CausalModel:
         from quire.tensors.models.compiled import GRANULE, compile_layers  # the tracer behind it takes a second to import
 
         model, surgery = self._open()
+        self.everywhere = False  # compiled layers are as they are traced
         token = ordinary_tokens(model.config, 64)[0]
 
         def run(step: AttentionStep, num_tokens: int) -> None:
@@ -213,6 +217,13 @@ class CausalModel:
 
         Needs native products. Call it before anything is computed: the logits' bits, and `identity` with them, are others afterwards.
         """
+        self._lower()
+        assert self.lowered is not None
+        self._lowers = True
+        if self.lowered.num_lowered:
+            self.identity = f"{self.identity} {self.lowered.code}"
+
+    def _lower(self) -> None:
         from quire.tensors.models.lowered import lower_layers  # needs the native kernels, without which this model may be served as well
         from quire.tensors.models.recording import RecordingProducts, RecordingStep
         from quire.tensors.native_products import NativeProducts
@@ -228,8 +239,6 @@ class CausalModel:
                 self.forward(RecordingStep(recorder), ids, torch.arange(num_tokens), nowhere)
 
         self.lowered = lower_layers(model, products, record, live=self.live, geometry=self.layers)
-        if self.lowered.num_lowered:
-            self.identity = f"{self.identity} {self.lowered.code}"
 
     @property
     def transformers_model(self) -> PreTrainedModel:

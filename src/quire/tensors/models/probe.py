@@ -6,7 +6,8 @@ Three questions, two of them over the same few short sequences, which go past a 
   exact   packed logits against packed logits in another order and against each sequence alone, all through our path: the same bits. If the modules
           that were changed are not all that depend on the batch, the whole forward runs in exact mode from then on, and is asked again.
   strays  whether torch itself multiplies tokens anywhere (strays.py): then too the whole forward runs in exact mode, and whatever that does not know
-          is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show.
+          is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show. Not asked of a checkpoint whose code is all
+          torch's and transformers': its weights stay, and its family is known (a test asks each).
 
 A live model is asked again when it is made of other code than any that has passed.
 
@@ -67,7 +68,7 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
             " or attention takes something that its interface does not pass on"
         )
-    if strays := model.strays():
+    if strays := model.strays() if model.owned else []:
         model.everywhere = not model.compiled  # compiled layers are as they were traced
         strays = model.strays() if model.everywhere else strays
         packed = _packed(model, make_step, sequences)
@@ -91,7 +92,7 @@ def probe_again(model: CausalModel) -> None:
 
     Raises as `probe`, UnsupportedModelError too for a change that only a new engine can take; nothing may be computed until a later call succeeds.
     """
-    if model.survey_again():
+    if model.take_again():
         probe(model)
 
 

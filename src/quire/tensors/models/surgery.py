@@ -3,7 +3,7 @@
 The model never knows it is served: a trainer may run its own forward and backward on the same live model between two of ours, so nothing of Quire
 stays on it. Invariant: after `installed()` has been left, also by an exception, every changed attribute is as it was before.
 
-The set of changes is found once; it is for the caller to make another when a live model is made of other modules (`CausalModel.survey_again`).
+The set of changes is found once; it is for the caller to make another when a live model is made of other modules (`CausalModel.take_again`).
 """
 
 from __future__ import annotations
