@@ -104,6 +104,12 @@ PRODUCTS: dict[str, Function] = {
     "broadcast": lambda x: (x @ W3).transpose(0, 1),
     "weight on the left": lambda x: (torch.nn.Parameter(W.t()) @ x.t()).t(),
     "einsum": lambda x: torch.einsum("tk,kn->tn", x, W),
+    "einsum turned": lambda x: torch.einsum("nk,...k->n...", torch.nn.Parameter(W.t()), x).t(),
+    "einsum batches": lambda x: torch.einsum("htk,hkn->thn", torch.stack([x, 2 * x]), W3),
+    "einsum two shared": lambda x: torch.einsum("tab,nba->tn", x.view(-1, 30, 10), W.t().reshape(40, 10, 30)),
+    "einsum of a list": lambda x: torch.einsum("tk, kn -> tn", [x, W]),
+    "inner": lambda x: torch.inner(x, W.t()),
+    "linalg": lambda x: torch.linalg.matmul(x, W),
     "einsum linear": lambda x: torch.einsum("btk,nk->btn", x[None], W.t())[0],
 }
 

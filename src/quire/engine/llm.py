@@ -25,6 +25,7 @@ from quire.outputs import Explanation, RequestOutput, TokenEvent
 from quire.params import Pooling, SamplingParams
 from quire.policy.pins import Pin
 from quire.request import Request, check_namespace
+from quire.tensors.models.probe import probe_again
 from quire.tensors.stacked import StackedView
 
 MAX_PIN_ATTEMPTS = 3
@@ -40,8 +41,8 @@ class LLM:
 
     Args:
         model: a hub id, a local folder in Hugging Face format, or a live `PreTrainedModel` on CPU. A live model is not copied and not changed.
-            Change its weights only while no request is open; what was cached is then forgotten by itself, except after writes through `.data`,
-            which leave no trace: call `reset_cache` after these.
+            Change its weights or its code only while no request is open; what was cached is then forgotten by itself, except after writes through
+            `.data` and changes inside hooks and objects, which leave no trace: call `reset_cache` after these.
         **options: fields of `EngineConfig`.
 
     Raises:
@@ -54,7 +55,6 @@ class LLM:
         self._built = build_engine(source, config)
         self._worker = Worker(self._built.engine, max_open=config.max_waiting + config.max_sequences)
         self._intake = Intake(self._built)
-        self._weights_stamp = self._built.model.weights_stamp()
         # Also at interpreter exit: a thread inside a kernel must not outlive the runtime under it.
         self._close = weakref.finalize(self, _shut_down, self._worker, self._built)
 
@@ -303,10 +303,10 @@ class LLM:
 
     def _forget_old_weights(self) -> None:
         """Old keys with new weights would be wrong tokens: whoever comes next to a model in training finds nothing of what was."""
-        stamp = self._built.model.weights_stamp()
-        if stamp != self._weights_stamp:
+        model = self._built.model
+        if model.live and self._worker.call(lambda: model.changed):  # there, as a step changes the model for its time
             self.reset_cache()
-            self._weights_stamp = stamp
+            self._worker.call(lambda: probe_again(model))
 
     def _checked(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's token ids, of which something could be cached."""

@@ -22,6 +22,7 @@ from quire.params import SamplingParams
 from quire.policy import sequence as policy
 from quire.policy.plan import StepPlan, Work
 from quire.tensors.device import one_torch_thread_here
+from quire.tensors.models.probe import probe_again
 from quire.tensors.sampler import Row, Sampled, SequenceState
 
 T = TypeVar("T")
@@ -54,7 +55,6 @@ class ManualEngine:
         self._cache, self._runner = self.built.engine.scheduler.cache, self.built.engine.runner
         self._max_tokens = self.built.info.max_tokens_per_step
         self._arrivals = itertools.count()
-        self._stamp = self.built.model.weights_stamp()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-manual", initializer=one_torch_thread_here)
         self._open = True
 
@@ -161,10 +161,10 @@ class ManualEngine:
 
     def _forget_old_weights(self) -> None:
         """Nothing cached outlives a change of a live model's weights; what is held cannot be forgotten, so then the change is refused."""
-        stamp = self.built.model.weights_stamp()
-        if stamp == self._stamp:
+        model = self.built.model
+        if not model.changed:
             return
         if self._cache.pool.num_held:
             raise InvalidRequestError("model", "other weights", "what it was while sequences are held")
         self._cache.reset()
-        self._stamp = stamp
+        probe_again(model)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _TENSOR = object()  # where a tensor was in a skeleton
-_PLAIN = (bool, int, float, str, type(None))
-_OF_TORCH = frozenset(nn.Module().__dict__)  # our forwards run in eval mode, so the training flag says nothing
+PLAIN = (bool, int, float, str, type(None))
+OF_TORCH = frozenset(nn.Module().__dict__)  # our forwards run in eval mode, so the training flag says nothing
 
 Weights = tuple[tuple[dict[str, Any], str], ...]
 
@@ -91,39 +91,22 @@ def layer_ids(layer: nn.Module) -> set[int]:
 
 def foreign_module(layer: nn.Module) -> nn.Module | None:
     """A module in `layer` that is its owner's code, or hooked or wrapped: what it computes may change without a trace."""
-    for module in layer.modules():
-        hooked = module is not layer and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-        if _is_foreign(module) or hooked:
-            return module
-    return None
+    return next((module for module in layer.modules() if is_foreign(module) or (module is not layer and is_wrapped(module))), None)
 
 
-def _is_foreign(module: nn.Module) -> bool:
-    return type(module).__module__.split(".")[0] not in ("torch", "transformers")
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is of its owner's own code."""
+    return is_foreign_class(type(module))
 
 
-def traces(model: nn.Module) -> list[object]:
-    """What changes when a live model computes something else: the tensors that a checkpoint of it holds, by place and version, and the plain
-    attributes of its owner's own modules (which adapters are on, merged, and by how much). Writes through `.data` are not among it."""
-    told: list[object] = []
-    for module in model.modules():
-        kept = [tensor for name, tensor in module._buffers.items() if name not in module._non_persistent_buffers_set]
-        told += [_trace(tensor) for tensor in (*module._parameters.values(), *kept) if tensor is not None]
-        if _is_foreign(module):
-            told += [(name, _trace(value)) for name, value in module.__dict__.items() if name not in _OF_TORCH]
-    return told
+def is_foreign_class(cls: type) -> bool:
+    """Whether a class is neither torch's nor transformers'."""
+    return cls.__module__.split(".")[0] not in ("torch", "transformers")
 
 
-def _trace(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr(), 0 if value.is_inference() else value._version
-    if isinstance(value, (tuple, list)):
-        return tuple([_trace(item) for item in value])
-    if isinstance(value, (set, frozenset)):
-        return frozenset([_trace(item) for item in value])
-    if isinstance(value, dict):
-        return tuple([(_trace(name), _trace(item)) for name, item in value.items()])
-    return value if isinstance(value, _PLAIN) else None
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module, whosever it is, has another's code around its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def likeness(layer: nn.Module) -> tuple[object, ...]:
@@ -138,7 +121,7 @@ def likeness(layer: nn.Module) -> tuple[object, ...]:
             if attribute in ("_parameters", "_buffers"):
                 told += [(key, None if x is None else (x.shape, x.stride(), x.dtype, type(x))) for key, x in value.items()]
             elif attribute not in ("_modules", "layer_idx") and not (attribute.startswith("_") and not value):  # empty: no hooks of any kind
-                told += [attribute, value if isinstance(value, _PLAIN) else id(value)]
+                told += [attribute, value if isinstance(value, PLAIN) else id(value)]
     return tuple(told)
 
 

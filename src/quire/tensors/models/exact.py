@@ -9,6 +9,7 @@ The rule for elementwise functions holds for one torch thread: several would eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from quire.tensors.attention.base import Products
+from quire.tensors.models.einsum import Contraction, contraction
 
 VECTOR = 64  # elements; the longest step is two AVX-512 registers of bf16, and every shorter one divides it
 
@@ -121,19 +123,34 @@ def _addmm(products: Products, func: Callable[..., Any], args: tuple[Any, ...], 
     return result if beta == 0 else result + (base if beta == 1 else base * beta)  # beta = 0 must not read NaN from the base
 
 
+def _inner(products: Products, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 2 or kwargs or args[1].dim() != 2:
+        return func(*args, **kwargs)
+    return product(products, args[0], args[1].mT)
+
+
 def _einsum(products: Products, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Contractions of the last index of x with one index of a 2-D weight; any other einsum stays with torch, and with the probe."""
-    if len(args) == 3 and isinstance(args[0], str) and isinstance(args[2], torch.Tensor) and args[2].dim() == 2:
-        spec, x, weight = args
-        inputs, _, out = spec.replace(" ", "").partition("->")
-        left, _, right = inputs.partition(",")
-        shared, rows = left[-1:], left[:-1]
-        if len(right) == 2 and len(set(left)) == len(left) and not set(rows) & set(right) and x.dtype == weight.dtype and "." not in right:
-            if right[1] == shared and out == rows + right[0]:
-                return _rows(products, x, weight.mT)
-            if right[0] == shared and out == rows + right[1]:
-                return _rows(products, x, weight)
+    """Any einsum of two operands that adds only over what they share; others stay with torch, and with the probe."""
+    spec, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if isinstance(spec, str) and len(operands) == 2 and operands[0].dtype == operands[1].dtype and operands[0].is_floating_point():
+        x, weight = operands
+        plan = contraction(spec, x.dim(), weight.dim())
+        if plan is not None and isinstance(x, nn.Parameter) and not isinstance(weight, nn.Parameter):
+            plan, x, weight = plan.swapped(), weight, x
+        if plan is not None:
+            sizes = dict(zip(plan.left, x.shape, strict=True))
+            if all(sizes.setdefault(label, n) == n for label, n in zip(plan.right, weight.shape, strict=True)):
+                return _contracted(products, plan, sizes, x, weight)
     return func(*args, **kwargs)
+
+
+def _contracted(products: Products, plan: Contraction, sizes: dict[str, int], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    batch, rows, shared, columns = ([sizes[label] for label in labels] for labels in plan.parts)
+    lefts = x.permute(plan.left_order).reshape(*batch, math.prod(rows), math.prod(shared))
+    rights = weight.permute(plan.right_order).reshape(*batch, math.prod(shared), math.prod(columns))
+    return product(products, lefts, rights).reshape(*batch, *rows, *columns).permute(plan.out_order)
 
 
 def _elementwise(products: Products, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,9 +167,10 @@ def _elementwise(products: Products, func: Callable[..., Any], args: tuple[Any, 
 _PRODUCTS: dict[Handler, tuple[Callable[..., Any], ...]] = {
     _linear: (functional.linear,),
     _matmul: (torch.matmul, torch.mm, torch.bmm, torch.mv, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.mv,
-              torch.Tensor.__matmul__, torch.Tensor.__rmatmul__),
+              torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.linalg.matmul),
     _addmm: (torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm),
     _einsum: (torch.einsum,),
+    _inner: (torch.inner, torch.Tensor.inner),
 }  # fmt: skip
 _ELEMENTWISE = (
     "sigmoid", "tanh", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "erf", "erfc", "sin", "cos", "tan", "atan", "asinh", "sinh", "cosh",

@@ -47,6 +47,8 @@ class LoweredLayers:
     def __init__(self, surgery: Surgery, plans: dict[nn.Module, Plan], plain: dict[str, str], chains: Chains) -> None:
         self.surgery, self.plain, self.num_lowered, self.chains = surgery, plain, len(plans), chains
         self.code = hashlib.sha256(repr(list({id(plan): plan for plan in plans.values()}.values())).encode()).hexdigest()
+        self._kinds: list[Any] = list({type(module) for layer in plans for module in layer.modules()})
+        self._forwards = [kind.forward for kind in self._kinds]
         inside = [module for layer in plans for module in layer.modules()]
         self._parts = []
         for module in inside:
@@ -54,7 +56,9 @@ class LoweredLayers:
             self._parts.append((module, type(module), module.__dict__, module._modules, list(module.children()), *hooks))
 
     def intact(self) -> bool:
-        """Whether the layers are still made of the modules they were made of, none of them hooked or wrapped since."""
+        """Whether the layers are still made of the modules they were made of, none of them hooked, wrapped or patched since."""
+        if [kind.forward for kind in self._kinds] != self._forwards:
+            return False
         for module, kind, state, inner, children, *hooks in self._parts:  # hundreds of them, before every forward
             if type(module) is not kind or "forward" in state or (inner and list(inner.values()) != children) or any(hooks):
                 return False

@@ -12,25 +12,29 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products
-from quire.tensors.models.calls import traces
+from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
-from quire.tensors.models.geometry import DryRun, check_layers
+from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
+from quire.tensors.models.form import Form
+from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, check_layers
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
+from quire.tensors.models.strays import OverlookedProducts, Strays, differing
 from quire.tensors.models.surgery import Surgery
-from quire.tensors.packed import bytes_of
 
 if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
     from quire.tensors.models.recording import Recorder
 
-_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_FEW, _MORE = 3, 5  # tokens of the forwards in which strays are looked for
+MAX_PASSED = 16  # codes of a live model that are known to have passed the probe
 
 
 class CausalModel:
@@ -45,6 +49,7 @@ class CausalModel:
         identity: changes whenever the logits may: weights, config, dtype, versions. A live model's is new each time it is wrapped.
         hidden_size: of the final hidden states, None where the model has no plain output layer to take them from.
         weight_bytes: of parameters and buffers, shared ones once. live: whether the caller owns the model.
+        owned: whether any of its code is neither torch's nor transformers', or may become so.
         everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py).
         compiled: whether its layers are compiled code (see compiled.py), which gives other bits than plain ones do.
         lowered: its layers that run as native programs (see lowered.py), which gives other bits too; None before `lower()`.
@@ -59,22 +64,36 @@ class CausalModel:
         self.model_type: str = model.config.model_type
         self.tokenizer_source: str | None = (model.name_or_path or None) if live else name
         self.dtype: torch.dtype = model.dtype
-        self.eos_token_ids = _eos_token_ids(model)
-        self.context_len = _context_len(config)
-        self.weight_bytes = _weight_bytes(model)
-        self.everywhere = self.compiled = False
+        self.eos_token_ids = eos_token_ids(model)
+        self.context_len = context_len(config)
+        self.weight_bytes = weight_bytes(model)
+        self.compiled = self._lowers = False
         self._model: PreTrainedModel | None = model
         self._products = products
         self.lowered: LoweredLayers | None = None
-        self._surgery: Surgery | None = Surgery(model, products, live=live)
+        self._passed: dict[object, bool] = {}  # code that has been probed -> whether it had to run in exact mode everywhere
+        self._tokens_multiple = 1
+        self._read(model)
+        self.hidden_size = _width(self._output_layer)
+        self.vocab_size, self.layers = self._shapes(model)
+        self._form = Form(model) if live else None
+
+    def _read(self, model: PreTrainedModel) -> None:
+        """Find what is to be changed on the model for the time of a forward."""
+        self._surgery: Surgery | None = Surgery(model, self._products, live=self.live)
         self._output_layer = output_layer(model)
-        self.hidden_size = self._output_layer.in_features if self._output_layer is not None else None
         self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self._logits_multiple = self._tokens_multiple = 1
+        # A hook may do tomorrow what it does not do today, and there is no telling.
+        self.everywhere = self.live and any(map(is_wrapped, model.modules()))
+        self.owned = self.live or any(map(is_foreign, model.modules()))
+
+    def _shapes(self, model: PreTrainedModel) -> tuple[int, tuple[LayerGeometry, ...]]:
+        """(vocabulary, geometry of every layer), from a forward of one token."""
         dry = DryRun()
         token, zero = torch.tensor(ordinary_tokens(model.config, 64)[:1]), torch.zeros(1, dtype=torch.long)
+        self._logits_multiple = 1
         try:
-            self.vocab_size = self.forward(dry, token, zero, zero).shape[1]
+            vocab_size = self.forward(dry, token, zero, zero).shape[1]
         except QuireError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -82,9 +101,50 @@ class CausalModel:
             if not dry.layers:  # code of its own is not ready to do without the mask that we do not build
                 what = "no layer had called transformers' attention interface when its forward failed"
             raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}") from error
-        self.layers = check_layers(dry.layers, config)
-        if getattr(config, "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
-            self._logits_multiple = VECTOR // math.gcd(VECTOR, self.vocab_size)
+        if getattr(text_config(model), "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
+            self._logits_multiple = VECTOR // math.gcd(VECTOR, vocab_size)
+        return vocab_size, check_layers(dry.layers, text_config(model))
+
+    @property
+    def changed(self) -> bool:
+        """Whether a live model is other than when it was last taken (see form.py). Ask between forwards: in one it is not as its owner made it."""
+        return self.live and (self._form is None or not self._form.holds())
+
+    def take_again(self) -> bool:
+        """Take a live model as it is made now. Whether its code is other than any that has passed the probe, so that it must be probed.
+
+        Raises UnsupportedModelError for a change that only a new engine can take. Until a call succeeds, or the probe, it counts as changed.
+        """
+        model, _ = self._open()
+        before, self._form = self._form, None
+        if before is None or not before.is_made_so():
+            self._take(model)
+        form = Form(model)
+        if form.code not in self._passed:
+            return True
+        self.everywhere, self._form = self._passed[form.code], form
+        return False
+
+    def _take(self, model: PreTrainedModel) -> None:
+        self.lowered = None
+        if self.compiled:
+            raise UnsupportedModelError(f"{self.model_type}: compile=True: it is made of other modules than those compiled: open it anew")
+        refuse_model(model)
+        self._read(model)
+        now = (model.dtype, *self._shapes(model), _width(self._output_layer))
+        if now != (self.dtype, self.vocab_size, self.layers, self.hidden_size):
+            what = "its dtype, its vocabulary, its width or what its layers keep of a token is another"
+            raise UnsupportedModelError(f"{self.model_type}: {what}: open it anew")
+        if self._lowers:
+            self._lower()
+
+    def passed(self) -> None:
+        """Note that the model, made as it is now, has passed the probe."""
+        if self.live:
+            if len(self._passed) == MAX_PASSED:
+                self._passed.clear()
+            self._form = Form(self._open()[0])
+            self._passed[self._form.code] = self.everywhere
 
     def forward(
         self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, hidden: HiddenRows | None = None
@@ -134,14 +194,6 @@ class CausalModel:
             logits = logits[logits_at]
         return logits[:num_rows].contiguous()
 
-    def weights_stamp(self) -> int:
-        """A number that changes when a live model's weights do (replaced, loaded, or changed in place by an optimizer) or its adapters (switched,
-        merged, scaled). Writes through `.data` to a tensor that stays where it is leave no trace. 0 for a model of our own, which nobody changes."""
-        if not self.live:
-            return 0
-        model, _ = self._open()
-        return hash((tuple(traces(model)), self.lowered is not None and self.lowered.intact()))
-
     def compile(self) -> None:
         """Compile the decoder layers; every forward from now on runs the compiled ones. Takes a minute the first time, seconds from torch's cache.
 
@@ -151,6 +203,7 @@ class CausalModel:
         from quire.tensors.models.compiled import GRANULE, compile_layers  # the tracer behind it takes a second to import
 
         model, surgery = self._open()
+        self.everywhere = False  # compiled layers are as they are traced
         token = ordinary_tokens(model.config, 64)[0]
 
         def run(step: AttentionStep, num_tokens: int) -> None:
@@ -165,6 +218,13 @@ class CausalModel:
 
         Needs native products. Call it before anything is computed: the logits' bits, and `identity` with them, are others afterwards.
         """
+        self._lower()
+        assert self.lowered is not None
+        self._lowers = True
+        if self.lowered.num_lowered:
+            self.identity = f"{self.identity} {self.lowered.code}"
+
+    def _lower(self) -> None:
         from quire.tensors.models.lowered import lower_layers  # needs the native kernels, without which this model may be served as well
         from quire.tensors.models.recording import RecordingProducts, RecordingStep
         from quire.tensors.native_products import NativeProducts
@@ -180,8 +240,6 @@ class CausalModel:
                 self.forward(RecordingStep(recorder), ids, torch.arange(num_tokens), nowhere)
 
         self.lowered = lower_layers(model, products, record, live=self.live, geometry=self.layers)
-        if self.lowered.num_lowered:
-            self.identity = f"{self.identity} {self.lowered.code}"
 
     @property
     def transformers_model(self) -> PreTrainedModel:
@@ -200,6 +258,17 @@ class CausalModel:
         """Inside, this model's forwards and its own run with fp32 activations, whatever its weights are (see precise.py)."""
         with self.with_products(WidenedProducts(self._products)), WithFloatActivations():
             yield
+
+    def strays(self) -> list[tuple[str, str]]:
+        """Products that depend on the tokens and that torch computes itself, in plain layers: (operator, class of the module). See strays.py."""
+        token = ordinary_tokens(self.transformers_model.config, 64)[0]
+        seen = []
+        for num_tokens in (_FEW, _MORE):
+            watch = Strays()
+            with self.with_products(OverlookedProducts(self._products, watch)), watch:
+                self.forward(NoAttention(), torch.full((num_tokens,), token), torch.arange(num_tokens), torch.arange(num_tokens))
+            seen.append(watch)
+        return differing(*seen)
 
     @contextmanager
     def with_products(self, products: Products, *, whole_vectors: bool = True) -> Iterator[None]:
@@ -221,15 +290,8 @@ class CausalModel:
         return self._model, self._surgery
 
 
-def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config of the language model proper, within a composite config or the config itself."""
-    return model.config.get_text_config(decoder=True)
-
-
-def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
-    """The ids below `count` without those the config names: a model warns of a pad, and takes some for an image to come."""
-    special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
-    return [token for token in range(count) if token not in special]
+def _width(layer: nn.Linear | None) -> int | None:
+    return layer.in_features if layer is not None else None
 
 
 def _call(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -239,28 +301,3 @@ def _call(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
 def _without_autocast() -> torch.autocast | nullcontext[None]:
     # A trainer's autocast would change the dtype of products behind our back; switching it off costs too much to do when it is not on.
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    found: set[int] = set()
-    for source in (model.config, text_config(model), getattr(model, "generation_config", None)):
-        given = getattr(source, "eos_token_id", None)
-        found.update(given if isinstance(given, (list, tuple)) else [] if given is None else [given])
-    return frozenset(found)
-
-
-def _context_len(config: PreTrainedConfig) -> int:
-    for field in _CONTEXT_FIELDS:
-        try:
-            value = getattr(config, field, None)
-        except NotImplementedError:  # how XLNet says that it has no limit
-            continue
-        if isinstance(value, int) and value > 0:
-            return value
-    raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    tensors = [bytes_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())

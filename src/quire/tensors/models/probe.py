@@ -1,10 +1,15 @@
 """The gate every model passes at load: what it gives packed with others is compared with what it gives alone.
 
-Two questions, over the same few short sequences, which go past a window or chunk where that is short:
+Three questions, two of them over the same few short sequences, which go past a window or chunk where that is short:
   close   packed logits against the model's own forward of each sequence alone, nothing of ours on it. A wrong mask, a wrong scale, positions taken
           from the batch, state that leaks from one sequence into the next: all show here.
   exact   packed logits against packed logits in another order and against each sequence alone, all through our path: the same bits. If the modules
           that were changed are not all that depend on the batch, the whole forward runs in exact mode from then on, and is asked again.
+  strays  whether torch itself multiplies tokens anywhere (strays.py): then too the whole forward runs in exact mode, and whatever that does not know
+          is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show. Not asked of a checkpoint whose code is all
+          torch's and transformers': its weights stay, and its family is known (a test asks each).
+
+A live model is asked again when it is made of other code than any that has passed.
 
 The random state of torch is neither used nor changed.
 """
@@ -17,8 +22,9 @@ from dataclasses import dataclass
 import torch
 
 from quire.errors import ProbeMismatchError, UnsupportedModelError
+from quire.tensors.models.facts import ordinary_tokens
 from quire.tensors.models.hook import AttentionStep
-from quire.tensors.models.model import CausalModel, ordinary_tokens
+from quire.tensors.models.model import CausalModel
 from quire.tensors.models.rows import RowByRow
 
 MakeStep = Callable[[Sequence[int]], AttentionStep]
@@ -62,11 +68,32 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
             " or attention takes something that its interface does not pass on"
         )
+    if strays := model.strays() if model.owned else []:
+        model.everywhere = not model.compiled  # compiled layers are as they were traced
+        strays = model.strays() if model.everywhere else strays
+        packed = _packed(model, make_step, sequences)
+    if strays:
+        told = "; ".join(f"{owner} calls {operator}" for operator, owner in strays[:4])
+        raise UnsupportedModelError(
+            f"{model.model_type}: tokens are multiplied by operators of torch whose bits depend on how many there are ({told});"
+            " served are linear, matmul (@), mm, bmm, mv, inner, addmm, baddbmm, einsum of two operands; not in place, without out=, uncompiled"
+        )
     if not _exact(model, make_step, sequences, packed):
+        everywhere = model.everywhere
         model.everywhere = True
-        if not _exact(model, make_step, sequences, _packed(model, make_step, sequences)):
+        if everywhere or not _exact(model, make_step, sequences, _packed(model, make_step, sequences)):
             raise UnsupportedModelError(f"{model.model_type}: the bits of a token's logits depend on what else is in the batch, even in exact mode")
+    model.passed()
     return ProbeReport(sum(map(len, sequences)), error, tolerance, model.everywhere)
+
+
+def probe_again(model: CausalModel) -> None:
+    """Take a live model, whose weights have changed, as it is now, and probe it if it is made of other code than any that has passed.
+
+    Raises as `probe`, UnsupportedModelError too for a change that only a new engine can take; nothing may be computed until a later call succeeds.
+    """
+    if model.take_again():
+        probe(model)
 
 
 def _sequences(model: CausalModel) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 The model never knows it is served: a trainer may run its own forward and backward on the same live model between two of ours, so nothing of Quire
 stays on it. Invariant: after `installed()` has been left, also by an exception, every changed attribute is as it was before.
 
-The set of changes is found once. Modules added to a live model later run unchanged: right, but without the promise that bits do not move.
+The set of changes is found once; it is for the caller to make another when a live model is made of other modules (`CausalModel.take_again`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
 from quire.tensors.attention.base import Products
+from quire.tensors.models.calls import is_foreign
 from quire.tensors.models.exact import VECTOR, ExactMode, in_whole_vectors
 from quire.tensors.models.hook import NAME, QueryScale
 from quire.tensors.packed import PackedWeight
@@ -52,7 +53,7 @@ class Surgery:
         self._settings: list[Change] = []
         self._states = [module.__dict__ for module in model.modules()] if live else []
         for module in model.modules():
-            forward = _forward_of(module, products, self.mode)
+            forward = _forward_of(module, products, self.mode, live)
             if forward is not None and (whole_vectors or not isinstance(module, _ACTIVATIONS)):
                 self._forwards.append((module.__dict__, forward))
             self._take_over_query_scale(module)
@@ -147,7 +148,7 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
-def _forward_of(module: nn.Module, products: Products, mode: ExactMode) -> Forward | None:
+def _forward_of(module: nn.Module, products: Products, mode: ExactMode, live: bool) -> Forward | None:
     """The forward that `module` gets for the time of ours, or None if its own will do."""
     own = "forward" in module.__dict__  # put there by a library that wraps modules one by one; what it wraps is its own affair
     if not own and is_plain(module, nn.Linear):
@@ -158,6 +159,8 @@ def _forward_of(module: nn.Module, products: Products, mode: ExactMode) -> Forwa
         return _activation(module)
     if _is_rotary(module):
         return _rotary(module)
+    if live and is_foreign(module):  # it may do tomorrow what it does not do today
+        return _in_mode(module, mode)
     if not isinstance(module, nn.Embedding) and any(weight is not None and weight.dim() > 1 for weight in module._parameters.values()):
         return _in_mode(module, mode)
     return None

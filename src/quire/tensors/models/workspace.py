@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quire.tensors.attention.base import Mask
+from quire.tensors.models.facts import ordinary_tokens
 from quire.tensors.models.geometry import NoAttention
-from quire.tensors.models.model import CausalModel, ordinary_tokens
+from quire.tensors.models.model import CausalModel
 
 NUM_TOKENS = 64
 

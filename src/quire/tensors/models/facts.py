@@ -1,0 +1,49 @@
+"""What is read off a model and its config before anything runs."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from quire.errors import UnsupportedModelError
+from quire.tensors.packed import bytes_of
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the language model proper, within a composite config or the config itself."""
+    return model.config.get_text_config(decoder=True)
+
+
+def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
+    """The ids below `count` without those the config names: a model warns of a pad, and takes some for an image to come."""
+    special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    return [token for token in range(count) if token not in special]
+
+
+def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Of its config, the config of the language model proper, and the generation config."""
+    found: set[int] = set()
+    for source in (model.config, text_config(model), getattr(model, "generation_config", None)):
+        given = getattr(source, "eos_token_id", None)
+        found.update(given if isinstance(given, (list, tuple)) else [] if given is None else [given])
+    return frozenset(found)
+
+
+def context_len(config: PreTrainedConfig) -> int:
+    """The longest position + 1. Raises UnsupportedModelError for a config that names none."""
+    for field in _CONTEXT_FIELDS:
+        try:
+            value = getattr(config, field, None)
+        except NotImplementedError:  # how XLNet says that it has no limit
+            continue
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Of parameters and buffers, shared ones once."""
+    tensors = [bytes_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

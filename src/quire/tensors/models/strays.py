@@ -1,0 +1,104 @@
+"""Products that torch computes itself in a forward of ours: with the number of rows it picks another kernel, which adds in another order.
+
+They are looked for by what they are, not by what they give: an adapter that begins at zero, or adds little, shows no difference in any bit of the
+probe's logits, and would in those of a later step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quire.tensors.attention.base import Products
+
+# Operator -> the argument whose last dimension is added over; over one element nothing is added. None: whatever its shapes.
+_PRODUCTS: dict[str, int | None] = {
+    **dict.fromkeys(("mm", "bmm", "mv", "matmul", "linear", "inner", "linalg_matmul"), 0),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv", "addmm_", "baddbmm_", "addbmm_", "addmv_", "_addmm_activation"), 1),
+    **dict.fromkeys(
+        ("dot", "vdot", "einsum", "tensordot", "bilinear", "_trilinear", "linalg_vecdot", "linalg_multi_dot", "_cdist_forward", "_euclidean_dist",
+         "convolution", "_convolution", "mkldnn_convolution", "mkldnn_linear", "_slow_conv2d_forward", "slow_conv3d_forward", "thnn_conv2d",
+         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "scaled_dot_product_attention", "_scaled_mm", "_int_mm",
+         "_grouped_mm", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "mkldnn_rnn_layer")
+    ),
+}  # fmt: skip
+
+Stray = tuple[str, str, tuple[tuple[int, ...], ...]]  # operator, class of the module that runs it, its operands' shapes
+
+
+class Strays(TorchDispatchMode):
+    """Notes in `found` every product that reaches torch while it is on and that it has not been told to overlook."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Stray] = []
+        self._overlooking = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._overlooking:
+            return func(*args, **kwargs)
+        with self:  # under inference_mode, what is made of smaller operators arrives whole
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS:
+            at = _PRODUCTS[name]
+            if at is None or args[at].shape[-1] > 1:
+                shapes = tuple(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))
+                self.found.append((name, _running_module(), shapes))
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def overlooking(self) -> Iterator[None]:
+        """Inside, nothing is noted."""
+        before, self._overlooking = self._overlooking, True
+        try:
+            yield
+        finally:
+            self._overlooking = before
+
+
+class OverlookedProducts:
+    """`Products` whose own use of torch is their own affair."""
+
+    def __init__(self, products: Products, strays: Strays) -> None:
+        self._products, self._strays = products, strays
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Products.linear`."""
+        with self._strays.overlooking():
+            return self._products.linear(x, weight, bias)
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Products.matmul`."""
+        with self._strays.overlooking():
+            return self._products.matmul(x, weight, bias)
+
+
+def differing(few: Strays, more: Strays) -> list[tuple[str, str]]:
+    """(operator, class of the module) of the products whose shapes, or whose number, are others for another number of tokens, each once."""
+    if len(few.found) == len(more.found):
+        strays = [b for a, b in zip(few.found, more.found, strict=True) if a != b]
+    else:  # experts, of which some get no token
+        fixed = set(few.found) & set(more.found)
+        strays = [one for one in (*few.found, *more.found) if one not in fixed]
+    return list(dict.fromkeys((operator, owner) for operator, owner, _ in strays))
+
+
+def _running_module() -> str:
+    """The class of the innermost module whose forward is on this thread's stack."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return type(owner).__name__
+        frame = frame.f_back
+    return "the model"

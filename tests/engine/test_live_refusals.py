@@ -1,0 +1,98 @@
+"""What an open engine cannot take of a live model's owner is refused, by name and each time, until it is undone."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quire import LLM
+from quire.errors import InvalidRequestError, UnsupportedModelError
+from quire.faces.slots import Slots
+from tests.engine.test_live_changes import Change, a_number, another_hook, epsilon, frequencies
+from tests.engine.test_own_modules import PARAMS, PROMPTS, SERVED, H, Own, bits
+from tests.tensors.checkpoints import tiny_model
+
+
+def compiled(model: Any) -> None:
+    model.model.layers[0].mlp._compiled_call_impl = lambda x: x  # what nn.Module.compile() leaves there, without its ten seconds
+
+
+def shorter(model: Any) -> None:
+    del model.model.layers[1]
+
+
+REFUSED: dict[str, Callable[[Any], object]] = {
+    "its dtype, .* is another: open it anew": lambda model: model.to(torch.bfloat16),
+    "layers 1 of 2 never call the attention interface": shorter,
+    "layers.0.mlp is compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_an_open_engine_cannot_take_is_refused_each_time(why: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    with LLM(model, page_size=16, cache_bytes=2**24) as llm:
+        REFUSED[why](model)
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match=why):
+                llm.generate(PROMPTS, PARAMS)
+
+
+def test_an_engine_goes_on_with_programs_after_a_refusal() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    with LLM(model, page_size=16, cache_bytes=2**24) as llm:
+        before, head = bits(llm, PROMPTS), model.lm_head
+        model.lm_head = nn.Linear(H, 700, bias=False)
+        with pytest.raises(UnsupportedModelError, match="its vocabulary"):
+            llm.generate(PROMPTS, PARAMS)
+        model.lm_head = head
+        assert bits(llm, PROMPTS) == before
+        lowered = llm._built.model.lowered
+        assert lowered is not None and lowered.num_lowered == 2
+
+
+def test_a_number_that_switches_on_what_is_not_served_is_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    own: Any = Own(lambda x, w, w3: torch.nn.functional.conv1d(x.mT, w[:, :, None]).mT if own.alpha else x)
+    own.alpha = 0.0
+    model.model.layers[0].mlp = own
+    with LLM(model, page_size=16, cache_bytes=2**24) as llm:
+        bits(llm, PROMPTS)
+        own.alpha = 0.5
+        with pytest.raises(UnsupportedModelError, match="Own calls convolution"):
+            llm.generate(PROMPTS, PARAMS)
+
+
+@pytest.mark.parametrize("change", [epsilon, another_hook, a_number, frequencies])
+def test_held_sequences_refuse_a_change_between_two_steps(change: Change) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    changing = change(model)
+    next(changing)
+    slots = Slots(model, 2, page_size=16, cache_bytes=2**24)
+    slots.insert(slots.prefill(PROMPTS[-1]), 0)
+    slots.generate()
+    next(changing, None)
+    with pytest.raises(InvalidRequestError, match="other weights"):
+        slots.generate()
+
+
+def test_forms_do_not_outlive_what_they_tell_of() -> None:
+    """A verdict that is kept keeps no weight."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    with LLM(model, page_size=16, cache_bytes=2**24) as llm:
+        gone = []
+        mlp = model.model.layers[0].mlp
+        for name in ("@", "mm", "inner"):
+            model.model.layers[0].mlp = Own(SERVED[name])
+            gone.append(weakref.ref(model.model.layers[0].mlp.w))
+            bits(llm, PROMPTS[:1])
+        model.model.layers[0].mlp = mlp
+        bits(llm, PROMPTS[:1])
+        gc.collect()
+        assert [ref() for ref in gone] == [None, None, None]
