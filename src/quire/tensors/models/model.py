@@ -177,7 +177,7 @@ class CausalModel:
             inputs["logits_to_keep"] = logits_at
         model, surgery = self._open()
         run = _call
-        if self.lowered is not None and self.lowered.intact():
+        if self.lowered is not None and (not self.live or self.lowered.intact()):
             surgery, run = self.lowered.surgery, self.lowered.chains.run
         # Buffers a live model makes lazily in a forward must serve its trainer's backward later, which inference tensors cannot.
         with (
