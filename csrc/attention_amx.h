@@ -12,8 +12,10 @@
 // Up to sixteen rows of one block go one way (attention_amx_few.h), more go another (attention_amx_block.h): same law, different layouts. A product's
 // factors may change places, x . y is y . x, so a tile may have rows down and dimensions across, or the other way round.
 #pragma once
-#include "attention_amx_block.h"
-#include "attention_amx_few.h"
+#include "attention_amx_block_bytes.h"
+#include "attention_amx_block_pairs.h"
+#include "attention_amx_few_bytes.h"
+#include "attention_amx_few_pairs.h"
 
 #if defined(QUIRE_AMX)
 namespace quire {
@@ -21,55 +23,39 @@ namespace QUIRE_ISA {
 namespace {
 namespace tiles {
 
-// Places the keys begin..end-1 of one part and lets all groups pass that see any of them. They ask for the lines of the next part meanwhile.
-inline void run_part(Block& b, int64_t begin, int64_t end) {
-  Item& item = b.item;
-  const PageLayout& at = b.args().layout;
-  const char* const zeros = (const char*)b.s.zeros;
-  Placed part{begin / kTile * kTile, 0, 0};
-  part.tiles = int((end - part.base + kTile - 1) / kTile);
-  int first = b.num_groups, last = -1;
-  for (int tile = 0; tile < part.tiles; ++tile) {
-    const int64_t base = part.base + tile * kTile;
-    Rows& rows = item.tiles[base / kTile % 2];
-    if (!locate_tile(item, base, zeros, rows)) continue;
-    const int from = rows.first_token * item.heads / kLanes, to = (rows.end_token * item.heads - 1) / kLanes;
-    first = from < first ? from : first;
-    last = to > last ? to : last;
-    place_keys(rows, at.k.dim, b.x.k_steps, (char*)b.s.keys + tile * kTile * b.x.k_steps * 64, b.x.keys + tile * (kTile / 16));
-    if (place_values(rows, at.v.dim, b.x.v_tiles, (uint32_t*)b.s.values + tile * kSteps * kTileFloats)) part.finite |= 1u << tile;
-  }
-  if (last < first) return;
-  Ahead ahead{item, zeros, part.base + part.tiles * kTile, part.base + 2 * part.tiles * kTile, {}};
-  const int calls = (last - first + 2) / 2 * kSteps * b.x.k_steps, share = 256 * tile_lines(at) / calls + 1;  // of fetch() for each tile
-  for (int group = first; group <= last; group += 2) {
-    if (group < last)
-      Passing<2>{b, group, ahead, {}}.pass(part, share);
-    else
-      Passing<1>{b, group, ahead, {}}.pass(part, share);
-  }
-}
+// bf16 keys and values.
+struct Pairs {
+  static constexpr int kKeyDims = kTileK, kOutputs = 32;
+  template <int G>
+  using Passing = PassingPairs<G>;
 
-inline void run_item(const AttendArgs& args, const WorkItem& work, int32_t kv_head, int32_t first_head, int32_t heads, Scratch& s) {
-  const PageLayout& at = args.layout;
-  Item item = item_of(args, work, kv_head, first_head, heads);
-  const int rows = item.rows(), k_steps = int(round_up(at.k.dim, kTileK) / kTileK), v_tiles = int(round_up(at.v.dim, 32) / 16);
-  Block b{item, s, {{}, (const uint32_t*)s.values, k_steps, v_tiles}, score_factor(args), (rows + kLanes - 1) / kLanes, {}};
-  load_queries(item, k_steps, (uint32_t*)s.queries);
-  for (int g = 0; g < b.num_groups; ++g) {
-    Group& group = b.groups[g];
-    group.first_token = g * kLanes / heads;
-    group.last_token = ((rows < (g + 1) * kLanes ? rows : (g + 1) * kLanes) - 1) / heads;
-    start_sums(item, g * kLanes, group.total);
-    if (!group.total.fresh) memset(s.total + g * b.out_floats(), 0, size_t(b.out_floats()) * 4);
+  static void load_block(Block& b) { load_queries(b.item, b.x.k_steps, (uint32_t*)b.s.queries); }
+  static bool place(Block& b, const Rows& rows, int tile) {
+    place_keys(rows, b.args().layout.k.dim, b.x.k_steps, (char*)b.s.keys + tile * kTile * b.x.k_steps * 64, b.x.keys + tile * kSixteens);
+    return place_values(rows, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values + tile * kSteps * kTileFloats);
   }
-  for (int32_t part = work.first_part; part < work.end_part; ++part) {
-    const KeyRange keys = keys_of_part(item, part);
-    run_part(b, keys.begin, keys.end);
-  }
-  for (int g = 0; g < b.num_groups; ++g) write_group(item, g * kLanes, b.groups[g].total, s.total + g * b.out_floats(), v_tiles);
-}
+  static void load_few(Few& f) { load_queries(f.item, f.k_steps, (uint32_t*)f.s.queries); }
+  static void run_few_tile(Few& f, int64_t base) { run_pairs_tile(f, base); }
+  static void in_order(const float* from, int dims, float* to) { unzip_outputs(from, dims, to); }
+};
 
+// int8 keys and values.
+struct Bytes {
+  static constexpr int kKeyDims = kCodeK, kOutputs = kCodeK;
+  template <int G>
+  using Passing = PassingBytes<G>;
+
+  static void load_block(Block& b) { load_query_bytes(b); }
+  static bool place(Block& b, Rows& rows, int tile) {
+    place_bytes(b, rows, tile);
+    return true;
+  }
+  static void load_few(Few& f) { load_query_bytes(f); }
+  static void run_few_tile(Few& f, int64_t base) { run_bytes_tile(f, base); }
+  static void in_order(const float* from, int dims, float* to) { order_outputs(from, dims, to); }
+};
+
+template <class Format>
 struct ByTiles {
   static constexpr int kRows = kMostRows;
   Scratch s;
@@ -77,15 +63,19 @@ struct ByTiles {
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
   void run(const AttendArgs& args, const WorkItem& work, int64_t head_index, int32_t kv_head, int32_t first_head, int32_t heads) {
     if (work.num_tokens * heads <= kLanes)
-      run_few(args, work, head_index, kv_head, first_head, heads, s);
+      run_few<Format>(args, work, head_index, kv_head, first_head, heads, s);
     else
-      run_item(args, work, kv_head, first_head, heads, s);
+      run_block<Format>(args, work, kv_head, first_head, heads, s);
   }
 };
 static_assert(kSplitRows <= kLanes, "blocks that are split over their keys have few rows");
 
 // Of the layout and the dtype alone, so that all rows of a layer have one law.
-inline bool serve(const AttendArgs& args) { return args.dtype == kBF16 && args.layout.k.format == kBF16 && args.layout.v.format == kBF16; }
+inline bool are_pairs(const AttendArgs& args) { return args.dtype == kBF16 && args.layout.k.format == kBF16 && args.layout.v.format == kBF16; }
+inline bool are_bytes(const AttendArgs& args) {
+  const RowLayout &k = args.layout.k, &v = args.layout.v;
+  return args.dtype == kBF16 && k.format == kInt8 && v.format == kInt8 && k.dim >= 2 && v.dim >= 2 && k.dim <= kMostKeyDim;
+}
 
 }  // namespace tiles
 }  // namespace

@@ -86,14 +86,14 @@ inline void hide_values(Rows& rows, Seen seen, const char* zeros) {
 }
 
 // Rows first_row.. of the item: totals divided by their sums.
-inline void write_group(const Item& item, int first_row, const Sums& total, const float* out, int v_tiles) {
+inline void write_group(const Item& item, int first_row, const Sums& total, const float* out) {
   const int v_dim = item.args.layout.v.dim, rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;
   const F32x16 share = div(set1(1.0f), load(total.sum));
   uint16_t* to[kLanes];
   for (int r = 0; r < rows; ++r) to[r] = (uint16_t*)item.args.out + item.out(first_row + r);
   for (int r = first_row + kLanes; r < item.rows() && r < first_row + 2 * kLanes; ++r)
     for (int d = 0; d < v_dim; d += 32) __builtin_prefetch((uint16_t*)item.args.out + item.out(r) + d, 1, 3);
-  for (int d = 0; d < 16 * v_tiles; d += 32) {
+  for (int d = 0; d < v_dim; d += 32) {
     F32x16 x[16];
     for (int i = 0; i < 16; ++i) {
       const float* from = out + (d + 2 * i) * kLanes;

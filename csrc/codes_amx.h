@@ -16,7 +16,8 @@ constexpr int kCodeK = 64;  // of k, or of keys, that one multiplication of byte
 // Returns their scale.
 inline float two_bytes(const uint16_t* x, int k, char* high, char* low, int64_t next) {
   U32x16 most = set1_u32(0);
-  for (int i = 0; i < k; i += 32) most = {_mm512_max_epu16(most.v, _mm512_and_si512(load_pairs_n(x + i, k - i < 32 ? k - i : 32).v, _mm512_set1_epi16(0x7fff)))};
+  for (int i = 0; i < k; i += 32)
+    most = {_mm512_max_epu16(most.v, and_(load_pairs_n(x + i, k - i < 32 ? k - i : 32), set1_u32(0x7fff7fffu)).v)};
   uint16_t all[32];
   _mm512_storeu_si512(all, most.v);
   uint16_t largest = 0;

@@ -106,7 +106,7 @@ struct Kernels {
 };
 
 // Floats of one row's partial result: its output, its largest score, its sum.
-constexpr int64_t partial_stride(int64_t v_dim) { return (v_dim + 31) / 32 * 32 + 2; }
+constexpr int64_t partial_stride(int64_t v_dim) { return (v_dim + 63) / 64 * 64 + 2; }
 
 // Bytes of a row of `dim` elements of a DType or Format.
 int32_t row_bytes(int32_t format, int32_t dim);
