@@ -33,27 +33,24 @@ inline void load_query_bytes(Few& f) {
   }
 }
 
-// The next tile's lines, asked for while this one is computed: of its sixteens of keys and of values in turn.
+// The next tile's lines, asked for while this one is computed: of eight of its runs in turn, which is all of them where a page has sixteen rows. They
+// fit the first cache, since codes take no scratch.
 struct LinesAhead {
-  const char *at[2 * kSixteens], *end[2 * kSixteens];
-  int left = 0, turn = 0;
+  const Run *run = nullptr, *end_run = nullptr;
+  int64_t at = 0;
 };
-inline void look_ahead(const Rows& rows, const PageLayout& at, LinesAhead& a) {
-  for (int i = 0; i < kSixteens; ++i) {
-    a.at[2 * i] = rows.k[16 * i];
-    a.at[2 * i + 1] = rows.v[16 * i];
-    a.end[2 * i] = rows.k[16 * i] + 16 * at.k.bytes;
-    a.end[2 * i + 1] = rows.v[16 * i] + 16 * at.v.bytes;
-  }
-  a.left = int(16 * (at.k.bytes > at.v.bytes ? at.k.bytes : at.v.bytes) / kLine + 1);
-}
 QUIRE_INLINE void ask(LinesAhead& a) {
-  if (a.left == 0) return;
-  for (int i = 0; i < 2 * kSixteens; ++i) {
-    prefetch_l2(a.at[i]);
-    a.at[i] += kLine;
+  constexpr int kInTurn = 8;
+  int64_t longest = 0;
+  for (const Run* r = a.run; r < a.end_run && r < a.run + kInTurn; ++r) {
+    const char* const line = (const char*)(uintptr_t(r->at) & ~uintptr_t(kLine - 1)) + a.at;
+    if (line < r->end) prefetch(line);
+    longest = r->end - line > longest ? r->end - line : longest;
   }
-  --a.left;
+  a.at += kLine;
+  if (longest > kLine) return;
+  a.at = 0;
+  a.run = a.end_run - a.run > kInTurn ? a.run + kInTurn : a.end_run;
 }
 
 // Dot products of the columns of one tile of Q, [kTile][kLanes].
@@ -201,7 +198,8 @@ inline void run_bytes_tile(Few& f, int64_t base) {
   LinesAhead ahead{};
   if (locate_tile(item, base + kTile, zeros, next)) {
     fill_up(next, zeros);
-    look_ahead(next, at, ahead);
+    ahead.run = next.runs;
+    ahead.end_run = next.runs + next.num_runs;
   }
   fill_up(rows, zeros);
   const char *keys[kSixteens], *values[kSixteens];
@@ -224,13 +222,15 @@ inline void run_bytes_tile(Few& f, int64_t base) {
     else
       add_value_bytes<kMostTiles>(f, values, first, end, down, ahead);
   }
-  while (ahead.left) ask(ahead);
+  while (ahead.run != ahead.end_run) ask(ahead);
   f.part.fresh = false;
 }
 
 // From remainder by remainder to the order of elements.
 inline void order_outputs(const float* from, int dims, float* to) {
-  for (int d = 0; d < dims; ++d) to[d] = from[d / kCodeK * kCodeK + d % 4 * 16 + d % kCodeK / 4];
+  for (int d = 0; d < dims; d += kCodeK)
+    for (int i = 0; i < kCodeK / 4; ++i)
+      for (int j = 0; j < 4; ++j) to[d + 4 * i + j] = from[d + 16 * j + i];
 }
 
 }  // namespace tiles
