@@ -11,6 +11,8 @@
 //
 // Up to sixteen rows of one block go one way (attention_amx_few.h), more go another (attention_amx_block.h): same law, different layouts. A product's
 // factors may change places, x . y is y . x, so a tile may have rows down and dimensions across, or the other way round.
+//
+// int8 keys and values have a law in integers, which follows this one in its bases, sums and parts (attention_amx_bytes.h).
 #pragma once
 #include "attention_amx_block_bytes.h"
 #include "attention_amx_block_pairs.h"
@@ -23,7 +25,7 @@ namespace QUIRE_ISA {
 namespace {
 namespace tiles {
 
-// bf16 keys and values.
+// What differs between formats. bf16 keys and values:
 struct Pairs {
   static constexpr int kKeyDims = kTileK, kOutputs = 32;
   template <int G>
@@ -39,7 +41,7 @@ struct Pairs {
   static void in_order(const float* from, int dims, float* to) { unzip_outputs(from, dims, to); }
 };
 
-// int8 keys and values.
+// int8 keys and values:
 struct Bytes {
   static constexpr int kKeyDims = kCodeK, kOutputs = kCodeK;
   template <int G>

@@ -35,7 +35,7 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
                            {&s.query_scales, codes ? kMostRows : 0},
                            {&s.key_scales, codes ? kPartKeys : 0},
                            {&s.value_scales, codes ? kPartKeys : 0},
-                           {&s.integers, codes ? 4 * kScores : 0}};
+                           {&s.integers, codes ? 6 * kScores : 0}};
   if (!carve(memory, wanted)) return false;
   memset(s.zeros, 0, size_t(zero_floats(args)) * 4);
   return true;

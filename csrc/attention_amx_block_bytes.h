@@ -78,11 +78,15 @@ struct PassingBytes {
   Ahead& ahead;
   alignas(64) float base[G][kLanes] = {};
   alignas(64) float down[G][kLanes] = {};
+  struct {
+    int g, tile, step;
+  } waiting = {};  // values still to be added, while lanes are busy with another group
 
   float* out(int g) { return b.s.out + g * b.out_floats(); }
   float* sums(int g) { return b.s.sums + g * kLanes * kLanes; }
   float* scores(int g) { return b.s.scores + g * kScores; }
   float* integers(int g) { return b.s.integers + g * 2 * kScores; }                // [high, low][kTile][kLanes]
+  float* value_sums(int t) { return b.s.integers + 4 * kScores + t / 2 % 2 * 4 * kTileFloats; }
   uint32_t* weights(int g) { return (uint32_t*)b.s.pairs + g * 2 * kTileFloats; }  // [high, low][16 fours of keys][kLanes]
 
   void multiply_keys(int g, const char* const* keys, int lines) {
@@ -121,6 +125,7 @@ struct PassingBytes {
       const float* const from = integers(g) + key * kLanes;
       store(x + key * kLanes, score_of(bits(load(from)), bits(load(from + kScores)), set1(key_scales[key]), query_scale));
     }
+    if (G == 1) add_steps(value_steps());
     const Follow now = follow(largest_scores(b, group + g, {0, kSteps}, at, x), factor, load(base[g]));
     if (mask_bits(now.grown) != 0) {
       store(base[g], now.base);
@@ -128,12 +133,14 @@ struct PassingBytes {
       for (float *to = out(g), *const end = to + b.out_floats(); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
     }
     weigh(g, b.s.value_scales + tile * kTile, factor, sub(zero(), now.finite));
+    waiting = {g, tile, 0};
   }
 
   void weigh(int g, const float* value_scales, F32x16 factor, F32x16 minus_base) {
     float* const x = scores(g);
     U32x16 most = set1_u32(0);
     for (int i = 0; i < kLanes; ++i) {
+      add_steps(value_steps() * (i + 1) / kLanes);
       F32x16 sum = load(sums(g) + i * kLanes);
       for (int key = i; key < kTile; key += 16) {
         const F32x16 score = load(x + key * kLanes), p = exp2_of<false>(score, factor, minus_base), w = weight_of(score, p, set1(value_scales[key]));
@@ -158,38 +165,42 @@ struct PassingBytes {
     }
   }
 
-  // Adds a tile's values to a group's outputs. 32 dimensions are multiplied while the sums of those before are added.
-  void add_values(int g, int tile) {
-    const char* values = (const char*)b.s.values + tile * b.x.v_tiles * kTileBytes;
-    const F32x16 scale = load(down[g]);
-    const auto sums_of = [&](int t) { return integers(g) + t / 2 % 2 * 4 * kTileFloats; };
-    tile_load<6>(weights(g), 64);
-    tile_load<7>(weights(g) + kTileFloats, 64);
-    for (int t = 0; t <= b.x.v_tiles; t += 2, values += 2 * kTileBytes) {
-      if (t < b.x.v_tiles) {
-        float* const to = sums_of(t);
-        tile_zero<0>();
-        tile_zero<1>();
-        tile_zero<2>();
-        tile_zero<3>();
-        tile_load<4>(values, 64);
-        tile_dot_bytes<0, 4, 6>();
-        tile_dot_bytes<1, 4, 7>();
-        tile_load<5>(values + kTileBytes, 64);
-        tile_dot_bytes<2, 5, 6>();
-        tile_dot_bytes<3, 5, 7>();
-        tile_store<0>(to, 64);
-        tile_store<1>(to + 2 * kTileFloats, 64);
-        tile_store<2>(to + kTileFloats, 64);
-        tile_store<3>(to + 3 * kTileFloats, 64);
-      }
-      if (t == 0) continue;
-      const float* const from = sums_of(t - 2);
-      float* const to = out(g) + (t - 2) * kTileFloats;
-      for (int i = 0; i < 2 * kTileFloats; i += kLanes)
-        store(to + i, fma(to_f32(sum_of_bytes(bits(load(from + i)), bits(load(from + 2 * kTileFloats + i)))), scale, load(to + i)));
+  // One step of adding a tile's values to a group's outputs: 32 dimensions are multiplied, and sums of those before are added.
+  void add_step() {
+    const int g = waiting.g, t = 2 * waiting.step++;
+    const char* const values = (const char*)b.s.values + (waiting.tile * b.x.v_tiles + t) * kTileBytes;
+    if (t == 0) {
+      tile_load<6>(weights(g), 64);
+      tile_load<7>(weights(g) + kTileFloats, 64);
     }
+    if (t < b.x.v_tiles) {
+      float* const to = value_sums(t);
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
+      tile_load<4>(values, 64);
+      tile_dot_bytes<0, 4, 6>();
+      tile_dot_bytes<1, 4, 7>();
+      tile_load<5>(values + kTileBytes, 64);
+      tile_dot_bytes<2, 5, 6>();
+      tile_dot_bytes<3, 5, 7>();
+      tile_store<0>(to, 64);
+      tile_store<1>(to + 2 * kTileFloats, 64);
+      tile_store<2>(to + kTileFloats, 64);
+      tile_store<3>(to + 3 * kTileFloats, 64);
+    }
+    if (t == 0) return;
+    const F32x16 scale = load(down[g]);
+    const float* const from = value_sums(t - 2);
+    float* const to = out(g) + (t - 2) * kTileFloats;
+    for (int i = 0; i < 2 * kTileFloats; i += kLanes)
+      store(to + i, fma(to_f32(sum_of_bytes(bits(load(from + i)), bits(load(from + 2 * kTileFloats + i)))), scale, load(to + i)));
   }
+  void add_steps(int end) {
+    while (waiting.step < end) add_step();
+  }
+  int value_steps() const { return b.x.v_tiles / 2 + 1; }
 
   void pass(const Placed& part, int lines) {
     bool fresh = true;
@@ -198,6 +209,7 @@ struct PassingBytes {
       memset(sums(g), 0, kLanes * kLanes * 4);
       memset(out(g), 0, size_t(b.out_floats()) * 4);
     }
+    waiting.step = value_steps();
     for (int tile = 0; tile < part.tiles; ++tile) {
       const int64_t at = part.base + tile * kTile;
       const Span span = span_of(b, group, group + G - 1, at);
@@ -206,8 +218,8 @@ struct PassingBytes {
       fresh = false;
       for (int g = 0; g < G; ++g) multiply_keys(g, b.x.keys + tile * kSixteens, lines);
       for (int g = 0; g < G; ++g) settle(g, tile, at);
-      for (int g = 0; g < G; ++g) add_values(g, tile);
     }
+    add_steps(value_steps());
     for (int g = 0; g < G && !fresh; ++g) merge_group(b, group + g, base[g], sums(g), out(g));
   }
 };
