@@ -187,7 +187,8 @@ struct Attention {
 // The way that serves a layer: the same one at every step, since it depends on what the layer's rows are.
 inline Attention way_of([[maybe_unused]] const AttendArgs& args) {
 #if defined(QUIRE_AMX)
-  if (tiles::serve(args)) return {tiles::ByTiles::kRows, &attend_by<tiles::ByTiles>};
+  if (tiles::are_pairs(args)) return {tiles::kMostRows, &attend_by<tiles::ByTiles<tiles::Pairs>>};
+  if (tiles::are_bytes(args)) return {tiles::kMostRows, &attend_by<tiles::ByTiles<tiles::Bytes>>};
 #endif
   return {ByVectors::kRows, &attend_by<ByVectors>};
 }

@@ -11,9 +11,13 @@
 //
 // Up to sixteen rows of one block go one way (attention_amx_few.h), more go another (attention_amx_block.h): same law, different layouts. A product's
 // factors may change places, x . y is y . x, so a tile may have rows down and dimensions across, or the other way round.
+//
+// int8 keys and values have a law in integers, which follows this one in its bases, sums and parts (attention_amx_bytes.h).
 #pragma once
-#include "attention_amx_block.h"
-#include "attention_amx_few.h"
+#include "attention_amx_block_bytes.h"
+#include "attention_amx_block_pairs.h"
+#include "attention_amx_few_bytes.h"
+#include "attention_amx_few_pairs.h"
 
 #if defined(QUIRE_AMX)
 namespace quire {
@@ -21,88 +25,61 @@ namespace QUIRE_ISA {
 namespace {
 namespace tiles {
 
-// Places the keys begin..end-1 of one part and lets all groups pass that see any of them. They ask for the lines of the next part meanwhile.
-inline void run_part(Block& b, int64_t begin, int64_t end) {
-  Item& item = b.item;
-  const PageLayout& at = b.args().layout;
-  const char* const zeros = (const char*)b.s.zeros;
-  Placed part{begin / kTile * kTile, 0, 0};
-  part.tiles = int((end - part.base + kTile - 1) / kTile);
-  int first = b.num_groups, last = -1;
-  for (int tile = 0; tile < part.tiles; ++tile) {
-    const int64_t base = part.base + tile * kTile;
-    Rows& rows = item.tiles[base / kTile % 2];
-    if (!locate_tile(item, base, zeros, rows)) continue;
-    const int from = rows.first_token * item.heads / kLanes, to = (rows.end_token * item.heads - 1) / kLanes;
-    first = from < first ? from : first;
-    last = to > last ? to : last;
-    place_keys(rows, at.k.dim, b.x.k_steps, (char*)b.s.keys + tile * kTile * b.x.k_steps * 64, b.x.keys + tile * (kTile / 16));
-    if (place_values(rows, at.v.dim, b.x.v_tiles, (uint32_t*)b.s.values + tile * kSteps * kTileFloats)) part.finite |= 1u << tile;
-  }
-  if (last < first) return;
-  Ahead ahead{item, zeros, part.base + part.tiles * kTile, part.base + 2 * part.tiles * kTile, {}};
-  const int calls = (last - first + 2) / 2 * kSteps * b.x.k_steps, share = 256 * tile_lines(at) / calls + 1;  // of fetch() for each tile
-  for (int group = first; group <= last; group += 2) {
-    if (group < last)
-      Passing<2>{b, group, ahead, {}}.pass(part, share);
-    else
-      Passing<1>{b, group, ahead, {}}.pass(part, share);
-  }
-}
+// What differs between formats. bf16 keys and values:
+struct Pairs {
+  static constexpr int kKeyDims = kTileK, kOutputs = 32;
+  template <int G>
+  using Passing = PassingPairs<G>;
 
-inline void prepare(Block& b) {
-  const int rows = b.item.rows();
-  load_queries(b.item, b.x.k_steps, (uint32_t*)b.s.queries);
-  for (int g = 0; g < b.num_groups; ++g) {
-    b.groups[g].first_token = g * kLanes / b.item.heads;
-    b.groups[g].last_token = ((rows < (g + 1) * kLanes ? rows : (g + 1) * kLanes) - 1) / b.item.heads;
+  static void load_block(Block& b) { load_queries(b.item, b.x.k_steps, (uint32_t*)b.s.queries); }
+  static bool place(Block& b, const Rows& rows, int tile) {
+    place_keys(rows, b.args().layout.k.dim, b.x.k_steps, (char*)b.s.keys + tile * kTile * b.x.k_steps * 64, b.x.keys + tile * kSixteens);
+    return place_values(rows, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values + tile * kSteps * kTileFloats);
   }
-}
-inline Block block_of(Item& item, Scratch& s, float* states) {
-  const PageLayout& at = item.args.layout;
-  const int k_steps = int(round_up(at.k.dim, kTileK) / kTileK), v_tiles = int(state_outputs(at.v.dim) / 16);
-  return {item, s, {{}, (const uint32_t*)s.values, k_steps, v_tiles}, score_factor(item.args), states, (item.rows() + kLanes - 1) / kLanes, {}};
-}
+  static void load_few(Few& f) { load_queries(f.item, f.k_steps, (uint32_t*)f.s.queries); }
+  static void run_few_tile(Few& f, int64_t base) { run_pairs_tile(f, base); }
+  static void in_order(const float* from, int dims, float* to) { unzip_outputs(from, dims, to); }
+  static void out_of_order(const float* from, int dims, float* to) { zip_outputs(from, dims, to); }
+};
 
-inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s) {
-  Item item = item_of(args, work, of);
-  Block b = block_of(item, s, nullptr);
-  prepare(b);
-  for (int g = 0; g < b.num_groups; ++g) {
-    start_sums(item, g * kLanes, b.groups[g].total);
-    if (!b.groups[g].total.fresh) memset(s.total + g * b.out_floats(), 0, size_t(b.out_floats()) * 4);
+// int8 keys and values:
+struct Bytes {
+  static constexpr int kKeyDims = kCodeK, kOutputs = kCodeK;
+  template <int G>
+  using Passing = PassingBytes<G>;
+
+  static void load_block(Block& b) { load_query_bytes(b); }
+  static bool place(Block& b, Rows& rows, int tile) {
+    place_bytes(b, rows, tile);
+    return true;
   }
-  for (int32_t part = work.first_part; part < work.end_part; ++part) {
-    const KeyRange keys = keys_of_part(item, part);
-    run_part(b, keys.begin, keys.end);
-  }
-  for (int g = 0; g < b.num_groups; ++g) write_group(item, g * kLanes, b.groups[g].total, s.total + g * b.out_floats(), b.x.v_tiles);
-}
+  static void load_few(Few& f) { load_query_bytes(f); }
+  static void run_few_tile(Few& f, int64_t base) { run_bytes_tile(f, base); }
+  static void in_order(const float* from, int dims, float* to) { order_outputs(from, dims, to); }
+  static void out_of_order(const float* from, int dims, float* to) { disorder_outputs(from, dims, to); }
+};
 
-inline void share_item(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
-  Item item = item_of(args, work, of);
-  Block b = block_of(item, s, states_of(args, work, of));
-  prepare(b);
-  const KeyRange keys = keys_of_part(item, work.part);
-  run_part(b, keys.begin, keys.end);
-}
-
+template <class Format>
 struct ByTiles {
   static constexpr int kRows = kMostRows;
   Scratch s;
   TileShapes shapes;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
   void run(const AttendArgs& args, const WorkItem& work, const Heads& of) {
-    work.num_tokens * of.count <= kLanes ? run_few(args, work, of, s) : run_item(args, work, of, s);
+    work.num_tokens * of.count <= kLanes ? run_few<Format>(args, work, of, s) : run_block<Format>(args, work, of, s);
   }
   void share(const AttendArgs& args, const SharedItem& work, const Heads& of) {
-    work.num_tokens * of.count <= kLanes ? share_few(args, work, of, s) : share_item(args, work, of, s);
+    work.num_tokens * of.count <= kLanes ? share_few<Format>(args, work, of, s) : share_block<Format>(args, work, of, s);
   }
 };
 static_assert(kSplitRows <= kLanes, "blocks that are split over their keys have few rows");
 
 // Of the layout and the dtype alone, so that all rows of a layer have one law.
-inline bool serve(const AttendArgs& args) { return args.dtype == kBF16 && args.layout.k.format == kBF16 && args.layout.v.format == kBF16; }
+inline bool are_pairs(const AttendArgs& args) { return args.dtype == kBF16 && args.layout.k.format == kBF16 && args.layout.v.format == kBF16; }
+inline bool are_bytes(const AttendArgs& args) {
+  const RowLayout &k = args.layout.k, &v = args.layout.v;
+  return args.dtype == kBF16 && k.format == kInt8 && v.format == kInt8 && k.dim >= 2 && v.dim >= 2 && k.dim <= kMostKeyDim;
+}
 
 }  // namespace tiles
 }  // namespace

@@ -1,9 +1,5 @@
-// More than sixteen query rows of one work item on AMX: groups of sixteen pass a part of the keys two by two.
-//
-//   part of 512 keys   K  placed (or where it lies)    V  transposed           once for all groups
-//   two groups         scores, probabilities of one tile of 64 keys after the other ──> outputs over all of it ──> added to their totals
-//
-// So what two groups work with, probabilities and outputs of a part, stays in the nearest caches, and outputs in tiles for as long as no base grows.
+// More than sixteen query rows of one work item on AMX: groups of sixteen, a row in each lane, pass parts of 512 keys two by two. A part's keys and
+// values are placed once for all of them. What is common to all formats of keys and values.
 #pragma once
 #include "attention_amx_rows.h"
 #include "thread_memory.h"
@@ -19,21 +15,27 @@ constexpr int kMostRows = 1536, kGroups = kMostRows / kLanes;  // query rows of 
 // A thread's working memory, in floats.
 struct Scratch {
   float *queries, *keys, *values, *scores, *pairs, *sums, *out, *total, *apart, *zeros;
+  float *query_scales, *key_scales, *value_scales, *integers;  // of codes alone
 };
 
 inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   static thread_local ThreadMemory memory;
-  const int64_t k_steps = round_up(args.layout.k.dim, kTileK) / kTileK, out = round_up(args.layout.v.dim, 32) * kLanes;
-  const Wanted wanted[] = {{&s.queries, kGroups * k_steps * kTileFloats},
-                           {&s.keys, kPartKeys * k_steps * 16},
+  const bool codes = args.layout.k.format != kBF16;
+  const int64_t unit = codes ? 64 : 32, k_row = round_up(args.layout.k.dim, unit), out = round_up(args.layout.v.dim, unit) * kLanes;  // elements
+  const Wanted wanted[] = {{&s.queries, kGroups * k_row / 2 * kLanes},
+                           {&s.keys, kPartKeys * k_row / 2},
                            {&s.values, out * kPartSteps},
-                           {&s.scores, 2 * kScores},
+                           {&s.scores, 3 * kScores},
                            {&s.pairs, 2 * kPartTiles * kPairs},
                            {&s.sums, 2 * kLanes * kLanes},
                            {&s.out, 2 * out},
                            {&s.total, kGroups * out},
                            {&s.apart, out},
-                           {&s.zeros, zero_floats(args)}};
+                           {&s.zeros, zero_floats(args)},
+                           {&s.query_scales, codes ? kMostRows : 0},
+                           {&s.key_scales, codes ? kPartKeys : 0},
+                           {&s.value_scales, codes ? kPartKeys : 0},
+                           {&s.integers, codes ? 6 * kScores : 0}};
   if (!carve(memory, wanted)) return false;
   memset(s.zeros, 0, size_t(zero_floats(args)) * 4);
   return true;
@@ -127,105 +129,83 @@ struct Placed {
   uint32_t finite;
 };
 
-// G groups that pass a part together.
-template <int G>
-struct Passing {
-  Block& b;
-  int group;
-  Ahead& ahead;
-  alignas(64) float base[G][kLanes];
-  bool fresh = true;     // nothing is in the outputs yet
-  Span waiting = {0, 0};  // steps whose values are still to be added to them
+// Adds a part's outputs, and its base and sums, to the totals of a group, or leaves them as its states.
+inline void end_group(Block& b, int group, const float* base, const float* sums, const float* out) {
+  if (b.states) return save_group(b.item, group * kLanes, base, sums, out, b.x.v_tiles, b.states);
+  const Merge m = merge_sums(load(base), sum_vectors(sums), b.groups[group].total);
+  float* const to = b.s.total + group * b.out_floats();
+  for (int64_t i = 0; i < b.out_floats(); i += kLanes)
+    store(to + i, m.first ? load(out + i) : fma(load(out + i), m.shrink, mul(load(to + i), m.shrink_before)));
+}
 
-  float* out(int g) { return b.s.out + g * b.out_floats(); }
-  float* sums(int g) { return b.s.sums + g * kLanes * kLanes; }
-  uint32_t* pairs(int g) { return (uint32_t*)b.s.pairs + g * kPartTiles * kPairs; }
-
-  void add_outputs() {
-    if (waiting.first == waiting.end) return;
-    float* const outs[] = {out(0), out(G - 1)};
-    output_groups<G>(b.x, waiting, pairs(0), outs, fresh);
-    fresh = false;
-    waiting = {0, 0};
+// Places the keys begin..end-1 of one part and lets all groups pass that see any of them. They ask for the lines of the next part meanwhile.
+template <class Format>
+void run_part(Block& b, int64_t begin, int64_t end) {
+  Item& item = b.item;
+  const PageLayout& at = b.args().layout;
+  const char* const zeros = (const char*)b.s.zeros;
+  Placed part{begin / kTile * kTile, 0, 0};
+  part.tiles = int((end - part.base + kTile - 1) / kTile);
+  int first = b.num_groups, last = -1;
+  for (int tile = 0; tile < part.tiles; ++tile) {
+    const int64_t base = part.base + tile * kTile;
+    Rows& rows = item.tiles[base / kTile % 2];
+    if (!locate_tile(item, base, zeros, rows)) continue;
+    const int from = rows.first_token * item.heads / kLanes, to = (rows.end_token * item.heads - 1) / kLanes;
+    first = from < first ? from : first;
+    last = to > last ? to : last;
+    if (Format::place(b, rows, tile)) part.finite |= 1u << tile;
   }
-
-  // Scores of one group and the part's tile `tile` at `at` to probabilities. Where its base has to follow them, what it has so far shrinks.
-  void settle(int g, int tile, Span span, int64_t at, const char* const* next_keys) {
-    float* const scores = b.s.scores + g * kScores;
-    const F32x16 factor = set1(b.factor == 0.0f ? 1.0f : b.factor);
-    const Follow now = follow(largest_scores(b, group + g, span, at, scores), factor, load(base[g]));
-    if (mask_bits(now.grown) != 0) {
-      add_outputs();
-      store(base[g], now.base);
-      for (float *to = sums(g), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
-      for (float *to = out(g), *const end = to + (fresh ? 0 : b.out_floats()); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
-    }
-    probabilities(span, scores, factor, sub(zero(), now.finite), pairs(g) + tile * kPairs, sums(g), next_keys, b.x.k_steps);
-  }
-
-  // Where some value of the tile is not finite, a row must not meet those it does not see: for each token the others are zeros.
-  void add_apart(int g, int tile, Span span, int64_t at) {
-    const Group& own = b.groups[group + g];
-    const char* const zeros = (const char*)b.s.zeros;
-    const int64_t size = b.out_floats();
-    for (int token = own.first_token; token <= own.last_token; ++token) {
-      Rows rows;
-      locate_tile(b.item, at, zeros, rows);
-      hide_values(rows, seen_by(b.item, token, at), zeros);
-      place_values(rows, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values + tile * kSteps * kTileFloats);
-      if (!fresh) memcpy(b.s.apart, out(g), size_t(size) * 4);
-      output_groups<1>(b.x, {tile * kSteps + span.first, tile * kSteps + span.end}, pairs(g), &b.s.apart, fresh);
-      const int begin = token * b.item.heads - (group + g) * kLanes, end = token == own.last_token ? kLanes : begin + b.item.heads;
-      const Mask16 lanes = lanes_between(clip(begin, kLanes), clip(end, kLanes));
-      for (int64_t i = 0; i < size; i += kLanes) store(out(g) + i, select(lanes, load(b.s.apart + i), load(out(g) + i)));
-    }
-  }
-
-  void score(const char* const* keys, Span span, int lines) {
-    if constexpr (G == 2)
-      score_pair(b.x.k_steps, keys, span, b.queries(group), b.s.scores, ahead.fetcher, lines);
+  if (last < first) return;
+  Ahead ahead{item, zeros, part.base + part.tiles * kTile, part.base + 2 * part.tiles * kTile, {}};
+  const int calls = (last - first + 2) / 2 * kSteps * b.x.k_steps, share = 256 * tile_lines(at) / calls + 1;  // of fetch() for each tile
+  for (int group = first; group <= last; group += 2) {
+    if (group < last)
+      typename Format::template Passing<2>{b, group, ahead}.pass(part, share);
     else
-      score_one(b.x.k_steps, keys, span, b.queries(group), b.s.scores, [&] { fetch<true>(ahead.fetcher, lines / 4); });
+      typename Format::template Passing<1>{b, group, ahead}.pass(part, share);
   }
+}
 
-  void pass(const Placed& part, int lines) {
-    for (int g = 0; g < G; ++g) {
-      store(base[g], set1(-__builtin_inff()));
-      memset(sums(g), 0, kLanes * kLanes * 4);
-    }
-    for (int tile = 0; tile < part.tiles; ++tile) {
-      const int64_t at = part.base + tile * kTile;
-      const Span span = span_of(b, group, group + G - 1, at);
-      if (span.first >= span.end) continue;
-      go_on(ahead);
-      const char* const* keys = b.x.keys + tile * (kTile / 16);
-      score(keys, span, lines);
-      for (int g = 0; g < G; ++g) settle(g, tile, span, at, G == 2 && tile + 1 < part.tiles ? keys + kTile / 16 + 2 * g : nullptr);
-      if (part.finite >> tile & 1u) {
-        if (waiting.first == waiting.end) waiting.first = tile * kSteps + span.first;
-        waiting.end = tile * kSteps + span.end;
-        continue;
-      }
-      add_outputs();
-      for (int g = 0; g < G; ++g) add_apart(g, tile, span, at);
-      fresh = false;
-    }
-    add_outputs();
-    for (int g = 0; g < G && !fresh; ++g) b.states ? save(g) : merge(g);
-  }
+// The multiplications that a dot product of a query and a key takes.
+template <class Format>
+int steps_of(const PageLayout& at) { return int(round_up(at.k.dim, Format::kKeyDims) / Format::kKeyDims); }
 
-  void save(int g) {
-    const int first = (group + g) * kLanes, rows = b.item.rows() - first < kLanes ? b.item.rows() - first : kLanes;
-    save_group(rows, load(base[g]), sums(g), out(g), b.x.v_tiles, b.states + first * state_floats(16 * b.x.v_tiles));
+template <class Format>
+Block block_of(Item& item, Scratch& s, float* states) {
+  const PageLayout& at = item.args.layout;
+  const int rows = item.rows(), v_tiles = int(round_up(at.v.dim, Format::kOutputs) / 16);
+  Block b{item, s, {{}, (const uint32_t*)s.values, steps_of<Format>(at), v_tiles}, score_factor(item.args), states, (rows + kLanes - 1) / kLanes, {}};
+  Format::load_block(b);
+  for (int g = 0; g < b.num_groups; ++g) {
+    b.groups[g].first_token = g * kLanes / item.heads;
+    b.groups[g].last_token = ((rows < (g + 1) * kLanes ? rows : (g + 1) * kLanes) - 1) / item.heads;
   }
+  return b;
+}
 
-  void merge(int g) {
-    const Merge m = merge_sums(load(base[g]), sum_vectors(sums(g)), b.groups[group + g].total);
-    float *const from = out(g), *const to = b.s.total + (group + g) * b.out_floats();
-    for (int64_t i = 0; i < b.out_floats(); i += kLanes)
-      store(to + i, m.first ? load(from + i) : fma(load(from + i), m.shrink, mul(load(to + i), m.shrink_before)));
+template <class Format>
+void run_block(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Block b = block_of<Format>(item, s, nullptr);
+  for (int g = 0; g < b.num_groups; ++g) {
+    start_sums(item, g * kLanes, b.groups[g].total);
+    if (!b.groups[g].total.fresh) memset(s.total + g * b.out_floats(), 0, size_t(b.out_floats()) * 4);
   }
-};
+  for (int32_t part = work.first_part; part < work.end_part; ++part) {
+    const KeyRange keys = keys_of_part(item, part);
+    run_part<Format>(b, keys.begin, keys.end);
+  }
+  for (int g = 0; g < b.num_groups; ++g) write_group(item, g * kLanes, b.groups[g].total, s.total + g * b.out_floats());
+}
+
+template <class Format>
+void share_block(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
+  Item item = item_of(args, work, of);
+  Block b = block_of<Format>(item, s, states_of(args, work, of));
+  const KeyRange keys = keys_of_part(item, work.part);
+  run_part<Format>(b, keys.begin, keys.end);
+}
 
 }  // namespace tiles
 }  // namespace

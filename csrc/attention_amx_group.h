@@ -17,6 +17,7 @@ namespace {
 namespace tiles {
 
 constexpr int kScores = kTile * kLanes, kPairs = kScores / 2;  // of a group and a tile
+constexpr int kSixteens = kTile / 16;
 constexpr int kPartTiles = kPartKeys / kTile, kPartSteps = kPartTiles * kSteps;
 
 QUIRE_INLINE U32x16 zip_low(U32x16 even, U32x16 odd) { return {_mm512_unpacklo_epi16(even.v, odd.v)}; }
@@ -104,8 +105,8 @@ inline void probabilities(Span span, const float* scores, F32x16 factor, F32x16 
   for (int i = 0; i < 8; ++i) {
     F32x16 even_sum = load(sums + 2 * i * kLanes), odd_sum = load(sums + (2 * i + 1) * kLanes);
     for (int at = 16 * span.first + i; at < 16 * span.end; at += 8) {
-      const F32x16 even = rounded_exp2(load(scores + 2 * at * kLanes), factor, minus_base);
-      const F32x16 odd = rounded_exp2(load(scores + (2 * at + 1) * kLanes), factor, minus_base);
+      const F32x16 even = exp2_of<true>(load(scores + 2 * at * kLanes), factor, minus_base);
+      const F32x16 odd = exp2_of<true>(load(scores + (2 * at + 1) * kLanes), factor, minus_base);
       store_u32(pairs + at * kLanes, or_(shr<16>(bits(even)), bits(odd)));
       even_sum = add(even_sum, even);
       odd_sum = add(odd_sum, odd);

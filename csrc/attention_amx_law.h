@@ -30,17 +30,19 @@ QUIRE_INLINE Seen seen_by(const Item& item, int token, int64_t base) {
 // What dot products are multiplied by to be scores; 0 where that is not all that shapes them, and they are shaped one by one.
 inline float score_factor(const AttendArgs& args) { return args.softcap == 0.0f && args.scale > 0.0f ? args.scale * kLog2E : 0.0f; }
 
-// 2^(score - base + 1/2) rounded to bf16, within 2^-13.7 before it is. `base` holds the half, since then 2^(f + 1/2) with |f| <= 1/2 is in [1, 2],
-// and rounding it is adding half a unit of its last place, which the polynomial does, and cutting it. Exactly 0 below 2^-126.
-QUIRE_INLINE F32x16 rounded_exp2(F32x16 score, F32x16 factor, F32x16 minus_base) {
+// 2^(score - base + 1/2) within 2^-13.7, and rounded to bf16 if that is wanted. `base` holds the half, since then 2^(f + 1/2) with |f| <= 1/2 is in
+// [1, 2], and rounding it is adding half a unit of its last place, which the polynomial does, and cutting it. Exactly 0 below 2^-126.
+template <bool kRounded>
+QUIRE_INLINE F32x16 exp2_of(F32x16 score, F32x16 factor, F32x16 minus_base) {
   const F32x16 whole = set1(0x1.8p23f), x = fma(score, factor, minus_base);
   const F32x16 n = add(x, whole), f = sub(x, sub(n, whole));
   F32x16 p = set1(7.802452332e-2f);
   p = fma(p, f, set1(3.431039440e-1f));
   p = fma(p, f, set1(9.804190882e-1f));
-  p = fma(p, f, set1(1.414111843e+0f + 0x1p-8f));
+  p = fma(p, f, set1(1.414111843e+0f + (kRounded ? 0x1p-8f : 0.0f)));
   const __mmask16 normal = _mm512_cmp_ps_mask(x.v, set1(-126.5f).v, _CMP_NLT_UQ);  // NaN is to stay
-  return floats(and_({_mm512_maskz_add_epi32(normal, bits(p).v, shl<23>(bits(n)).v)}, set1_u32(0xffff0000u)));
+  const U32x16 scaled = {_mm512_maskz_add_epi32(normal, bits(p).v, shl<23>(bits(n)).v)};
+  return floats(kRounded ? and_(scaled, set1_u32(0xffff0000u)) : scaled);
 }
 
 // How sixteen rows' bases follow the largest score of a tile, and by what their sums shrink where they do.

@@ -85,41 +85,31 @@ inline void hide_values(Rows& rows, Seen seen, const char* zeros) {
     if (j < seen.lo || j >= seen.hi) rows.v[j] = zeros;
 }
 
-// States of up to sixteen rows, in the order that dimensions have with few rows (attention_amx_few.h).
-inline void save_group(int rows, F32x16 base, const float* sums, const float* out, int v_tiles, float* states) {
-  const int64_t v_dims = 16 * v_tiles, stride = state_floats(v_dims);
-  F32x16 x[16], y[16];
-  for (int d = 0; d < v_dims; d += 32) {
-    for (int i = 0; i < 16; ++i) {
-      x[i] = load(out + (d + i) * kLanes);
-      y[i] = load(out + (d + 16 + i) * kLanes);
-    }
+// A group's states, from lanes to rows.
+inline void save_group(const Item& item, int first_row, const float* base, const float* sums, const float* out, int v_tiles, float* states) {
+  const int rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;
+  const int64_t stride = state_floats(item.args.layout.v.dim);
+  states += first_row * stride;
+  const auto turn = [&](const float* from, float* to) {
+    F32x16 x[16];
+    for (int i = 0; i < 16; ++i) x[i] = load(from + i * kLanes);
     transpose16(x);
-    transpose16(y);
-    for (int r = 0; r < rows; ++r) {
-      store(states + r * stride + d, {_mm512_shuffle_f32x4(x[r].v, y[r].v, 0x88)});
-      store(states + r * stride + d + 16, {_mm512_shuffle_f32x4(x[r].v, y[r].v, 0xdd)});
-    }
-  }
-  for (int i = 0; i < 16; ++i) x[i] = load(sums + i * kLanes);
-  transpose16(x);
-  alignas(64) float bases[kLanes];
-  store(bases, base);
-  for (int r = 0; r < rows; ++r) {
-    store(states + r * stride + v_dims, x[r]);
-    states[r * stride + v_dims + kLanes] = bases[r];
-  }
+    for (int r = 0; r < rows; ++r) store(to + r * stride, x[r]);
+  };
+  for (int d = 0; d < 16 * v_tiles; d += 16) turn(out + d * kLanes, states + d);
+  turn(sums, states + stride - 32);
+  for (int r = 0; r < rows; ++r) states[r * stride + stride - 16] = base[r];
 }
 
 // Rows first_row.. of the item: totals divided by their sums.
-inline void write_group(const Item& item, int first_row, const Sums& total, const float* out, int v_tiles) {
+inline void write_group(const Item& item, int first_row, const Sums& total, const float* out) {
   const int v_dim = item.args.layout.v.dim, rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;
   const F32x16 share = div(set1(1.0f), load(total.sum));
   uint16_t* to[kLanes];
   for (int r = 0; r < rows; ++r) to[r] = (uint16_t*)item.args.out + item.out(first_row + r);
   for (int r = first_row + kLanes; r < item.rows() && r < first_row + 2 * kLanes; ++r)
     for (int d = 0; d < v_dim; d += 32) __builtin_prefetch((uint16_t*)item.args.out + item.out(r) + d, 1, 3);
-  for (int d = 0; d < 16 * v_tiles; d += 32) {
+  for (int d = 0; d < v_dim; d += 32) {
     F32x16 x[16];
     for (int i = 0; i < 16; ++i) {
       const float* from = out + (d + 2 * i) * kLanes;

@@ -125,8 +125,7 @@ struct Kernels {
 };
 
 // What a row has of some keys of a part: its outputs, then sixteen sums, what scores are subtracted from, and whether it saw any of the keys.
-constexpr int64_t state_outputs(int64_t v_dim) { return (v_dim + 31) / 32 * 32; }
-constexpr int64_t state_floats(int64_t v_dim) { return state_outputs(v_dim) + 32; }
+constexpr int64_t state_floats(int64_t v_dim) { return (v_dim + 63) / 64 * 64 + 32; }
 
 // Bytes of a row of `dim` elements of a DType or Format.
 int32_t row_bytes(int32_t format, int32_t dim);

@@ -1,7 +1,6 @@
 // Products of bf16 rows with weights of int8 codes, in integers, on AMX. The law, for any number of rows, over spans of 128 of k:
 //
-//   x      is q * 2^(e - 13): e the exponent of the span's largest magnitude (at least -100), q = x / 2^(e - 13) rounded to an integer, half to
-//          even. So |q| < 2^14, and whatever is no less than a 64th of the largest is exact; a span that is not finite is NaN
+//   x      is q * 2^(e - 13), as integers of two bytes have it (codes_amx.h); a span that is not finite is NaN
 //   s      = the sum of q * code, exact
 //   y[m]   = rounded(fma(float(s_0), t_0, 0), fma(float(s_1), t_1, .), ... + bias),  t = the weight's scale * 2^(e - 13), fp32, rounded once
 //
@@ -13,6 +12,7 @@
 //
 // While tiles are multiplied, the sums of those before are turned into floats: a store of tiles takes its time to be seen.
 #pragma once
+#include "codes_amx.h"
 #include "linear_amx_plan.h"
 
 #if defined(QUIRE_AMX)
@@ -21,38 +21,12 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kCodeK = 64, kCodeSpan = PackedInt8::kSpan, kJoined = 8;
+constexpr int kCodeSpan = PackedInt8::kSpan, kJoined = 8;
 constexpr int kPanelStep = kCodeK * kWide, kPanelRow = 64 * kLines;  // bytes of a panel: a step's, and those of four of k
 constexpr int64_t kUnitBytes = 4 * kTileBytes;                       // sums of tiles that wait to be added
 
 QUIRE_INLINE int64_t spans_of(int64_t k) { return ceil_div(k, kCodeSpan); }
 QUIRE_INLINE int64_t code_bytes(int64_t k) { return ceil_div(k, kCodeK) * 2 * kCodeK; }  // of a row of x, without its scales
-
-// A span of k elements of x as integers: `high` and `low` are where their first step goes, the next one `next` bytes further on. Returns its scale.
-inline float codes_of_span(const uint16_t* x, int k, char* high, char* low, int64_t next) {
-  U32x16 most = set1_u32(0);
-  for (int i = 0; i < k; i += 32) most = {_mm512_max_epu16(most.v, _mm512_and_si512(load_pairs_n(x + i, k - i < 32 ? k - i : 32).v, _mm512_set1_epi16(0x7fff)))};
-  uint16_t all[32];
-  _mm512_storeu_si512(all, most.v);
-  uint16_t largest = 0;
-  for (const uint16_t one : all) largest = one > largest ? one : largest;
-  const bool finite = largest < 0x7f80;
-  const uint32_t exponent = !finite ? 254 : largest >> 7 < 27 ? 27 : largest >> 7;  // and 127
-  const __m512 up = _mm512_castsi512_ps(_mm512_set1_epi32(int((2 * 127 + 13 - exponent) << 23)));
-  for (int i = 0; i < k; i += kCodeK, high += next, low += next) {
-    for (int j = 0; j < kCodeK; j += 16) {
-      const int left = k - i - j;
-      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(left > 0 ? load_bf16_n(x + i + j, left < 16 ? left : 16).v : _mm512_setzero_ps(), up));
-      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-      _mm_storeu_si128((__m128i*)(high + j), _mm512_cvtepi32_epi8(upper));
-      _mm_storeu_si128((__m128i*)(low + j), _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8))));
-    }
-  }
-  const uint32_t scale = finite ? (exponent - 13) << 23 : 0x7fc00000u;
-  float value;
-  memcpy(&value, &scale, 4);
-  return value;
-}
 
 // Rows first..last-1 of x, from row m0 on, to tiles and their scales. Rows that a last tile lacks hold anything: no other row meets them.
 inline void codes_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* out) {
@@ -63,7 +37,7 @@ inline void codes_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int f
     auto* scale = (float*)(tile + p.tile_rows * code_bytes(g.k)) + row;
     const auto* x = (const uint16_t*)g.x + (m0 + r) * g.x_stride;
     for (int64_t k = 0; k < g.k; k += kCodeSpan, scale += p.tile_rows, to += kCodeSpan / kCodeK * 2 * half)
-      *scale = codes_of_span(x + k, int(smaller(g.k - k, kCodeSpan)), to, to + half, 2 * half);
+      *scale = two_bytes(x + k, int(smaller(g.k - k, kCodeSpan)), to, to + half, 2 * half);
   }
 }
 

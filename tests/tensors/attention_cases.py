@@ -69,19 +69,27 @@ def make_sequence(geometry: Geometry, length: int, seed: int, scale: float = 1.0
 @dataclasses.dataclass
 class Reference:
     """Results [T, Hq, Dv], and how far apart the values are that each averages: with d = weight x |value - result| the sum over keys of d, and the
-    root of the sum of its squares."""
+    root of the sum of its squares. For kernels that compute in integers, `step` [T, Hq, 1] is the largest step between their weights, and the
+    results' codes are summed up: their magnitudes, and the root of their squares."""
 
     out: torch.Tensor
     spread: torch.Tensor
     noise: torch.Tensor
+    step: torch.Tensor
+    codes: torch.Tensor
+    codes_noise: torch.Tensor
 
 
 def reference(geometry: Geometry, sequence: Sequence) -> Reference:
-    """All rows at once in float64: the whole score matrix, masked, then softmax."""
+    """All rows at once in float64: the whole score matrix, masked, then softmax. Queries are rounded first where the kernels do."""
     k, v = (decode(encode(x, row), row) for x, row in zip((sequence.k, sequence.v), geometry.rows, strict=True))
     q, k, v = (t.double().transpose(0, 1) for t in (sequence.q, k, v))
+    scales = v.abs().amax(2, keepdim=True) / 127  # of int8 values, whose largest code is 127
+    if computes_in_integers(geometry):
+        unit = 2.0 ** (torch.frexp(q.abs().amax(2, keepdim=True)).exponent.clamp(min=-99) - 14.0)
+        q = torch.round(q / unit) * unit
     group = geometry.num_heads // geometry.num_kv_heads
-    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    k, v, scales = (x.repeat_interleave(group, 0) for x in (k, v, scales))
     mask = geometry.mask()
     scores = q @ k.transpose(1, 2) * mask.scale
     if mask.softcap:
@@ -99,7 +107,10 @@ def reference(geometry: Geometry, sequence: Sequence) -> Reference:
     out = weights @ v
     far = [weights * (v[:, None, :, d] - out[:, :, None, d]).abs() for d in range(v.shape[2])]
     spread, noise = torch.stack([x.sum(2) for x in far], dim=2), torch.stack([x.norm(dim=2) for x in far], dim=2)
-    return Reference(*(x.transpose(0, 1) for x in (out, spread, noise)))
+    step = (weights * scales.transpose(1, 2)).amax(2, keepdim=True) * 2.0**-13
+    codes, seen = torch.where(scales > 0, v / scales, 0.0), visible.double()
+    codes, codes_noise = seen @ codes.abs(), (seen @ codes.square()).sqrt()
+    return Reference(*(x.transpose(0, 1) for x in (out, spread, noise, step, codes, codes_noise)))
 
 
 class Cache:
@@ -181,16 +192,27 @@ def rounds_probabilities(geometry: Geometry) -> bool:
     return native.isa() == "amx" and geometry.dtype == torch.bfloat16 and geometry.codec == (None, None)
 
 
+def computes_in_integers(geometry: Geometry) -> bool:
+    """Whether the kernels in use multiply int8 codes by queries and weights made integers, as those for AMX do for bf16 queries."""
+    codes = geometry.codec == ("int8", "int8") and min(geometry.k_dim, geometry.v_dim) > 1
+    return native.isa() == "amx" and geometry.dtype == torch.bfloat16 and codes
+
+
 def assert_close(geometry: Geometry, sequence: Sequence, scale: float = 1.0) -> None:
     """Within the rounding of the result's dtype; scores `scale` times larger than usual have rounding errors as much larger.
 
     On AMX a probability p is p (1 + e), where |e| <= u = 2^-8 from rounding to bf16 and 2^-13.7 from the polynomial before it: 1.02 u. Its sum has
     the same p (1 + e), so the result o moves by sum p e (v - o) / sum p (1 + e), at most 1.02 u / (1 - 1.02 u) < 1.025 u times the spread. Rounding
-    the moved result adds u^2 of the spread: 1.03 u in all.
+    the moved result adds u^2 of the spread: 1.03 u in all. In integers u is 2^-13.7, of the polynomial alone, and each weight, p times its value's
+    scale, moves by up to half a step, that is, the result by as much of its code.
     """
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-6}[geometry.dtype]
     expected = reference(geometry, sequence)
-    allowed = unit * 1.01 * expected.out.abs() + 3e-6 * scale + (2**-8 * 1.03 * expected.spread if rounds_probabilities(geometry) else 0)
+    allowed = unit * 1.01 * expected.out.abs() + 3e-6 * scale
+    if rounds_probabilities(geometry):
+        allowed += 2**-8 * 1.03 * expected.spread
+    if computes_in_integers(geometry):
+        allowed += 2**-13.7 * 1.03 * expected.spread + expected.step / 2 * 1.01 * expected.codes
     error = (sequence.out.double() - expected.out).abs()
     assert bool((error <= allowed).all()), f"{(error / allowed).max():.3f} of what rounding explains"
 
@@ -200,10 +222,14 @@ def assert_errors_as_of_rounding(geometry: Geometry, sequence: Sequence) -> None
     largest p of many a row is exactly 1.
 
     Rounding m in [1, 2) to 8 bits errs by up to 2^-8, evenly; relative to m, itself spread as 1 / m, the square is 2^-16 / 3 x 3 / (8 ln 2) on
-    average.
+    average. In integers the polynomial errs by 2^-14.5 in the root mean square, and a step is 0.7 of the largest on average, being a power of two.
     """
     expected, unit = reference(geometry, sequence), 2**-8 / (8 * math.log(2)) ** 0.5
-    variance = (unit * expected.out) ** 2 + ((unit * expected.noise) ** 2 if rounds_probabilities(geometry) else 0)
+    variance = (unit * expected.out) ** 2
+    if rounds_probabilities(geometry):
+        variance += (unit * expected.noise) ** 2
+    if computes_in_integers(geometry):
+        variance += (2**-14.5 * expected.noise) ** 2 + (0.7 * expected.step * expected.codes_noise) ** 2 / 12
     error = (sequence.out.double() - expected.out)[variance > 0] / variance[variance > 0].sqrt()
     size = float(error.square().mean().sqrt())
     assert error.numel() > 50000 and 0.92 < size < 1.02, f"{size:.3f} times what roundings give"

@@ -21,9 +21,10 @@ def test_ragged_mixes_equal_the_reference(isa: str, dtype: torch.dtype, heads: t
         assert_close(geometry, sequence)
 
 
+@pytest.mark.parametrize("codec", [(None, None), ("int8", "int8")], ids=["bf16", "int8"])
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_errors_are_those_of_rounding(isa: str, scale: float) -> None:
-    geometry = Geometry(6, 2, k_dim=64, v_dim=64)
+def test_errors_are_those_of_rounding(isa: str, scale: float, codec: tuple[str | None, str | None]) -> None:
+    geometry = Geometry(6, 2, k_dim=64, v_dim=64, codec=codec)
     sequence = make_sequence(geometry, 300, seed=14, scale=scale)
     Cache(geometry, 16, 30).step([(sequence, 300)])
     assert_errors_as_of_rounding(geometry, sequence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("quire.tensors.native", reason="the native kernels are not b
 
 from tests.tensors.attention_cases import NAN, Geometry, assert_close, compute_alone, make_sequence, run_ragged
 
+INT8 = ("int8", "int8")
 BIT_GEOMETRIES = {
     "bf16": Geometry(6, 2, 64, 64),
     "bf16 of many heads": Geometry(20, 1, 64, 96),
@@ -20,7 +22,12 @@ BIT_GEOMETRIES = {
     "fp32": Geometry(7, 1, 20, 64, torch.float32),
     "window": Geometry(4, 2, 32, 32, window=75),
     "chunk": Geometry(4, 2, 32, 32, chunk=100, softcap=5.0, sinks=True),
-    "int8": Geometry(6, 2, 64, 64, codec=("int8", "int8")),
+    "int8": Geometry(6, 2, 64, 64, codec=INT8),
+    "int8 of sixteen heads": Geometry(16, 1, 136, 128, codec=INT8),
+    "int8 of many heads": Geometry(20, 1, 64, 96, codec=INT8),
+    "int8 odd": Geometry(5, 5, 35, 21, codec=INT8),
+    "int8 window": Geometry(4, 2, 64, 64, window=75, codec=INT8),
+    "int8 chunk": Geometry(14, 2, 32, 32, chunk=100, softcap=5.0, sinks=True, codec=INT8),
     "int4 odd": Geometry(4, 4, 35, 21, torch.float16, codec=("int4", "int4")),
     "mixed": Geometry(7, 1, 20, 80, torch.float32, window=75, codec=("int8", "int4")),
     "half": Geometry(4, 2, 40, 32, codec=("int4", None)),
@@ -46,31 +53,33 @@ def test_bits_do_not_depend_on_company(isa: str, geometry: Geometry) -> None:
         assert torch.equal(sequence.out, compute_alone(geometry, sequence, [len(sequence.q)], page_size=64, num_threads=2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bits_where_scores_keep_growing(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"codec": INT8}], ids=["bf16", "fp32", "int8"])
+def test_bits_where_scores_keep_growing(isa: str, options: dict[str, Any]) -> None:
     """Scores of hundreds, so that rows find larger ones in later tiles and parts, and what they have shrinks."""
-    geometry = Geometry(6, 2, 64, 32, dtype)
+    geometry = Geometry(6, 2, 64, 32, **options)
     sequence = make_sequence(geometry, 700, seed=12, scale=3.0)
-    sequence.k *= torch.linspace(0.1, 2.0, 700)[:, None, None].to(dtype)
+    sequence.k *= torch.linspace(0.1, 2.0, 700)[:, None, None].to(geometry.dtype)
     whole = compute_alone(geometry, sequence, [700], page_size=16, num_threads=1)
     assert_close(geometry, dataclasses.replace(sequence, rows=[whole]), scale=30.0)
     for counts in ([1] * 700, [3, 200, 497], [511, 1, 1, 187]):
         assert torch.equal(whole, compute_alone(geometry, sequence, counts, page_size=7, num_threads=2))
 
 
-def test_bits_of_a_million_results(isa: str) -> None:
+@pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
+def test_bits_of_a_million_results(isa: str, codec: tuple[str | None, str | None]) -> None:
     """A sum of probabilities that is off by its last bit shows in one of some ten thousand results in bf16, so it takes many to see it, of
     scores so far apart that such sums are rounded."""
-    geometry = Geometry(8, 1, 32, 256)
+    geometry = Geometry(8, 1, 32, 256, codec=codec)
     sequence = make_sequence(geometry, 600, seed=13, scale=2.0)
     whole = compute_alone(geometry, sequence, [600], page_size=16, num_threads=2)
     assert torch.equal(whole, compute_alone(geometry, sequence, [2] * 300, page_size=16, num_threads=2))
 
 
+@pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("num_heads", [2, 16])
-def test_bits_do_not_depend_on_splitting_long_sequences(isa: str, num_heads: int) -> None:
+def test_bits_do_not_depend_on_splitting_long_sequences(isa: str, num_heads: int, codec: tuple[str | None, str | None]) -> None:
     """One long sequence with few heads is cut over its keys when there are threads to fill."""
-    geometry = Geometry(num_heads, 1, 32, 32)
+    geometry = Geometry(num_heads, 1, 32, 40, codec=codec)
     sequence = make_sequence(geometry, 1300, seed=10)
     whole = compute_alone(geometry, sequence, [1300], page_size=16, num_threads=1)
     if num_heads == 2:
@@ -80,11 +89,12 @@ def test_bits_do_not_depend_on_splitting_long_sequences(isa: str, num_heads: int
         assert torch.equal(whole, split), num_threads
 
 
+@pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("heads", [(6, 2), (16, 1), (20, 1)])
-def test_values_that_are_not_finite_stay_with_rows_that_see_them(isa: str, heads: tuple[int, int]) -> None:
+def test_values_that_are_not_finite_stay_with_rows_that_see_them(isa: str, heads: tuple[int, int], codec: tuple[str | None, str | None]) -> None:
     """In bf16, with a window: the rows before a broken token and those that have left it behind have the bits they have without it, and those
     that see it have the same ones on every path."""
-    geometry = Geometry(*heads, k_dim=32, v_dim=48, window=40)
+    geometry = Geometry(*heads, k_dim=32, v_dim=48, window=40, codec=codec)
     sequence = make_sequence(geometry, 200, seed=11)
     broken = dataclasses.replace(sequence, v=sequence.v.clone())
     broken.v[71], broken.v[75, :, 3], broken.v[150, 0, 0] = NAN, torch.inf, -torch.inf

@@ -1,0 +1,108 @@
+// More than sixteen query rows against bf16 keys and values: groups of sixteen pass a part of the keys two by two.
+//
+//   part of 512 keys   K  placed (or where it lies)    V  transposed           once for all groups
+//   two groups         scores, probabilities of one tile of 64 keys after the other ──> outputs over all of it ──> added to their totals
+//
+// So what two groups work with, probabilities and outputs of a part, stays in the nearest caches, and outputs in tiles for as long as no base grows.
+#pragma once
+#include "attention_amx_block.h"
+
+#if defined(QUIRE_AMX)
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+namespace tiles {
+
+// G groups that pass a part together.
+template <int G>
+struct PassingPairs {
+  Block& b;
+  int group;
+  Ahead& ahead;
+  alignas(64) float base[G][kLanes] = {};
+  bool fresh = true;     // nothing is in the outputs yet
+  Span waiting = {0, 0};  // steps whose values are still to be added to them
+
+  float* out(int g) { return b.s.out + g * b.out_floats(); }
+  float* sums(int g) { return b.s.sums + g * kLanes * kLanes; }
+  uint32_t* pairs(int g) { return (uint32_t*)b.s.pairs + g * kPartTiles * kPairs; }
+
+  void add_outputs() {
+    if (waiting.first == waiting.end) return;
+    float* const outs[] = {out(0), out(G - 1)};
+    output_groups<G>(b.x, waiting, pairs(0), outs, fresh);
+    fresh = false;
+    waiting = {0, 0};
+  }
+
+  // Scores of one group and the part's tile `tile` at `at` to probabilities. Where its base has to follow them, what it has so far shrinks.
+  void settle(int g, int tile, Span span, int64_t at, const char* const* next_keys) {
+    float* const scores = b.s.scores + g * kScores;
+    const F32x16 factor = set1(b.factor == 0.0f ? 1.0f : b.factor);
+    const Follow now = follow(largest_scores(b, group + g, span, at, scores), factor, load(base[g]));
+    if (mask_bits(now.grown) != 0) {
+      add_outputs();
+      store(base[g], now.base);
+      for (float *to = sums(g), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+      for (float *to = out(g), *const end = to + (fresh ? 0 : b.out_floats()); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+    }
+    probabilities(span, scores, factor, sub(zero(), now.finite), pairs(g) + tile * kPairs, sums(g), next_keys, b.x.k_steps);
+  }
+
+  // Where some value of the tile is not finite, a row must not meet those it does not see: for each token the others are zeros.
+  void add_apart(int g, int tile, Span span, int64_t at) {
+    const Group& own = b.groups[group + g];
+    const char* const zeros = (const char*)b.s.zeros;
+    const int64_t size = b.out_floats();
+    for (int token = own.first_token; token <= own.last_token; ++token) {
+      Rows rows;
+      locate_tile(b.item, at, zeros, rows);
+      hide_values(rows, seen_by(b.item, token, at), zeros);
+      place_values(rows, b.args().layout.v.dim, b.x.v_tiles, (uint32_t*)b.s.values + tile * kSteps * kTileFloats);
+      if (!fresh) memcpy(b.s.apart, out(g), size_t(size) * 4);
+      output_groups<1>(b.x, {tile * kSteps + span.first, tile * kSteps + span.end}, pairs(g), &b.s.apart, fresh);
+      const int begin = token * b.item.heads - (group + g) * kLanes, end = token == own.last_token ? kLanes : begin + b.item.heads;
+      const Mask16 lanes = lanes_between(clip(begin, kLanes), clip(end, kLanes));
+      for (int64_t i = 0; i < size; i += kLanes) store(out(g) + i, select(lanes, load(b.s.apart + i), load(out(g) + i)));
+    }
+  }
+
+  void score(const char* const* keys, Span span, int lines) {
+    if constexpr (G == 2)
+      score_pair(b.x.k_steps, keys, span, b.queries(group), b.s.scores, ahead.fetcher, lines);
+    else
+      score_one(b.x.k_steps, keys, span, b.queries(group), b.s.scores, [&] { fetch<true>(ahead.fetcher, lines / 4); });
+  }
+
+  void pass(const Placed& part, int lines) {
+    for (int g = 0; g < G; ++g) {
+      store(base[g], set1(-__builtin_inff()));
+      memset(sums(g), 0, kLanes * kLanes * 4);
+    }
+    for (int tile = 0; tile < part.tiles; ++tile) {
+      const int64_t at = part.base + tile * kTile;
+      const Span span = span_of(b, group, group + G - 1, at);
+      if (span.first >= span.end) continue;
+      go_on(ahead);
+      const char* const* keys = b.x.keys + tile * (kTile / 16);
+      score(keys, span, lines);
+      for (int g = 0; g < G; ++g) settle(g, tile, span, at, G == 2 && tile + 1 < part.tiles ? keys + kTile / 16 + 2 * g : nullptr);
+      if (part.finite >> tile & 1u) {
+        if (waiting.first == waiting.end) waiting.first = tile * kSteps + span.first;
+        waiting.end = tile * kSteps + span.end;
+        continue;
+      }
+      add_outputs();
+      for (int g = 0; g < G; ++g) add_apart(g, tile, span, at);
+      fresh = false;
+    }
+    add_outputs();
+    for (int g = 0; g < G && !fresh; ++g) end_group(b, group + g, base[g], sums(g), out(g));
+  }
+};
+
+}  // namespace tiles
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
+#endif

@@ -1,0 +1,94 @@
+// Attention of bf16 queries over int8 keys and values on AMX, in integers. The law of a row, for any number of rows:
+//
+//   q      of a whole head is n * 2^(e - 13), n integers of two bytes (codes_amx.h)
+//   score  the sum of n * the key's codes, exact, as fp32, times the key's scale * 2^(e - 13)
+//   p      2^(score - base + 1/2), the base as for bf16 (attention_amx.h), not rounded; summed up as there
+//   w      p * the value's scale, 0 for a key that the row does not see, is m * 2^(f - 13): f the exponent of the largest of the tile's 64 keys, at
+//          least -113, m = w / 2^(f - 13) rounded to an integer, half to even; if one of them is not finite, all count as NaN
+//   out    of a part: fma(the sum of m * the values' codes of a tile, exact, as fp32, 2^(f - 13), out), tile after tile
+//
+// Codes are finite whatever a row decodes to, so a key that is not seen adds 0 and no values need to be hidden; what is not finite is in scales.
+#pragma once
+#include "attention_amx_block.h"
+#include "codes_amx.h"
+
+#if defined(QUIRE_AMX)
+namespace quire {
+namespace QUIRE_ISA {
+namespace {
+namespace tiles {
+
+constexpr int kMostKeyDim = 1024;  // 2^14 * 2^7 * this many products still fit 32 bits
+
+QUIRE_INLINE U32x16 sum_of_bytes(U32x16 high, U32x16 low) { return add(shl<8>(high), low); }
+QUIRE_INLINE F32x16 score_of(U32x16 high, U32x16 low, F32x16 key_scale, F32x16 query_scale) {
+  return mul(to_f32(sum_of_bytes(high, low)), mul(key_scale, query_scale));
+}
+QUIRE_INLINE F32x16 weight_of(F32x16 score, F32x16 p, F32x16 value_scale) {
+  return {_mm512_maskz_mul_ps(_mm512_cmp_ps_mask(score.v, set1(-__builtin_inff()).v, _CMP_NEQ_UQ), p.v, value_scale.v)};
+}
+// The largest of magnitudes as bits: what is not finite is the largest of all.
+QUIRE_INLINE U32x16 largest(U32x16 most, F32x16 x) { return {_mm512_max_epu32(most.v, and_(bits(x), set1_u32(0x7fffffffu)).v)}; }
+
+// By what sixteen rows' weights become integers, and by what sums of these are multiplied.
+struct Grid {
+  F32x16 up, down;
+};
+QUIRE_INLINE Grid grid_of(U32x16 most) {
+  const __m512i e = _mm512_max_epu32(shr<23>(most).v, _mm512_set1_epi32(14)), up = _mm512_sub_epi32(_mm512_set1_epi32(2 * 127 + 13), e);
+  const U32x16 down = shl<23>({_mm512_sub_epi32(e, _mm512_set1_epi32(13))});
+  const __mmask16 broken = _mm512_cmpge_epu32_mask(most.v, _mm512_set1_epi32(0x7f800000));
+  return {floats(shl<23>({up})), floats({_mm512_mask_blend_epi32(broken, down.v, _mm512_set1_epi32(0x7fc00000))})};
+}
+// An integer and its upper byte; its lower one, signed, is what its lowest eight bits are.
+struct Weight {
+  U32x16 whole, high;
+};
+QUIRE_INLINE Weight integer_weight(F32x16 w, F32x16 up) {
+  const __m512i m = _mm512_cvtps_epi32(mul(w, up).v);
+  return {{m}, {_mm512_srai_epi32(_mm512_add_epi32(m, _mm512_set1_epi32(128)), 8)}};
+}
+
+// Bytes between rows of codes as tiles load them: whole 64s of codes may lie where they are, others are filled up in scratch.
+inline int64_t codes_apart(const RowLayout& at) { return at.dim % kCodeK == 0 ? at.bytes : round_up(at.dim, kCodeK); }
+
+// Where sixteen rows of codes may be loaded from: where they lie, if that is one behind the other, or `scratch`.
+inline const char* place_codes(const char* const* rows, const RowLayout& at, char* scratch) {
+  int64_t elsewhere = at.dim % kCodeK;
+  for (int i = 1; i < 16; ++i) elsewhere |= rows[i] - rows[i - 1] - at.bytes;
+  if (elsewhere == 0) return rows[0];
+  for (int i = 0; i < 16; ++i)
+    for (int d = 0; d < at.dim; d += kCodeK)
+      store((float*)(scratch + i * codes_apart(at) + d), floats(load_bytes_n(rows[i] + d, at.dim - d < kCodeK ? at.dim - d : kCodeK)));
+  return scratch;
+}
+
+// Sixteen rows' scales: each is the last thing of its row, and the upper half of a float.
+inline void place_scales(const char* const* rows, int dim, float* to) {
+  for (int i = 0; i < 16; i += 8) {
+    const __m512i at = _mm512_add_epi64(_mm512_loadu_si512(rows + i), _mm512_set1_epi64(dim - 2));
+    _mm256_storeu_si256((__m256i*)(to + i), _mm256_and_si256(_mm512_i64gather_epi32(at, nullptr, 1), _mm256_set1_epi32(int(0xffff0000u))));
+  }
+}
+
+// Zeros for the keys of the tile that no row sees, so that all of it can be multiplied.
+inline void fill_up(Rows& rows, const char* zeros) {
+  for (int j = 0; j < rows.lo; ++j) rows.k[j] = rows.v[j] = zeros;
+  for (int j = rows.hi; j < kTile; ++j) rows.k[j] = rows.v[j] = zeros;
+}
+
+// Sixteen rows of `steps` times 64 bytes as columns of tiles, [step][16 fours of bytes][16 columns].
+inline void columns_of_bytes(const char* rows, int steps, char* to) {
+  for (int s = 0; s < steps; ++s) {
+    F32x16 x[16];
+    for (int r = 0; r < 16; ++r) x[r] = load((const float*)(rows + (r * steps + s) * kCodeK));
+    transpose16(x);
+    for (int i = 0; i < 16; ++i, to += 64) store((float*)to, x[i]);
+  }
+}
+
+}  // namespace tiles
+}  // namespace
+}  // namespace QUIRE_ISA
+}  // namespace quire
+#endif
