@@ -166,8 +166,12 @@ def test_the_end_lets_requests_end_and_cuts_those_that_do_not(server: Running) -
         httpx.get(one.url + "/health")
 
 
+# `quire`, and at its end how many objects the collector was told not to look at any more.
+QUIRE = "import atexit, gc, sys; from quire.cli import main; atexit.register(lambda: print('kept', gc.get_freeze_count(), file=sys.stderr)); main()"
+
+
 def test_quire_serve_drains_on_sigterm(model: str) -> None:
-    command = [sys.executable, "-m", "quire", "serve", model, "--port", "0", "--max-sequences", "4", "--cache-bytes", "4MiB", "--grace", "20"]
+    command = [sys.executable, "-c", QUIRE, "serve", model, "--port", "0", "--max-sequences", "4", "--cache-bytes", "4MiB", "--grace", "20"]
     environment = os.environ | {"QUIRE_API_KEY": "k1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -190,6 +194,8 @@ def test_quire_serve_drains_on_sigterm(model: str) -> None:
             assert process.wait(30) == 0
             rest = process.stderr.read()
             assert "Traceback" not in rest and "k1" not in rest, rest
+            kept = re.search(r"^kept (\d+)$", rest, re.MULTILINE)
+            assert kept is not None and int(kept[1]) > 100_000, "what loading made is looked through amid requests"
         finally:
             process.kill()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -56,6 +57,7 @@ def serve(settings: ServerSettings, load: Callable[[], LLM]) -> None:
         if serving.llm is None:
             server.stop()
         else:
+            _keep_for_good()
             _tell_ready(serving, serving.llm)
 
     loading = start_loading(serving, loaded)
@@ -68,6 +70,12 @@ def serve(settings: ServerSettings, load: Callable[[], LLM]) -> None:
         sys.stderr.flush()
         os._exit(0)
     serving.close()
+
+
+def _keep_for_good() -> None:
+    """What was made so far stays as long as the process: a collection amid requests would look through all of it, and everybody would wait."""
+    gc.collect()
+    gc.freeze()
 
 
 def _tell_start(settings: ServerSettings, url: str) -> None:
