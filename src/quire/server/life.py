@@ -62,6 +62,7 @@ def serve(settings: ServerSettings, load: Callable[[], LLM]) -> None:
 
     loading = start_loading(serving, loaded)
     server.run([sock])
+    gc.unfreeze()  # the interpreter's last collection lets go of native objects, which are told as leaked otherwise
     if serving.load_error is not None:
         raise serving.load_error
     if loading.is_alive():
