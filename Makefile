@@ -16,7 +16,7 @@ demo: setup
 test: setup
 	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-soak: setup
+soak: setup $(VENV)/.soak
 	$(BIN)/python -m pytest -q -rP tests/policy tests/tensors/test_disk_random.py tests/engine/test_random.py tests/server/test_soak.py tests/server/test_schemathesis.py --hypothesis-profile=soak
 
 lint: setup
@@ -34,6 +34,10 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja
 	$(PIP) install -c constraints.txt transformers llguidance typer rich fastapi uvicorn prometheus_client jinja2
 	$(PIP) install -c constraints.txt pytest pytest-xdist hypothesis ruff mypy psutil openai httpx
+	touch $@
+
+$(VENV)/.soak: $(VENV)/.deps
+	$(PIP) install -c constraints.txt schemathesis
 	touch $@
 
 $(VENV)/.native: $(VENV)/.deps $(NATIVE)

@@ -22,7 +22,6 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from tokenizers import Tokenizer
 
@@ -36,7 +35,6 @@ from bench.speed.checkpoints import checkpoint
 from bench.speed.processes import run_engine
 from bench.speed.shapes import QWEN3, SHAPES, Shape
 from bench.speed.workloads import Job, Workload
-from quire.cli.serve import WAITING
 
 SHORT, NUM_SHORT = 20, 40  # tokens of a prompt whose first token is timed, and how many there are of these
 AT_ONCE = 32  # sequences
@@ -121,9 +119,7 @@ def _engine(args: argparse.Namespace, shape: Shape, folder: Path, asks: list[Ask
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     jobs = tuple(Job(tuple(tokenizer.encode(ask.prompt).ids), ask.new) for ask in asks)
     workload = Workload("serving", "the same requests", "batch", shape, jobs, max_concurrent=at_once)
-    # How a kernel's threads wait is a larger matter than HTTP, and not what is asked here: both wait as `quire serve` does.
-    with mock.patch.dict(os.environ, {name: os.environ.get(name, value) for name, value in WAITING.items()}):
-        run = run_engine("quire", workload, folder, "none", args.threads, {}, args.timeout)
+    run = run_engine("quire", workload, folder, "none", args.threads, {}, args.timeout)
     if run.problem is not None or run.first_token_s is None:
         raise SystemExit(f"the engine alone: {run.problem}")
     return run.seconds, statistics.median(run.first_token_s)

@@ -97,17 +97,32 @@ class Hands:
             self.move()
 
 
+class ToldCosts:
+    """`Costs` that do not depend on the clock: reading pays when it is said to."""
+
+    reading = True
+
+    def note_read(self, *_: float) -> None:
+        pass
+
+    def note_step(self, *_: float) -> None:
+        pass
+
+    def reading_pays(self, *_: int) -> bool:
+        return self.reading
+
+
 class ByHand:
     """An `LLM` of a model that stays open for others, and the world around it.
 
     Attributes: `time` of the clock by which pins end; `spare_bytes` of memory beyond the reserve; `full`: whether the disk is;
-    `failing`: whether the next step that draws fails; `reader`, `writer`: the disk's hands.
+    `failing`: whether the next step that draws fails; `reader`, `writer`: the disk's hands; `costs` of the disk and the model.
     """
 
     def __init__(self, model: CausalModel, source: Any, **options: Any) -> None:
         self.time, self.spare_bytes = 0.0, 2**60
         self.full = self.failing = False
-        self.reader, self.writer = Hands(), Hands()
+        self.reader, self.writer, self.costs = Hands(), Hands(), ToldCosts()
         patches = {"llm.Worker": SteppedWorker, "build.open_model": lambda *_: model, "build.measure": measured}
         with contextlib.ExitStack() as stack:
             for name, given in patches.items():
@@ -123,7 +138,7 @@ class ByHand:
                 threads.shutdown()
             self.tier._reader, self.tier._writer = self.reader, self.writer
             self.tier.wait = self._move_both
-            self.tier.note_step = lambda *_: None  # what reading and computing cost is not to depend on the clock
+            self.tier.costs = self.costs
             fill = self.tier._disk._fill
             self.tier._disk._fill = lambda *given: self._fill(fill, *given)
 

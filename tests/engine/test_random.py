@@ -200,16 +200,15 @@ class EngineMachine(RuleBasedStateMachine):
         switch(self.models.source("live", "engine"), adapter)
         self._ask_again()
 
-    @rule(reads=st.integers(0, 3), writes=st.integers(0, 6), full=st.sampled_from([False, False, True]), dear=st.sampled_from([0.0, 0.0, 1e-15]))
-    def move_the_disk(self, reads: int, writes: int, full: bool, dear: float) -> None:
+    @rule(reads=st.integers(0, 3), writes=st.integers(0, 6), full=st.sampled_from([False, False, True]), pays=st.sampled_from([True, True, False]))
+    def move_the_disk(self, reads: int, writes: int, full: bool, pays: bool) -> None:
         """Some of what is on its way arrives; from now on the disk is full or not, and reading is dearer than computing or not."""
         for _ in range(reads):
             self.hand.reader.move()
         for _ in range(writes):
             self.hand.writer.move()
         self.hand.full = full
-        if self.hand.tier is not None:
-            self.hand.tier._compute_s_per_token = dear
+        self.hand.costs.reading = pays
 
     @rule(how=hows, seed=st.integers(0, 1000))
     def damage(self, how: str, seed: int) -> None:

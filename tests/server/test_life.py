@@ -166,8 +166,13 @@ def test_the_end_lets_requests_end_and_cuts_those_that_do_not(server: Running) -
         httpx.get(one.url + "/health")
 
 
+# `quire`, which says how many objects the collector is told not to look at any more.
+TOLD = "print('kept', gc.get_freeze_count(), file=sys.stderr, flush=True)"
+QUIRE = f"import gc, sys; from quire.cli import main; freeze = gc.freeze; gc.freeze = lambda: (freeze(), {TOLD}); main()"
+
+
 def test_quire_serve_drains_on_sigterm(model: str) -> None:
-    command = [sys.executable, "-m", "quire", "serve", model, "--port", "0", "--max-sequences", "4", "--cache-bytes", "4MiB", "--grace", "20"]
+    command = [sys.executable, "-c", QUIRE, "serve", model, "--port", "0", "--max-sequences", "4", "--cache-bytes", "4MiB", "--grace", "20"]
     environment = os.environ | {"QUIRE_API_KEY": "k1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -175,6 +180,8 @@ def test_quire_serve_drains_on_sigterm(model: str) -> None:
             found = re.search(r"at (http://127\.0\.0\.1:\d+)/v1, with API keys", process.stderr.readline())
             assert found is not None
             assert eventually(lambda: httpx.get(found[1] + "/ready").status_code == 200, 120)
+            kept = re.match(r"kept (\d+)$", process.stderr.readline())
+            assert kept is not None and int(kept[1]) > 100_000, "what loading made is looked through amid requests"
             assert "ready: tiny, llama" in process.stderr.readline()
             used = psutil.Process(process.pid)
             before, began = sum(used.cpu_times()[:2]), time.monotonic()

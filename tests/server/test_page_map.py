@@ -113,6 +113,9 @@ def test_of_ten_thousand_pages_only_what_changed_is_drawn(open_page: Any, shots:
         }""",
         message,
     )
-    page.screenshot(path=shots / "ten_thousand.png")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        until(page, "new Promise(requestAnimationFrame)")
+        page.screenshot(path=shots / f"ten_thousand_{scheme}.png")
     assert told["right"] and told["most"] <= 3 * told["each"], told
     assert "20,000 pages on disk only, " in page.inner_text("#disk-said") and " a cell" in page.inner_text("#disk-said")

@@ -1,6 +1,6 @@
 """The server asked by schemathesis from its own OpenAPI document, with bodies that fit it and bodies that do not; far more of them in `make soak`.
 
-Skipped where schemathesis is not installed, which no make target does.
+Skipped where schemathesis is not installed; `make soak` installs it.
 """
 
 from __future__ import annotations

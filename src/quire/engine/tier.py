@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from quire.policy.cache import PageCache
+from quire.policy.costs import Costs
 from quire.policy.prefix import PrefixKey
 from quire.policy.sequence import Sequence
 from quire.tensors.disk import DiskStore
@@ -33,7 +34,6 @@ MAX_ASIDE_SHARE = 0.25  # of the pool may be on its way to the disk at once
 MAX_OFFERED = 65_536  # pages that wait to be written; the oldest of more are not
 WAIT_S = 0.05
 FIRST_GUESS_BYTES_PER_S = 500e6  # of reading, until it has been measured
-SMOOTHING = 0.2
 
 
 class _Page(NamedTuple):
@@ -49,12 +49,11 @@ class _Page(NamedTuple):
 
 @dataclass(slots=True)
 class _Fetch:
-    """Pages on their way up. `places[i]` is the page of the pool that `pages[i]` is read into."""
+    """Pages on their way up. `places[i]` is the page of the pool that `pages[i]` is read into; which of them were, and the seconds it took, come."""
 
     pages: list[_Page]
     places: list[int]
-    future: Future[list[bool]]
-    started_s: float
+    future: Future[tuple[list[bool], float]]
 
 
 def content_id(key: PrefixKey) -> bytes:
@@ -89,8 +88,7 @@ class DiskTier:
         self._writes: dict[Future[bool], int] = {}
         self._fetches: dict[int, _Fetch] = {}
         self._news = threading.Event()
-        self._read_s_per_page = store.page_bytes / FIRST_GUESS_BYTES_PER_S
-        self._compute_s_per_token = 0.0
+        self.costs = Costs(store.page_bytes / FIRST_GUESS_BYTES_PER_S)
         self.num_fetched_pages = self.num_stored_pages = 0
 
     @property
@@ -99,8 +97,7 @@ class DiskTier:
         return bool(self._writes or self._fetches)
 
     def note_step(self, num_tokens: int, seconds: float) -> None:
-        each = seconds / num_tokens
-        self._compute_s_per_token += (each - self._compute_s_per_token) * (SMOOTHING if self._compute_s_per_token else 1.0)
+        self.costs.note_step(num_tokens, seconds)
 
     # -- up -------------------------------------------------------------------------------------------------------------------------------
 
@@ -116,11 +113,11 @@ class DiskTier:
         if len(missing) > self._cache.pool.num_available:
             return False
         seq.asked_below = have
-        if not missing or self._compute_s_per_token and len(missing) * self._read_s_per_page > num_tokens * self._compute_s_per_token:
+        if not missing or not self.costs.reading_pays(len(missing), num_tokens):
             return False
         places = self._cache.pool.take_aside(len(missing))
         future = self._reader.submit(self._read, missing, places)
-        self._fetches[seq.arrival] = _Fetch(missing, places, future, time.perf_counter())
+        self._fetches[seq.arrival] = _Fetch(missing, places, future)
         future.add_done_callback(lambda _: self._news.set())
         return True
 
@@ -147,8 +144,10 @@ class DiskTier:
                     pages.append(_Page(chain[i + 1], group.group_id))
         return pages, length - have
 
-    def _read(self, pages: Seq[_Page], places: Seq[int]) -> list[bool]:
-        return [self._survived(self._disk.read, page, place) for page, place in zip(pages, places, strict=True)]
+    def _read(self, pages: Seq[_Page], places: Seq[int]) -> tuple[list[bool], float]:
+        began = time.perf_counter()
+        fine = [self._survived(self._disk.read, page, place) for page, place in zip(pages, places, strict=True)]
+        return fine, time.perf_counter() - began  # the disk's time: others' steps, for whose end the pages wait, are not its cost
 
     def _survived(self, move: Callable[[bytes, bytes, memoryview], bool], page: _Page, place: int) -> bool:
         """Whether a page was moved. Whatever goes wrong out there, memory that runs out included, is a page that is not there."""
@@ -161,10 +160,10 @@ class DiskTier:
     def _arrived(self, arrival: int) -> None:
         """Index what was read; all of it is let go, so that what is indexed is cached and the rest free."""
         fetch, cache = self._fetches.pop(arrival), self._cache
-        taken = time.perf_counter() - fetch.started_s
-        self._read_s_per_page += (taken / len(fetch.pages) - self._read_s_per_page) * SMOOTHING
-        for page, place, fine in zip(fetch.pages, fetch.places, fetch.future.result(), strict=True):
-            if not fine:
+        fine, seconds = fetch.future.result()
+        self.costs.note_read(len(fetch.pages), seconds)
+        for page, place, arrived in zip(fetch.pages, fetch.places, fine, strict=True):
+            if not arrived:
                 continue
             self.num_fetched_pages += 1
             found = cache.index.find(page.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -56,10 +57,12 @@ def serve(settings: ServerSettings, load: Callable[[], LLM]) -> None:
         if serving.llm is None:
             server.stop()
         else:
+            _keep_for_good()
             _tell_ready(serving, serving.llm)
 
     loading = start_loading(serving, loaded)
     server.run([sock])
+    gc.unfreeze()  # the interpreter's last collection lets go of native objects, which are told as leaked otherwise
     if serving.load_error is not None:
         raise serving.load_error
     if loading.is_alive():
@@ -68,6 +71,12 @@ def serve(settings: ServerSettings, load: Callable[[], LLM]) -> None:
         sys.stderr.flush()
         os._exit(0)
     serving.close()
+
+
+def _keep_for_good() -> None:
+    """What was made so far stays as long as the process: a collection amid requests would look through all of it, and everybody would wait."""
+    gc.collect()
+    gc.freeze()
 
 
 def _tell_start(settings: ServerSettings, url: str) -> None:

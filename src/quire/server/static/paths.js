@@ -67,7 +67,7 @@ export class Paths {
     }
   }
 
-  // Straight along neighbours, in a bow where it jumps.
+  // Straight along neighbours, in a bow where it jumps; from the end of a row it goes on in the next as text does, with no line back across the map.
   #line(pages, row, ink, ground, num) {
     const { pen, map } = this, points = pages.map((page) => map.place(page)), far = map.cell * 1.6;
     pen.beginPath();
@@ -75,6 +75,7 @@ export class Paths {
       if (i === 0) return pen.moveTo(x, y);
       const [fromX, fromY] = points[i - 1], length = Math.hypot(x - fromX, y - fromY);
       if (length < far) return pen.lineTo(x, y);
+      if (Math.abs(y - fromY) < 1.5 * map.cell && Math.abs(x - fromX) > (map.columns * map.cell) / 2) return pen.moveTo(x, y);
       const bow = Math.min(0.14, 30 / length);
       pen.quadraticCurveTo((x + fromX) / 2 - (y - fromY) * bow, (y + fromY) / 2 + (x - fromX) * bow, x, y);
     });
