@@ -20,7 +20,7 @@ class Fault(MemoryError):
 
 
 class Watched:
-    """A `ProgramStep` that calls `before` as each layer comes to attend in it."""
+    """A `ProgramStep` that calls `before` as each native call comes to attend in it: of a layer, or of a chain of them."""
 
     def __init__(self, step: Any, before: Callable[[], None]) -> None:
         self._step, self._before = step, before
@@ -38,7 +38,8 @@ class Watched:
 
 
 def before_layers(llm: LLM, call: Callable[[], None]) -> Callable[[], None]:
-    """Have `call` called before each layer's attention; returns what undoes it. All layers are native programs here."""
+    """Have `call` called before each native call of layers; returns what undoes it. All layers are native programs here, in chains but in the
+    first forward."""
     store = llm._built.engine.runner.store
     original = store.program_steps
     assert original is not None
@@ -67,7 +68,7 @@ def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch
         def fail(*args: Any, **kwargs: Any) -> None:
             nonlocal calls
             calls += 1
-            if where != "layer" or calls % 3 == 0:
+            if where != "layer" or calls % 2 == 0:  # between two chains of this family
                 raise Fault("injected")
 
         undo: Callable[[], None] = monkeypatch.undo
@@ -94,12 +95,13 @@ def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch
 def test_only_requests_of_the_failed_step_end(checkpoint: Checkpoint) -> None:
     """One sequence at a time: the step that fails is the first request's; the second runs on, from pages the first had committed."""
     with LLM(checkpoint("llama"), page_size=4, max_tokens_per_step=8, max_sequences=1) as llm:
-        layers = 0
+        llm.generate([[50, 51]], GREEDY)  # from here on layers are in chains
+        calls = 0
 
         def fail() -> None:
-            nonlocal layers
-            layers += 1
-            if layers == 3 * 3 + 1:  # three layers: the fourth step of the first request
+            nonlocal calls
+            calls += 1
+            if calls == 4:  # the fourth step of the first request, in which a chain is all of the layers
                 raise Fault("injected")
 
         before_layers(llm, fail)
