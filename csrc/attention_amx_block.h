@@ -25,7 +25,7 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   const Wanted wanted[] = {{&s.queries, kGroups * k_row / 2 * kLanes},
                            {&s.keys, kPartKeys * k_row / 2},
                            {&s.values, out * kPartSteps},
-                           {&s.scores, 3 * kScores},
+                           {&s.scores, 4 * kScores},
                            {&s.pairs, 2 * kPartTiles * kPairs},
                            {&s.sums, 2 * kLanes * kLanes},
                            {&s.out, 2 * out},

@@ -19,7 +19,7 @@ struct PassingPairs {
   Block& b;
   int group;
   Ahead& ahead;
-  alignas(64) float base[G][kLanes] = {};
+  alignas(64) float base[G][kLanes] = {}, minus_base[G][kLanes] = {};
   bool fresh = true;     // nothing is in the outputs yet
   Span waiting = {0, 0};  // steps whose values are still to be added to them
 
@@ -35,18 +35,18 @@ struct PassingPairs {
     waiting = {0, 0};
   }
 
-  // Scores of one group and the part's tile `tile` at `at` to probabilities. Where its base has to follow them, what it has so far shrinks.
-  void settle(int g, int tile, Span span, int64_t at, const char* const* next_keys) {
-    float* const scores = b.s.scores + g * kScores;
-    const F32x16 factor = set1(b.factor == 0.0f ? 1.0f : b.factor);
-    const Follow now = follow(largest_scores(b, group + g, span, at, scores), factor, load(base[g]));
-    if (mask_bits(now.grown) != 0) {
-      add_outputs();
-      store(base[g], now.base);
-      for (float *to = sums(g), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
-      for (float *to = out(g), *const end = to + (fresh ? 0 : b.out_floats()); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
-    }
-    probabilities(span, scores, factor, sub(zero(), now.finite), pairs(g) + tile * kPairs, sums(g), next_keys, b.x.k_steps);
+  float* scores(int g, int tile) { return b.s.scores + (tile % 2 * G + g) * kScores; }
+  F32x16 factor() const { return set1(b.factor == 0.0f ? 1.0f : b.factor); }
+
+  // Lets a group's base follow its scores of the part's tile `tile` at `at`; what it has so far shrinks with it.
+  void follow_scores(int g, int tile, Span span, int64_t at) {
+    const Follow now = follow(largest_scores(b, group + g, span, at, scores(g, tile)), factor(), load(base[g]));
+    store(minus_base[g], sub(zero(), now.finite));
+    if (mask_bits(now.grown) == 0) return;
+    add_outputs();
+    store(base[g], now.base);
+    for (float *to = sums(g), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+    for (float *to = out(g), *const end = to + (fresh ? 0 : b.out_floats()); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
   }
 
   // Where some value of the tile is not finite, a row must not meet those it does not see: for each token the others are zeros.
@@ -67,31 +67,46 @@ struct PassingPairs {
     }
   }
 
-  void score(const char* const* keys, Span span, int lines) {
-    if constexpr (G == 2)
-      score_pair(b.x.k_steps, keys, span, b.queries(group), b.s.scores, ahead.fetcher, lines);
-    else
-      score_one(b.x.k_steps, keys, span, b.queries(group), b.s.scores, [&] { fetch<true>(ahead.fetcher, lines / 4); });
+  Span span(const Placed& part, int tile) const {
+    return tile < part.tiles ? span_of(b, group, group + G - 1, part.base + tile * kTile) : Span{0, 0};
   }
 
+  // Two groups' next scores are multiplied while probabilities are computed: these take the vector units, those the tiles.
   void pass(const Placed& part, int lines) {
     for (int g = 0; g < G; ++g) {
       store(base[g], set1(-__builtin_inff()));
       memset(sums(g), 0, kLanes * kLanes * 4);
     }
+    const auto scores_of = [&](int tile) -> PairScores {
+      return {b.x.k_steps, b.x.keys + tile * (kTile / 16), span(part, tile), b.queries(group), scores(0, tile)};
+    };
+    PairScores next = scores_of(0);
     for (int tile = 0; tile < part.tiles; ++tile) {
       const int64_t at = part.base + tile * kTile;
-      const Span span = span_of(b, group, group + G - 1, at);
+      const Span span = this->span(part, tile);
+      if constexpr (G == 1) {
+        if (span.first < span.end)
+          score_one(b.x.k_steps, b.x.keys + tile * (kTile / 16), span, b.queries(group), scores(0, tile), [&] { fetch<true>(ahead.fetcher, lines / 4); });
+      } else {
+        while (!next.over()) next.advance();
+        next = scores_of(tile + 1);
+      }
       if (span.first >= span.end) continue;
       go_on(ahead);
-      const char* const* keys = b.x.keys + tile * (kTile / 16);
-      score(keys, span, lines);
-      for (int g = 0; g < G; ++g) settle(g, tile, span, at, G == 2 && tile + 1 < part.tiles ? keys + kTile / 16 + 2 * g : nullptr);
+      for (int g = 0; g < G; ++g) follow_scores(g, tile, span, at);
+      for (int g = 0; g < G; ++g) {
+        probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g), [&] {
+          if constexpr (G == 1) return;
+          fetch<true>(ahead.fetcher, lines / 2);
+          if (!next.over()) next.advance();
+        });
+      }
       if (part.finite >> tile & 1u) {
         if (waiting.first == waiting.end) waiting.first = tile * kSteps + span.first;
         waiting.end = tile * kSteps + span.end;
         continue;
       }
+      while (G == 2 && !next.over()) next.advance();
       add_outputs();
       for (int g = 0; g < G; ++g) add_apart(g, tile, span, at);
       fresh = false;

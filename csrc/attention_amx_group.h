@@ -32,30 +32,37 @@ struct Operands {
   int k_steps, v_tiles;  // v_tiles is even
 };
 
-// Scores of two groups and one tile's keys, [2][kTile][kLanes].
-inline void score_pair(int k_steps, const char* const* keys, Span span, const char* queries, float* scores, Fetcher& fetcher, int lines) {
-  const int64_t row_bytes = int64_t(k_steps) * 64, next_group = int64_t(k_steps) * kTileBytes;
-  for (int step = span.first; step < span.end; ++step) {
-    const char *low = keys[2 * step], *high = keys[2 * step + 1], *q = queries;
-    float* const to = scores + 2 * step * kTileFloats;
-    zero_sums();
-    for (int s = 0; s < k_steps; ++s, low += 64, high += 64, q += kTileBytes) {
-      fetch<true>(fetcher, lines);
-      tile_load<4>(low, row_bytes);
-      tile_load<6>(q, 64);
-      tile_dot<0, 4, 6>();
-      tile_load<7>(q + next_group, 64);
-      tile_dot<1, 4, 7>();
-      tile_load<5>(high, row_bytes);
-      tile_dot<2, 5, 6>();
-      tile_dot<3, 5, 7>();
-    }
+// Scores of two groups and one tile's keys, [2][kTile][kLanes], four multiplications at a time, for those who have something else to do meanwhile.
+struct PairScores {
+  int k_steps;
+  const char* const* keys;
+  Span span;  // what is left of it
+  const char* queries;
+  float* scores;
+  int s = 0;  // of k_steps
+
+  bool over() const { return span.first >= span.end; }
+  void advance() {
+    const int64_t row_bytes = int64_t(k_steps) * 64;
+    const char* const q = queries + s * kTileBytes;
+    if (s == 0) zero_sums();
+    tile_load<4>(keys[2 * span.first] + s * 64, row_bytes);
+    tile_load<6>(q, 64);
+    tile_dot<0, 4, 6>();
+    tile_load<7>(q + k_steps * kTileBytes, 64);
+    tile_dot<1, 4, 7>();
+    tile_load<5>(keys[2 * span.first + 1] + s * 64, row_bytes);
+    tile_dot<2, 5, 6>();
+    tile_dot<3, 5, 7>();
+    if (++s < k_steps) return;
+    float* const to = scores + 2 * span.first++ * kTileFloats;
+    s = 0;
     tile_store<0>(to, 64);
     tile_store<1>(to + kScores, 64);
     tile_store<2>(to + kTileFloats, 64);
     tile_store<3>(to + kScores + kTileFloats, 64);
   }
-}
+};
 
 // Scores of one group and N times 16 keys, [16 N][kLanes]: as many sums at once as there are, since each waits for its last product. Calls ask()
 // with each load of keys, for lines to come.
@@ -99,10 +106,12 @@ QUIRE_INLINE void score_one(int k_steps, const char* const* keys, Span span, con
 }
 
 // A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] grow by them, those of keys 16 apart together.
-// Meanwhile brings 16 rows of `ahead` for each step into the first cache, if there is one.
-inline void probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, float* sums, const char* const* ahead,
-                          int k_steps) {
+// Calls meanwhile() eight times.
+template <class Meanwhile>
+QUIRE_INLINE void probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, float* sums,
+                                const Meanwhile& meanwhile) {
   for (int i = 0; i < 8; ++i) {
+    meanwhile();
     F32x16 even_sum = load(sums + 2 * i * kLanes), odd_sum = load(sums + (2 * i + 1) * kLanes);
     for (int at = 16 * span.first + i; at < 16 * span.end; at += 8) {
       const F32x16 even = exp2_of<true>(load(scores + 2 * at * kLanes), factor, minus_base);
@@ -113,8 +122,6 @@ inline void probabilities(Span span, const float* scores, F32x16 factor, F32x16 
     }
     store(sums + 2 * i * kLanes, even_sum);
     store(sums + (2 * i + 1) * kLanes, odd_sum);
-    for (int step = span.first; ahead && step < span.end; ++step)
-      for (int n = 2 * i * k_steps; n < 2 * (i + 1) * k_steps; ++n) prefetch(ahead[step] + n * kLine);
   }
 }
 

@@ -11,7 +11,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t kKeptBytes = 32 << 20;  // of staged rows, from step to step: what decoding takes; a prompt's are given back
+constexpr int64_t kKeptBytes = 64 << 20;  // of staged rows, from step to step: what 512 tokens of a small model take; more is given back
 
 }  // namespace
 
