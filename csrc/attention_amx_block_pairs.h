@@ -85,8 +85,8 @@ struct PassingPairs {
       const int64_t at = part.base + tile * kTile;
       const Span span = this->span(part, tile);
       if constexpr (G == 1) {
-        if (span.first < span.end)
-          score_one(b.x.k_steps, b.x.keys + tile * (kTile / 16), span, b.queries(group), scores(0, tile), [&] { fetch<true>(ahead.fetcher, lines / 4); });
+        const auto ask = [&] { fetch<true>(ahead.fetcher, lines / 4); };
+        if (span.first < span.end) score_one(b.x.k_steps, b.x.keys + tile * (kTile / 16), span, b.queries(group), scores(0, tile), ask);
       } else {
         while (!next.over()) next.advance();
         next = scores_of(tile + 1);

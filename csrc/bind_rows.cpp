@@ -31,19 +31,22 @@ void bind_rows(nb::module_& m) {
                                    unpacked<BufferForm>(buffers, "buffers must be whole BufferForm structs"),
                                    unpacked<PlannedStep>(steps, "steps must be whole PlannedStep structs"), scratch_floats, arena_bytes);
            })
-      .def("run", [](const Program& program, int64_t first, int64_t end, int64_t num_rows, const std::vector<Address>& addresses, int32_t num_threads) {
-        const nb::gil_scoped_release release;
-        program.run(first, end, num_rows, program.bound(addresses, num_rows), num_threads);
-      });
+      .def(
+          "run",
+          [](const Program& program, int64_t first, int64_t end, int64_t num_rows, const std::vector<Address>& addresses, int32_t num_threads) {
+            program.run(first, end, num_rows, program.bound(addresses, num_rows), num_threads);
+          },
+          nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Layers>(m, "Layers")
       .def(nb::init<>())
       .def("add", &Layers::add, nb::keep_alive<1, 2>())
       .def("set_weights", &Layers::set_weights)
       .def("run", &Layers::run, nb::call_guard<nb::gil_scoped_release>());
-  nb::class_<AttendForm>(m, "AttendForm").def("__init__", [](AttendForm* form, int32_t dtype, int32_t num_heads, int32_t window, int32_t chunk, float scale, float softcap) {
-    require(is_dtype(dtype) && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
-    new (form) AttendForm{dtype, num_heads, window, chunk, scale, softcap};
-  });
+  nb::class_<AttendForm>(m, "AttendForm")
+      .def("__init__", [](AttendForm* form, int32_t dtype, int32_t num_heads, int32_t window, int32_t chunk, float scale, float softcap) {
+        require(is_dtype(dtype) && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
+        new (form) AttendForm{dtype, num_heads, window, chunk, scale, softcap};
+      });
 }
 
 }  // namespace quire

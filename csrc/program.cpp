@@ -31,7 +31,8 @@ Program::Program(std::vector<RowInstruction> instructions, std::vector<BufferFor
   }
   for (const PlannedStep& s : steps_) {
     if (s.product)
-      require(s.product > 0 && s.product <= kNumWeightFormats && known(s.x) && known(s.weight) && known(s.y) && s.bias >= -1 && s.bias < num_buffers, "a product's buffer is out of range");
+      require(s.product > 0 && s.product <= kNumWeightFormats && known(s.x) && known(s.weight) && known(s.y) && s.bias >= -1 && s.bias < num_buffers,
+              "a product's buffer is out of range");
     else
       require(s.first >= 0 && s.count >= 0 && s.first + s.count <= num_instructions, "a step's instructions are out of range");
   }
@@ -70,7 +71,8 @@ void Program::run(int64_t first, int64_t end, int64_t num_rows, const std::vecto
 
 void Layers::add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const AttendForm& form, int32_t layer_idx) {
   require(middle >= 0 && middle <= program.num_steps(), "steps are out of range");
-  require(num_weights >= 0 && num_inputs > 0 && num_weights + num_inputs + 4 < program.num_given(), "a program's buffers are fewer than its layer has");
+  require(num_weights >= 0 && num_inputs > 0 && num_weights + num_inputs + 4 < program.num_given(),
+          "a program's buffers are fewer than its layer has");
   layers_.push_back({&program, middle, num_weights, num_inputs, form, layer_idx, {}});
 }
 
@@ -100,7 +102,8 @@ void Layers::run_one(const Layer& layer, Step& step, int64_t num_rows, const std
   const LayerPlace& place = step.store().place(layer.layer_idx);
   const PageLayout& at = place.layout;
   const AttendForm& form = layer.form;
-  require(int64_t(inputs.size()) == layer.num_inputs && int64_t(layer.weights.size()) == layer.num_weights, "a layer's inputs or weights are not all given");
+  require(int64_t(inputs.size()) == layer.num_inputs && int64_t(layer.weights.size()) == layer.num_weights,
+          "a layer's inputs or weights are not all given");
   require(form.num_heads > 0 && form.num_heads % at.num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
   static thread_local std::vector<Address> addresses;
   addresses.assign(layer.weights.begin(), layer.weights.end());

@@ -58,7 +58,8 @@ class Layers {
 
   // All of them for `num_rows` tokens, which are the step's. inputs[hidden_at]: the hidden states of the first;
   // layers before the last have one output, which goes there.
-  void run(Step& step, int64_t num_rows, std::vector<Address> inputs, int64_t hidden_at, const std::vector<Address>& outputs, int32_t num_threads) const;
+  void run(Step& step, int64_t num_rows, std::vector<Address> inputs, int64_t hidden_at, const std::vector<Address>& outputs,
+           int32_t num_threads) const;
 
  private:
   struct Layer {
