@@ -92,7 +92,7 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             " served are linear, matmul (@), mm, bmm, mv, inner, addmm, baddbmm, einsum of two operands; not in place, without out=, uncompiled"
         )
     with programs.first_of_each() if programs is not None else nullcontext():
-        exact = _exact(model, make_step, sequences, packed if programs is None else _packed(model, make_step, sequences))
+        exact = _exact(model, make_step, sequences, _packed(model, make_step, sequences) if programs and programs.alike else packed)
     if not exact:
         everywhere = model.everywhere
         model.everywhere = True
