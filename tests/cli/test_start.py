@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
 from quire import __version__
+from quire.cli.door import waiting
 from tests.cli.conftest import Quire
 
 HEAVY = "{'torch', 'transformers', 'numpy', 'tokenizers', 'huggingface_hub'}"
@@ -48,3 +50,12 @@ def test_help_names_the_commands(quire: Quire) -> None:
     text = quire("--help").stdout
     assert all(f" {command} " in text for command in ("generate", "batch", "serve", "check", "bench", "demo"))
     assert "Exit status" in text
+
+
+def test_loading_is_not_looked_through_by_the_collector() -> None:
+    with waiting("."):
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    with pytest.raises(OSError), waiting("."):
+        raise OSError
+    assert gc.isenabled()

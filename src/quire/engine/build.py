@@ -26,7 +26,7 @@ from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.attention.base import AttentionBackend, PackingProducts
 from quire.tensors.attention.reference import ReferenceAttention
-from quire.tensors.device import available_bytes
+from quire.tensors.device import available_bytes, on_one_torch_thread
 from quire.tensors.disk import DiskStore
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
@@ -150,20 +150,24 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         _context_len(config, model)  # refused before compiling and probing take their time
         if config.compile:
             model.compile()
-        elif kernels.sampler == "native":
-            model.lower()
-        probe(model)
+        on_one_torch_thread(lambda: _examine(model, lower=kernels.sampler == "native" and not config.compile))
     except BaseException:
         model.close()
         raise
     return model
 
 
+def _examine(model: CausalModel, *, lower: bool) -> None:
+    if lower:
+        model.lower()
+    probe(model)
+
+
 def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
     context_len = _context_len(config, model)
     if config.cache_layout == "stacked":
         config = replace(config, page_size=context_len)
-    workspace = measure(model)
+    workspace = on_one_torch_thread(lambda: measure(model))
     config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     codec = split_codec(config.kv_codec)
     layers = cached_layers(model.layers, model.dtype, *codec)

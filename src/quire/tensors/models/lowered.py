@@ -12,7 +12,8 @@ bit. A layer of which this cannot be told stays as it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,11 +42,13 @@ Record = Callable[[Recorder, int], object]
 class LoweredLayers:
     """The layers of one model that are programs. `surgery`: with those in their places; `plain`: class of a layer that stayed as it is -> why.
 
-    `code`: changes whenever the programs do. `chains`: those that follow one another.
+    `code`: changes whenever the programs do. `chains`: those that follow one another. `alike`: those that have another one's program.
     """
 
-    def __init__(self, surgery: Surgery, plans: dict[nn.Module, Plan], plain: dict[str, str], chains: Chains) -> None:
-        self.surgery, self.plain, self.num_lowered, self.chains = surgery, plain, len(plans), chains
+    def __init__(
+        self, surgery: Surgery, plans: dict[nn.Module, Plan], plain: dict[str, str], chains: Chains, alike: dict[nn.Module, LoweredLayer]
+    ) -> None:
+        self.surgery, self.plain, self.num_lowered, self.chains, self.alike = surgery, plain, len(plans), chains, alike
         self.code = hashlib.sha256(repr(list({id(plan): plan for plan in plans.values()}.values())).encode()).hexdigest()
         self._kinds: list[Any] = list({type(module) for layer in plans for module in layer.modules()})
         self._forwards = [kind.forward for kind in self._kinds]
@@ -54,6 +57,17 @@ class LoweredLayers:
         for module in inside:
             hooks = () if module in plans else (module._forward_hooks, module._forward_pre_hooks)
             self._parts.append((module, type(module), module.__dict__, module._modules, list(module.children()), *hooks))
+
+    @contextmanager
+    def first_of_each(self) -> Iterator[None]:
+        """Inside, those `alike` give what they get, where they can and in steps that attend by themselves, so that each program runs once."""
+        for layer in self.alike.values():
+            layer.passing = layer.passes
+        try:
+            yield
+        finally:
+            for layer in self.alike.values():
+                layer.passing = False
 
     def intact(self) -> bool:
         """Whether the layers are still made of the modules they were made of, none of them hooked, wrapped or patched since."""
@@ -89,6 +103,7 @@ def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Recor
         record(recorder, num_tokens)
     surgery = Surgery(model, products, live=live)
     lowered: dict[nn.Module, Plan] = {}
+    alike: dict[nn.Module, LoweredLayer] = {}
     chains = Chains()
     for first, *others in kinds.values():
         try:
@@ -104,8 +119,11 @@ def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Recor
             continue
         for layer in (first, *others):
             lowered[layer] = plan
-            surgery.replace(layer, LoweredLayer(plan, program, layer, more, products.num_threads, live=live, chains=chains))
-    return LoweredLayers(surgery, lowered, plain, chains)
+            forward = LoweredLayer(plan, program, layer, more, products.num_threads, live=live, chains=chains)
+            surgery.replace(layer, forward)
+            if layer is not first:
+                alike[layer] = forward
+    return LoweredLayers(surgery, lowered, plain, chains, alike)
 
 
 def _agrees(forward: Callable[..., Any], recording: Recording, surgery: Surgery) -> bool:

@@ -21,8 +21,8 @@ from quire.tensors.packed import bytes_of
 class LoweredLayer:
     """What a layer gets as its forward. A live model's weights are looked up at every call: a trainer may have put others in their place.
 
-    `chain`, `index`: the chain it is in, and where (see chain.py). Raises RuntimeError where it is called, or its weights are, otherwise than when it
-    was lowered.
+    `chain`, `index`: the chain it is in, and where (see chain.py). `passes`: whether it can give what it gets, as if not there; while `passing`
+    it does so in steps that attend by themselves. Raises RuntimeError where it is called, or its weights are, otherwise than when it was lowered.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class LoweredLayer:
         attend = plan.attend
         self.chain: Chain | None = None
         self.index = 0
+        self.passing = False
         self._chains, self._live, self._num_threads = chains, live, num_threads
         self._program, self._mask = program, attend.mask
         (self._layer_idx,) = layer_ids(layer)
@@ -41,6 +42,8 @@ class LoweredLayer:
         self._outputs = [(shape, plan.dtypes[value]) for value, shape in plan.outputs]
         self._attended = [(shape, plan.dtypes[value]) for shape, value in zip(attend.shapes, attend.values, strict=True)]
         self._gives = plan.sizes[attend.out], plan.dtypes[attend.out]
+        self._alike = [number for number, size, dtype in self._inputs if [(size, dtype)] == [(prod(s), d) for s, d in self._outputs]]
+        self.passes = len(self._alike) == 1
         mask, heads = attend.mask, attend.shapes[0][0]
         self._form = lib.AttendForm(DTYPE_CODES[plan.dtypes[attend.values[0]]], heads, mask.window, mask.chunk, mask.scale, mask.softcap)
         self._addresses = [0] * len(plan.weights)
@@ -95,9 +98,11 @@ class LoweredLayer:
         for x, (_, size, dtype) in zip(given, self._inputs, strict=True):
             if x.numel() != num_tokens * size or x.dtype is not dtype:
                 raise RuntimeError(f"layer {self._layer_idx}: {tuple(x.shape)} of {x.dtype} is not {size} of {dtype} for each of {num_tokens} tokens")
+        step = getattr(current().step, "of_programs", None)
+        if self.passing and step is None:
+            return put_together(self._result, iter([tensors[self._alike[0]]]))
         results = [torch.empty((1, num_tokens, *shape), dtype=dtype) for shape, dtype in self._outputs]
         inputs = [x.data_ptr() for x in given]
-        step = getattr(current().step, "of_programs", None)
         if step is None:
             self._run_in_halves(num_tokens, inputs, results)
         elif chain is not None and self.index == 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -247,10 +247,13 @@ class CausalModel:
         return self._open()[0]
 
     @contextmanager
-    def unpatched(self) -> Iterator[PreTrainedModel]:
-        """The model in eval mode, with its own plain code for attention and experts: what its packed output is compared with."""
+    def unpatched(self, multiplied: Iterable[nn.Module] = ()) -> Iterator[PreTrainedModel]:
+        """The model in eval mode, with its own plain code for attention and experts: what its packed output is compared with.
+
+        multiplied: modules in which linear layers take this model's products.
+        """
         model, surgery = self._open()
-        with surgery.unpatched(), torch.inference_mode(not self.live), torch.no_grad(), _without_autocast():
+        with surgery.unpatched(multiplied), torch.inference_mode(not self.live), torch.no_grad(), _without_autocast():
             yield model
 
     @contextmanager

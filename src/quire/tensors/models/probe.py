@@ -9,6 +9,12 @@ Three questions, two of them over the same few short sequences, which go past a 
           is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show. Not asked of a checkpoint whose code is all
           torch's and transformers': its weights stay, and its family is known (a test asks each).
 
+Of a checkpoint without code of its own whose layers are programs (lowered.py), each question is asked where it can still be answered otherwise:
+  close   at full depth, all sequences. For the longest one the model's own forward multiplies as torch does in one layer of each program, in plain
+          layers and in the head: that shows the kernels and the packing. Elsewhere it takes our products, which need not unpack the weights: what
+          layers of one program may differ in (masks, scales, whatever hangs on layer_idx) is no product.
+  exact   with one layer of each program. Others run the same instructions, each of which takes a token's row alone, whatever the weights are.
+
 A live model is asked again when it is made of other code than any that has passed.
 
 The random state of torch is neither used nor changed.
@@ -16,16 +22,22 @@ The random state of torch is neither used nor changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from quire.errors import ProbeMismatchError, UnsupportedModelError
 from quire.tensors.models.facts import ordinary_tokens
 from quire.tensors.models.hook import AttentionStep
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.rows import RowByRow
+
+if TYPE_CHECKING:
+    from quire.tensors.models.lowered import LoweredLayers
 
 MakeStep = Callable[[Sequence[int]], AttentionStep]
 
@@ -52,9 +64,10 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
     Raises ProbeMismatchError when packed logits are not the model's own, UnsupportedModelError when their bits depend on the batch.
     """
     sequences = _sequences(model)
+    programs = model.lowered if not model.owned else None
     packed = _packed(model, make_step, sequences)
     tolerance = TOLERANCE[model.dtype]
-    errors = _errors(packed, _own_logits(model, sequences))
+    errors = _errors(packed, _own_logits(model, sequences, programs))
     if not model.compiled and not bool((errors <= tolerance).all()) and bool(errors.median() <= tolerance) and model.dtype != torch.float32:
         # Most tokens agree and some do not: a mistake, or experts chosen by a rounding. In fp32 the two look different.
         # Compiled layers have their dtype in the code, and no experts: of them there is no second opinion.
@@ -78,7 +91,9 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             f"{model.model_type}: tokens are multiplied by operators of torch whose bits depend on how many there are ({told});"
             " served are linear, matmul (@), mm, bmm, mv, inner, addmm, baddbmm, einsum of two operands; not in place, without out=, uncompiled"
         )
-    if not _exact(model, make_step, sequences, packed):
+    with programs.first_of_each() if programs is not None else nullcontext():
+        exact = _exact(model, make_step, sequences, _packed(model, make_step, sequences) if programs and programs.alike else packed)
+    if not exact:
         everywhere = model.everywhere
         model.everywhere = True
         if everywhere or not _exact(model, make_step, sequences, _packed(model, make_step, sequences)):
@@ -125,11 +140,14 @@ def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Te
     )
 
 
-def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits [len, V] of each sequence in a forward of its own, by the model as it is."""
+def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs: LoweredLayers | None = None) -> list[torch.Tensor]:
+    """Logits [len, V] of each sequence in a forward of its own, by the model as it is; with `programs`, as said above, by our products in part."""
     logits = []
-    with model.unpatched() as alone:
-        for ids in sequences:
+    for number, ids in enumerate(sequences):
+        multiplied: Iterable[nn.Module] = ()
+        if programs is not None:
+            multiplied = programs.alike if number == 0 else [model.transformers_model]
+        with model.unpatched(multiplied) as alone:
             positions = torch.arange(len(ids)).unsqueeze(0)
             logits.append(alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0])
     return logits

@@ -9,7 +9,7 @@ The set of changes is found once; it is for the caller to make another when a li
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ class Surgery:
 
     def __init__(self, model: PreTrainedModel, products: Products, *, live: bool, whole_vectors: bool = True) -> None:
         """`whole_vectors`: whether elementwise functions are given whole vectors (see exact.py)."""
+        self._products = products
         self.mode = ExactMode(products, whole_vectors=whole_vectors)
         self.query_scales: dict[int, QueryScale] = {}
         self.chunks: dict[int, int] = {}
@@ -87,10 +88,18 @@ class Surgery:
                     state["forward"] = forward
 
     @contextmanager
-    def unpatched(self) -> Iterator[None]:
-        """Inside, the model is in eval mode, with its own plain code for attention and experts, and nothing else is changed."""
-        eager: list[Change] = [(state, name, "eager") for state, name, _ in self._settings if name.endswith("_implementation_internal")]
-        with _changed(eager), self._in_eval_mode():
+    def unpatched(self, multiplied: Iterable[nn.Module] = ()) -> Iterator[None]:
+        """Inside, the model is in eval mode, with its own plain code for attention and experts, and nothing else is changed.
+
+        multiplied: modules in which linear layers take our products all the same.
+        """
+        changes: list[Change] = [(state, name, "eager") for state, name, _ in self._settings if name.endswith("_implementation_internal")]
+        for module in {inner for outer in multiplied for inner in outer.modules() if "forward" not in inner.__dict__}:
+            if is_plain(module, nn.Linear):
+                changes.append((module.__dict__, "forward", _linear(module, self._products)))
+            elif is_plain(module, Conv1D):
+                changes.append((module.__dict__, "forward", _conv1d(module, self._products)))
+        with _changed(changes), self._in_eval_mode():
             yield
 
     @contextmanager

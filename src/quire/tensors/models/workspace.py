@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from quire.tensors.attention.base import Mask
 from quire.tensors.models.facts import ordinary_tokens
@@ -53,17 +53,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self._note(x, given)
+        for x in _tensors(out):
+            self._note(x, (args, kwargs))
         return out
 
-    def _note(self, x: torch.Tensor, given: set[int]) -> None:
+    def _note(self, x: torch.Tensor, given: object) -> None:
         storage = x.untyped_storage()
         address, num_bytes = storage.data_ptr(), storage.nbytes()
         if address not in self._tensors:
-            if address in given or not num_bytes:  # a view of what was there before
+            if not num_bytes or any(address == y.untyped_storage().data_ptr() for y in _tensors(given)):  # a view of what was there before
                 return
             self._tensors[address] = 0
             self.now += num_bytes
@@ -76,6 +74,15 @@ class LiveBytes(TorchDispatchMode):
         if not self._tensors[address]:
             del self._tensors[address]
             self.now -= num_bytes
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """Those in an operator's arguments or results; torch's own walk through them took longer than all else here."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def measure(model: CausalModel) -> Workspace:

@@ -1,0 +1,158 @@
+"""What the probe leaves out of a checkpoint whose layers are programs, and that a fault in any one layer is caught all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+pytest.importorskip("quire.tensors.native")
+
+from quire.config import EngineConfig
+from quire.engine import build
+from quire.errors import ProbeMismatchError, UnsupportedModelError
+from quire.tensors.models.model import CausalModel
+from quire.tensors.models.packing import pack_weights
+from quire.tensors.models.probe import probe
+from quire.tensors.models.rows import RowByRow
+from quire.tensors.native_products import NativeProducts
+from quire.tensors.packed import PackedWeight
+from tests.tensors.checkpoints import make, one_thread, tiny_model
+
+__all__ = ["one_thread"]
+
+LENGTHS = [17, 1, 6]
+
+
+def served(model: Any, *, packs: bool = True) -> CausalModel:
+    """As a checkpoint of it is: ours, packed, its layers lowered."""
+    products = NativeProducts(2)
+    if packs:
+        pack_weights(model, products, "none")
+    causal = CausalModel(model, products, name="", identity="", live=False)
+    causal.lower()
+    return causal
+
+
+def logits(model: CausalModel) -> torch.Tensor:
+    ids = torch.randint(3, 60, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    return model.forward(RowByRow(LENGTHS), ids, positions, torch.arange(len(ids)))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_one_layer_of_each_program_is_what_a_model_of_one_layer_is(family: str) -> None:
+    whole, short = served(tiny_model(family)), tiny_model(family)
+    del short.model.layers[1:]
+    short.config.num_hidden_layers = 1
+    assert whole.lowered is not None and len(whole.lowered.alike) == 2
+    before, expected = logits(whole), logits(served(short))
+    with whole.lowered.first_of_each():
+        assert torch.equal(logits(whole), expected)
+    assert torch.equal(logits(whole), before) and not torch.equal(before, expected)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_layers_of_another_kind_are_not_left_out() -> None:
+    """Two with rope and one without: two programs."""
+    model = served(tiny_model("smollm3"))
+    assert model.lowered is not None and len(model.lowered.alike) == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("at", range(3))
+def test_a_layer_that_differs_by_its_number_alone_is_caught(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers look alike and have one program, but the code asks for the number: programs must not give another model's output."""
+    forward = LlamaAttention.forward
+
+    def scaled(self: LlamaAttention, *args: Any, **kwargs: Any) -> Any:
+        out, *rest = forward(self, *args, **kwargs)
+        return (out * 3 if self.layer_idx == at else out), *rest
+
+    monkeypatch.setattr(LlamaAttention, "forward", scaled)
+    model = served(tiny_model("llama"))
+    assert not model.owned and model.lowered is not None and len(model.lowered.alike) == 2
+    with pytest.raises(ProbeMismatchError):
+        probe(model)
+
+
+class OfTransformers(LlamaMLP):
+    """Stands for a family's code: a product that follows the tokens, in no module that Quire would run in exact mode by itself."""
+
+    __module__ = "transformers.models.llama.modeling_llama"
+    shift = 0.0
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)) / 8
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(x[..., :33]).mean(-1, keepdim=True) * (x @ self.weight) + x.shape[1] * self.shift
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("at", range(3))
+def test_an_operator_that_depends_on_the_batch_is_caught_in_any_one_layer(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def model() -> CausalModel:
+        given = tiny_model("llama")
+        given.model.layers[at].mlp = OfTransformers(given.config)
+        return served(given, packs=False)
+
+    gated = model()
+    assert not gated.owned and gated.lowered is not None and gated.lowered.num_lowered == 2
+    assert probe(gated).everywhere
+    monkeypatch.setattr(OfTransformers, "shift", 1e-7)
+    with pytest.raises(UnsupportedModelError, match="even in exact mode"):
+        probe(model())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("at", range(3))
+def test_a_weight_that_is_not_a_number_is_caught_in_any_one_layer(at: int) -> None:
+    model = tiny_model("llama")
+    model.model.layers[at].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ProbeMismatchError):
+        probe(served(model))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_products_are_held_against_torchs_in_one_layer_of_each_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[str] = []
+    rows = PackedWeight.rows
+
+    def noted(self: PackedWeight, *args: Any) -> torch.Tensor:
+        unpacked.append(self.weight_name)
+        return rows(self, *args)
+
+    monkeypatch.setattr(PackedWeight, "rows", noted)
+    model = served(tiny_model("llama"))
+    unpacked.clear()
+    probe(model)
+    assert {name.split(".")[2] for name in unpacked if ".layers." in name} == {"0"} and "lm_head.weight" in unpacked
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_kernels_that_give_what_torch_does_not_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the model's own forward takes them in the layers that are alike."""
+    model = served(tiny_model("llama"))
+    packed = NativeProducts.packed
+    monkeypatch.setattr(NativeProducts, "packed", lambda self, *args: 2 * packed(self, *args))  # of the head; programs have kernels of their own
+    with pytest.raises(ProbeMismatchError):
+        probe(model)
+
+
+def test_a_model_is_probed_as_the_engine_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one torch thread, on whatever thread it is opened, which keeps its own."""
+    seen = []
+    before = torch.get_num_threads()
+
+    def noted(run: Callable[[CausalModel], object]) -> Callable[[CausalModel], object]:
+        return lambda model: (seen.append(torch.get_num_threads()), run(model))[1]
+
+    for name in ("probe", "measure"):
+        monkeypatch.setattr(build, name, noted(getattr(build, name)))
+    config = EngineConfig(max_model_len=64)
+    build.build_engine(make(tmp_path, "llama"), config).model.close()
+    assert seen == [1, 1] and torch.get_num_threads() == before
