@@ -24,7 +24,7 @@ from bench import machine
 from bench.speed import report
 from bench.speed.checkpoints import checkpoint
 from bench.speed.limits import Limit, limit, weight_bytes
-from bench.speed.processes import ENGINES, OURS, EngineRun, run_engine
+from bench.speed.processes import ENGINES, OURS, EngineRun, end_engines_when_told_to_end, run_engine
 from bench.speed.shapes import QWEN3, SHAPES, STORED_BYTES
 from bench.speed.workloads import Workload, make
 
@@ -34,6 +34,7 @@ Key = tuple[str, str, str]  # quantization, workload, engine
 def main() -> None:
     """See the module."""
     args = _arguments()
+    end_engines_when_told_to_end()
     peers = dict(args.peer)
     engines = args.engines
     chosen = {name: w for name, w in make(args.layers, args.scale, SHAPES[args.shape]).items() if name in args.only}

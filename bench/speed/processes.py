@@ -67,6 +67,11 @@ def run_engine(engine: str, workload: Workload, folder: Path, quantization: str,
         return run_process([python, "-m", f"bench.speed.engines.{ENGINES[engine]}", str(job)], workload.tokens_out, threads, timeout_s)
 
 
+def end_engines_when_told_to_end() -> None:
+    """Let SIGTERM (`timeout`, a shell that goes) end this process as an exception, so that the engine that runs is ended as well."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def environment(python: str, threads: int) -> dict[str, str]:
     """The variables of a process that is measured, run by an interpreter of its own or by this one."""
     kept = {key: value for key, value in os.environ.items() if python == sys.executable or key != "PYTHONPATH"}

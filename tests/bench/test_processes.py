@@ -56,11 +56,29 @@ def test_time_runs_out_for_an_engine_and_all_that_it_started(tmp_path: Path) -> 
     pid = tmp_path / "pid"
     run = run_process(["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"], 1, 1, 2)
     assert run.problem == "failed: not done after 2 s"
+    assert ends(pid)
+
+
+def test_a_bench_that_is_told_to_end_ends_its_engine(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    engine = ["sh", "-c", f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 600"]
+    code = f"from bench.speed import processes as p; p.end_engines_when_told_to_end(); p.run_process({engine!r}, 1, 1, 600)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as bench:
+        while not pid.exists():
+            assert bench.poll() is None
+            time.sleep(0.05)
+        bench.terminate()
+        assert bench.wait(60) == 143
+    assert ends(pid)
+
+
+def ends(pid: Path) -> bool:
+    """Whether the process whose id is in the file is gone soon."""
     for _ in range(200):
         if subprocess.run(["kill", "-0", pid.read_text().strip()], capture_output=True).returncode:
-            return
+            return True
         time.sleep(0.05)
-    pytest.fail("what the engine started is still there")
+    return False
 
 
 @pytest.mark.parametrize("output", ["", "hello", "{", "[1]", "7\n"])
