@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,16 @@ def turns(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while len(times["read"]) < 6 or time.perf_counter() < end:
-        for name, call in calls.items():
+        for name, one in calls.items():
             start = time.perf_counter()
-            call()
+            one()
             times[name].append(time.perf_counter() - start)
     return {name: taken[1:] for name, taken in times.items()}
+
+
+def call(linear: Callable[[torch.Tensor, Any], object], x: torch.Tensor, weights: Iterator[Any]) -> Call:
+    """A product of `x` with the next of some weights."""
+    return lambda: linear(x, next(weights))
 
 
 def packed(products: NativeProducts, weight: torch.Tensor, quantization: str) -> Iterator[PackedWeight]:
@@ -62,11 +68,8 @@ def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows
     sizes = {"torch": size, "plain": size} | {name: next(form).packed.numel() for name, form in forms.items()}
     for m in rows if n <= 10_000 else rows[:5]:
         x = torch.randn(m, k).to(dtype)
-        calls: dict[str, Call] = {"read": lambda: next(memory).sum()}
-        calls["torch"] = lambda x=x: F.linear(x, next(plain))  # type: ignore[misc]
-        calls["plain"] = lambda x=x: products.linear(x, next(plain))  # type: ignore[misc]
-        for name, form in forms.items():
-            calls[name] = lambda x=x, form=form: products.linear(x, next(form))  # type: ignore[misc]
+        calls: dict[str, Call] = {"read": lambda: next(memory).sum(), "torch": call(F.linear, x, plain), "plain": call(products.linear, x, plain)}
+        calls |= {name: call(products.linear, x, form) for name, form in forms.items()}
         taken = turns(calls, seconds)
         read = size / median(taken.pop("read"))
         results[str(m)] = row = {"read_gb_s": read / 1e9}
@@ -85,9 +88,9 @@ def small_calls(products: NativeProducts, seconds: float) -> Bench:
     results: Bench = {}
     for m, k, n in ((1, 64, 96), (4, 64, 96), (1, 256, 256)):
         x, weight = torch.randn(m, k), torch.randn(n, k)
-        form = next(packed(products, weight, "none"))
-        calls: dict[str, Call] = {"read": lambda x=x: x.sum(), "torch": lambda x=x, w=weight: F.linear(x, w)}  # type: ignore[misc]
-        calls |= {"plain": lambda x=x, w=weight: products.linear(x, w), "packed": lambda x=x, w=form: products.linear(x, w)}  # type: ignore[misc]
+        same, form = itertools.repeat(weight), itertools.repeat(next(packed(products, weight, "none")))
+        calls: dict[str, Call] = {"read": x.sum, "torch": call(F.linear, x, same)}
+        calls |= {"plain": call(products.linear, x, same), "packed": call(products.linear, x, form)}
         with torch.inference_mode():
             taken = {name: median(times) * 1e6 for name, times in turns(calls, seconds).items()}
         results[f"{m}x{k}x{n}"] = taken

@@ -109,7 +109,7 @@ def split(folder: str, started: str) -> dict[str, float]:
 
     importlib.import_module("torch")
     lap("torch")
-    importlib.import_module("transformers").AutoModelForCausalLM  # noqa: B018  (transformers imports what it is asked for)
+    _ = importlib.import_module("transformers").AutoModelForCausalLM  # transformers imports what it is asked for
     lap("transformers")
     from quire import LLM, SamplingParams
     from quire.engine import build

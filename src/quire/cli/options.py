@@ -115,7 +115,7 @@ def expand(run: Callable[..., None]) -> Callable[..., None]:
             given[name] = build(kind, {field: given.pop(field) for field in names[name]})
         run(**given)
 
-    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    vars(expanded)["__signature__"] = inspect.Signature(parameters)
     expanded.__annotations__ = {p.name: p.annotation for p in parameters}
     return expanded
 
