@@ -98,6 +98,7 @@ void Step::attend(int32_t layer_idx, const AttendForm& form, const void* q, cons
   check_attend(args);
   build_schedule(args, kernels, schedule);
   if (kernels.attend(&args, &error)) throw std::runtime_error(error.text);
+  // A forward may be run again in the same step (chain.py), and what it stages takes the place of what was.
   if (std::find(layers_.begin(), layers_.end(), layer_idx) == layers_.end()) layers_.push_back(layer_idx);
 }
 

@@ -104,6 +104,24 @@ def test_a_model_that_looks_in_between_sees_what_is_there() -> None:
         assert bits(llm) == first and lengths(llm) == [3]
 
 
+def test_the_first_forward_may_fail_on_its_way() -> None:
+    """What was seen of it is not what the next one does."""
+    looks: list[None] | None = None
+
+    def look(hidden: object) -> None:
+        if looks is not None:
+            looks.append(None)
+            if len(looks) == 2:
+                raise ValueError("broken")
+
+    with LLM(watched(look)) as llm:
+        looks = []
+        failed = llm.generate(PROMPTS, PARAMS)
+        assert all("broken" in str(output.error) for output in failed) and len(looks) == 2
+        first = bits(llm)
+        assert lengths(llm) == [3] and bits(dissolved(llm)) == first
+
+
 def test_a_forward_that_fails_by_itself_leaves_chains_as_they_are() -> None:
     broken = False
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class _Passed:
-    """Hidden states that are in native memory alone."""
+    """Stands for hidden states that are in native memory alone. It has nothing that code could use."""
 
 
 PASSED = _Passed()
@@ -50,7 +50,11 @@ class Chain:
             layer.chain, layer.index = self, index
 
     def begin(self, arguments: list[Any], step: Any, num_tokens: int, inputs: list[int], result: torch.Tensor, num_threads: int) -> None:
-        """Run all layers, as the first one is called: the last one's result is written to `result`."""
+        """Run all layers, as the first one is called with `arguments`; see `LoweredLayer`.
+
+        step: a `ProgramStep`. inputs: addresses of the first layer's inputs, `num_tokens` contiguous rows each. result: takes what the last layer
+        gives. Raises RuntimeError where a table, a length or a weight is not as it must be; then no layer counts as run.
+        """
         for layer in self.layers:
             layer.look_up()
         self._native.run(step.handle, num_tokens, inputs, self._hidden_at, [result.data_ptr()], num_threads)
@@ -91,6 +95,8 @@ class Chains:
         """forward(), of a model that may hold these; without them where it cannot do with them."""
         for chain in self._chains:
             chain.at, chain.begun = 0, False
+        if self.seen:  # of a forward that failed
+            self.seen = []
         try:
             result = forward()
         except Exception:

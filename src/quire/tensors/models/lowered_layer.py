@@ -42,6 +42,7 @@ class LoweredLayer:
         self._outputs = [(shape, plan.dtypes[value]) for value, shape in plan.outputs]
         self._attended = [(shape, plan.dtypes[value]) for shape, value in zip(attend.shapes, attend.values, strict=True)]
         self._gives = plan.sizes[attend.out], plan.dtypes[attend.out]
+        # The call's tensors that are as the one that it gives.
         self._alike = [number for number, size, dtype in self._inputs if [(size, dtype)] == [(prod(s), d) for s, d in self._outputs]]
         self.passes = len(self._alike) == 1
         mask, heads = attend.mask, attend.shapes[0][0]
@@ -66,7 +67,7 @@ class LoweredLayer:
     def takes_and_gives_as(self, other: LoweredLayer) -> bool:
         """Whether it can come before `other` in a chain."""
         same = (self._skeleton, self._inputs, self._outputs) == (other._skeleton, other._inputs, other._outputs)
-        return same and len(self._outputs) == 1 and (prod(self._outputs[0][0]), self._outputs[0][1]) in [x[1:] for x in self._inputs]
+        return same and bool(self._alike)
 
     def look_up(self) -> None:
         """Find the weights, if they may have been changed."""
@@ -93,11 +94,7 @@ class LoweredLayer:
         tensors: list[torch.Tensor] = []
         if not taken_apart((args, kwargs), self._skeleton, tensors):
             raise RuntimeError(f"layer {self._layer_idx} is called with other arguments than it was lowered for")
-        given = [tensors[number].contiguous() for number, _, _ in self._inputs]
-        num_tokens = given[0].numel() // self._inputs[0][1]
-        for x, (_, size, dtype) in zip(given, self._inputs, strict=True):
-            if x.numel() != num_tokens * size or x.dtype is not dtype:
-                raise RuntimeError(f"layer {self._layer_idx}: {tuple(x.shape)} of {x.dtype} is not {size} of {dtype} for each of {num_tokens} tokens")
+        given, num_tokens = self._given(tensors)
         step = getattr(current().step, "of_programs", None)
         if self.passing and step is None:
             return put_together(self._result, iter([tensors[self._alike[0]]]))
@@ -116,6 +113,15 @@ class LoweredLayer:
                 form, result = (len(args), tuple(kwargs)), results[0] if len(results) == 1 else None
                 self._chains.seen.append(LayerCall(self, [*args, *kwargs.values()], form, tensors, result))
         return put_together(self._result, iter(results))
+
+    def _given(self, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+        """Inputs, as a program takes them, out of a call's tensors; and for how many tokens they are."""
+        given = [tensors[number].contiguous() for number, _, _ in self._inputs]
+        num_tokens = given[0].numel() // self._inputs[0][1]
+        for x, (_, size, dtype) in zip(given, self._inputs, strict=True):
+            if x.numel() != num_tokens * size or x.dtype is not dtype:
+                raise RuntimeError(f"layer {self._layer_idx}: {tuple(x.shape)} of {x.dtype} is not {size} of {dtype} for each of {num_tokens} tokens")
+        return given, num_tokens
 
     def _run_in_halves(self, num_tokens: int, inputs: list[int], results: list[torch.Tensor]) -> None:
         """In a step that attends by itself."""
