@@ -3,6 +3,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -110,6 +111,44 @@ void encode(int32_t dtype, int32_t format, Address x, int64_t token_stride, int6
   active_kernels().encode(&args);
 }
 
+// Which keys the schedule has sequences share, for those who want to see it: (part, keys of it, places of the query tokens in the step) of each
+// shared item, of bf16 keys and values in one KV head. tables: page ids of each sequence.
+std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>> shared_items(const std::vector<int32_t>& query_start,
+                                                                             const std::vector<int32_t>& num_committed,
+                                                                             const std::vector<std::vector<int32_t>>& tables, int32_t page_size,
+                                                                             int32_t num_heads) {
+  require(query_start.size() == tables.size() + 1 && num_committed.size() == tables.size(), "one entry must be given for each sequence");
+  require(page_size > 0 && num_heads > 0, "page_size and num_heads must be positive");
+  std::vector<int32_t> page_ids, page_start{0};
+  for (const std::vector<int32_t>& table : tables) {
+    page_ids.insert(page_ids.end(), table.begin(), table.end());
+    page_start.push_back(int32_t(page_ids.size()));
+  }
+  AttendArgs args{};
+  args.dtype = kBF16;
+  args.layout.k = args.layout.v = {0, 64, kBF16, 128};
+  args.layout.num_pages = std::numeric_limits<int32_t>::max();
+  args.layout.page_size = page_size;
+  args.layout.num_kv_heads = args.num_threads = 1;
+  args.num_heads = num_heads;
+  args.query_start = query_start.data();
+  args.num_committed = num_committed.data();
+  args.page_ids = page_ids.data();
+  args.page_start = page_start.data();
+  args.num_page_ids = int32_t(page_ids.size());
+  args.num_seqs = int32_t(tables.size());
+  args.num_tokens = query_start.back();
+  check_attend(args);
+  Schedule schedule;
+  build_schedule(args, active_kernels(), schedule);
+  std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>> found;
+  for (const SharedItem& item : schedule.shared) {
+    const auto tokens = schedule.shared_tokens.begin() + item.first_token;
+    found.emplace_back(item.part, item.keys, std::vector<int32_t>(tokens, tokens + item.num_tokens));
+  }
+  return found;
+}
+
 }  // namespace
 
 int32_t row_bytes(int32_t format, int32_t dim) {
@@ -130,6 +169,7 @@ void bind_attention(nb::module_& m) {
   m.def("attend", &attend);
   m.def("commit", &commit);
   m.def("encode", &encode);
+  m.def("shared_items", &shared_items);
   nb::class_<Store>(m, "Store").def(nb::init<Address, int64_t, int64_t, const std::vector<PlaceForm>&>());
   nb::class_<Step>(m, "Step")
       .def(nb::init<Store&, Address, Address, int32_t, int32_t, const std::vector<TableForm>&>(), nb::keep_alive<1, 2>())

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
 
+from quire.tensors.native import lib
 from tests.tensors.attention_cases import Cache, Geometry, Sequence, compute_alone, make_sequence
 
 GEOMETRIES = {
@@ -53,3 +54,40 @@ def test_branches_of_branches_have_the_bits_they_have_alone(isa: str, geometry: 
         cache.step([(s, min(choose.choice([1, 1, 1, 2, 3, 20]), len(s.q) - s.num_committed)) for s in chosen])
     for sequence in sequences:
         assert_as_alone(cache, sequence)
+
+
+def test_what_is_shared(isa: str) -> None:
+    """Four sequences of a prompt of 700 tokens in pages of 16, two of them alike for 1,100, one that shares nothing, and a chunk of a prompt."""
+    prompt, more = list(range(43)), list(range(100, 126))
+    tables = [[*prompt, *more, 1], [*prompt, *more, 2, 3], [*prompt, 4], [*prompt, 5, 6], list(range(200, 230)), [*prompt, 7, 8, 9]]
+    committed = [1110, 1120, 700, 710, 480, 730]
+    query_start = [0, 1, 2, 3, 5, 6, 46]  # the fourth has two tokens, the last one 40
+    found = lib.shared_items(query_start, committed, tables, 16, 2)
+    every, long = [0, 1, 2, 3, 4], [0, 1]
+    assert [(part, keys, sorted(tokens)) for part, keys, tokens in found] == [(0, 512, every), (1, 512, long), (1, 128, [2, 3, 4]), (2, 64, long)]
+
+
+def test_what_is_shared_lies_in_the_same_pages(isa: str) -> None:
+    choose = random.Random(3)
+    num_shared = 0
+    for _ in range(200):
+        size = choose.choice([1, 7, 16, 64, 600])
+        tables, committed, counts = [], [], []
+        for first_page in range(0, 10_000_000, 1_000_000):
+            stem = choose.choice([*tables, []])
+            kept = stem[: choose.randint(0, len(stem))]
+            tables.append([*kept, *range(first_page, first_page + choose.randint(1, 1500 // size + 1))])
+            committed.append(choose.randint(0, len(tables[-1]) * size))
+            counts.append(choose.choice([0, 1, 1, 2, 9]))
+        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        found = lib.shared_items(starts, committed, tables, size, 4)
+        num_shared += len(found)
+        owner = [i for i, count in enumerate(counts) for _ in range(count)]
+        met = [(part, token) for part, _, tokens in found for token in tokens]
+        assert len(met) == len(set(met)), "a token meets the beginning of a part once"
+        for part, keys, tokens in found:
+            begin, end = part * 512, part * 512 + keys
+            sequences = {owner[token] for token in tokens}
+            assert len(sequences) > 1 and 0 < keys <= 512 and keys % 64 == 0 and all(committed[i] >= end for i in sequences)
+            assert len({tuple(tables[i][begin // size : (end - 1) // size + 1]) for i in sequences}) == 1
+    assert num_shared > 200
