@@ -93,10 +93,7 @@ struct PassingBytes {
     const int64_t apart = codes_apart(b.args().layout.k), half = int64_t(b.x.k_steps) * kTileBytes;
     for (int i = 0; i < kSixteens; i += 2) {
       const char* q = (const char*)b.s.queries + (group + g) * 2 * half;
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
+      zero_sums();
       for (int s = 0; s < b.x.k_steps; ++s, q += kTileBytes) {
         if (g == 0) fetch<true>(ahead.fetcher, lines);
         tile_load<4>(keys[i] + s * kCodeK, apart);
@@ -175,10 +172,7 @@ struct PassingBytes {
     }
     if (t < b.x.v_tiles) {
       float* const to = value_sums(t);
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
+      zero_sums();
       tile_load<4>(values, 64);
       tile_dot_bytes<0, 4, 6>();
       tile_dot_bytes<1, 4, 7>();

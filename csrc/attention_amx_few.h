@@ -72,25 +72,25 @@ inline F32x16 settle_rows(Few& f, Span span, int64_t base) {
 // A part from its first key on, or from the states that rows have of it.
 template <class Format>
 void begin_part(Few& f, const float* states) {
-  const int64_t floats = state_floats(f.item.args.layout.v.dim), sums = floats - 32;
+  const int v_dim = f.item.args.layout.v.dim;
   f.part.fresh = !states;
   store(f.part.base, set1(-__builtin_inff()));
   for (int r = 0; r < f.item.rows(); ++r) {
-    store(f.sums(r), states ? load(states + sums) : zero());
+    store(f.sums(r), states ? load(states + state_sums(v_dim)) : zero());
     if (!states) continue;
     Format::out_of_order(states, f.v_dims, f.s.out + r * f.v_dims);
-    f.part.base[r] = states[sums + 16];
-    states += floats;
+    f.part.base[r] = states[state_base(v_dim)];
+    states += state_floats(v_dim);
   }
 }
 
 template <class Format>
 void save_part(Few& f, float* states) {
-  const int64_t floats = state_floats(f.item.args.layout.v.dim), sums = floats - 32;
-  for (int r = 0; r < f.item.rows(); ++r, states += floats) {
+  const int v_dim = f.item.args.layout.v.dim;
+  for (int r = 0; r < f.item.rows(); ++r, states += state_floats(v_dim)) {
     Format::in_order(f.s.out + r * f.v_dims, f.v_dims, states);
-    store(states + sums, load(f.sums(r)));
-    states[sums + 16] = f.part.base[r];
+    store(states + state_sums(v_dim), load(f.sums(r)));
+    states[state_base(v_dim)] = f.part.base[r];
   }
 }
 

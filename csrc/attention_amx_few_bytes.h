@@ -56,10 +56,7 @@ QUIRE_INLINE void ask(LinesAhead& a) {
 // Dot products of the columns of one tile of Q, [kTile][kLanes].
 inline void multiply_keys(const Few& f, const char* const* keys, const char* queries, LinesAhead& ahead) {
   const int64_t apart = codes_apart(f.item.args.layout.k);
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
+  zero_sums();
   for (int s = 0; s < f.k_steps; ++s, queries += kTileBytes) {
     tile_load<6>(queries, 64);
     tile_load<4>(keys[0] + s * kCodeK, apart);
@@ -75,11 +72,7 @@ inline void multiply_keys(const Few& f, const char* const* keys, const char* que
     tile_dot_bytes<3, 5, 6>();
     ask(ahead);
   }
-  char* const to = (char*)f.s.integers;
-  tile_store<0>(to, 64);
-  tile_store<1>(to + kTileBytes, 64);
-  tile_store<2>(to + 2 * kTileBytes, 64);
-  tile_store<3>(to + 3 * kTileBytes, 64);
+  store_sums((char*)f.s.integers);
 }
 
 inline void score_bytes(Few& f, const char* const* keys, LinesAhead& ahead) {

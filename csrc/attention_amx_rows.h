@@ -87,8 +87,8 @@ inline void hide_values(Rows& rows, Seen seen, const char* zeros) {
 
 // A group's states, from lanes to rows.
 inline void save_group(const Item& item, int first_row, const float* base, const float* sums, const float* out, int v_tiles, float* states) {
-  const int rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;
-  const int64_t stride = state_floats(item.args.layout.v.dim);
+  const int v_dim = item.args.layout.v.dim, rows = item.rows() - first_row < kLanes ? item.rows() - first_row : kLanes;
+  const int64_t stride = state_floats(v_dim);
   states += first_row * stride;
   const auto turn = [&](const float* from, float* to) {
     F32x16 x[16];
@@ -97,8 +97,8 @@ inline void save_group(const Item& item, int first_row, const float* base, const
     for (int r = 0; r < rows; ++r) store(to + r * stride, x[r]);
   };
   for (int d = 0; d < 16 * v_tiles; d += 16) turn(out + d * kLanes, states + d);
-  turn(sums, states + stride - 32);
-  for (int r = 0; r < rows; ++r) states[r * stride + stride - 16] = base[r];
+  turn(sums, states + state_sums(v_dim));
+  for (int r = 0; r < rows; ++r) states[r * stride + state_base(v_dim)] = base[r];
 }
 
 // Rows first_row.. of the item: totals divided by their sums.

@@ -185,28 +185,28 @@ inline void run_tile(Block& b, int64_t base) {
 
 // What rows have of a part: nothing, or what they left.
 inline void begin_part(Block& b, const float* states) {
-  const int64_t floats = state_floats(b.args().layout.v.dim), sums = floats - 32;
+  const int v_dim = b.args().layout.v.dim;
   for (int r = 0; r < b.item.rows(); ++r) {
     if (states) {
       memcpy(b.s.out + r * b.v_stride, states, size_t(b.v_stride) * 4);
-      store(b.s.sums + 16 * r, load(states + sums));
+      store(b.s.sums + 16 * r, load(states + state_sums(v_dim)));
     } else {
       memset(b.s.out + r * b.v_stride, 0, size_t(b.v_stride) * 4);
       store(b.s.sums + 16 * r, zero());
     }
-    b.s.max[r] = states ? states[sums + 16] : -__builtin_inff();
-    b.s.seen[r] = states ? states[sums + 17] : 0.0f;
-    if (states) states += floats;
+    b.s.max[r] = states ? states[state_base(v_dim)] : -__builtin_inff();
+    b.s.seen[r] = states ? states[state_seen(v_dim)] : 0.0f;
+    if (states) states += state_floats(v_dim);
   }
 }
 
 inline void save_part(const Block& b, float* states) {
-  const int64_t floats = state_floats(b.args().layout.v.dim), sums = floats - 32;
-  for (int r = 0; r < b.item.rows(); ++r, states += floats) {
+  const int v_dim = b.args().layout.v.dim;
+  for (int r = 0; r < b.item.rows(); ++r, states += state_floats(v_dim)) {
     memcpy(states, b.s.out + r * b.v_stride, size_t(b.v_stride) * 4);
-    store(states + sums, load(b.s.sums + 16 * r));
-    states[sums + 16] = b.s.max[r];
-    states[sums + 17] = b.s.seen[r];
+    store(states + state_sums(v_dim), load(b.s.sums + 16 * r));
+    states[state_base(v_dim)] = b.s.max[r];
+    states[state_seen(v_dim)] = b.s.seen[r];
   }
 }
 

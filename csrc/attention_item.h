@@ -62,13 +62,15 @@ struct Heads {
 };
 
 inline Item item_of(const AttendArgs& args, const WorkItem& work, const Heads& of) {
-  return {args,           history_of(args, work.seq, of.kv_head), nullptr,  args.query_start[work.seq] + work.first_token,
-          args.num_committed[work.seq] + work.first_token, work.num_tokens, of.count, of.first, {}};
+  const History history = history_of(args, work.seq, of.kv_head);
+  const int64_t place = args.query_start[work.seq] + work.first_token;
+  return {args, history, nullptr, place, history.num_committed + work.first_token, work.num_tokens, of.count, of.first, {}};
 }
 
 inline Item item_of(const AttendArgs& args, const SharedItem& work, const Heads& of) {
-  return {args,     history_of(args, work.seq, of.kv_head), args.shared_tokens + work.first_token, 0, work.part * kPartKeys + work.keys - 1,
-          work.num_tokens, of.count, of.first, {}};
+  const int32_t* const tokens = args.shared_tokens + work.first_token;
+  const int32_t last_key = work.part * kPartKeys + work.keys - 1;
+  return {args, history_of(args, work.seq, of.kv_head), tokens, 0, last_key, work.num_tokens, of.count, of.first, {}};
 }
 
 // Where the rows of a shared item leave their states.

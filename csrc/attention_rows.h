@@ -9,7 +9,7 @@ namespace QUIRE_ISA {
 namespace {
 
 constexpr int kLine = 64;  // bytes of a cache line
-constexpr int kTile = 64;  // keys; tiles start at absolute positions that are multiples of this
+constexpr int kTile = kTileKeys;
 
 // One sequence seen from one KV head.
 struct History {

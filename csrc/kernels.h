@@ -50,6 +50,7 @@ struct Staged {
 // Keys are summed up in parts of this many, which start at absolute multiples of it, and the parts are then merged in
 // order: always, so that the parts of a long sequence may be given to several threads without changing a bit.
 constexpr int32_t kPartKeys = 512;
+constexpr int32_t kTileKeys = 64;  // and within a part, tile by tile; tiles start at absolute multiples, too
 
 // A block of one sequence's query tokens; the scheduler orders these, largest first. A block with few rows and many keys
 // may be cut into `num_splits` items, each with some of the parts; the last one to finish merges them.
@@ -124,8 +125,12 @@ struct Kernels {
   void (*run_rows)(const RowsArgs*);
 };
 
-// What a row has of some keys of a part: its outputs, then sixteen sums, what scores are subtracted from, and whether it saw any of the keys.
-constexpr int64_t state_floats(int64_t v_dim) { return (v_dim + 63) / 64 * 64 + 32; }
+// What a row has of some keys of a part, its state: outputs, in the order of elements or of its way of computing; from the float on that is named
+// here sixteen sums, what scores are subtracted from, and, not on AMX, whether it saw any of the keys.
+constexpr int64_t state_sums(int64_t v_dim) { return (v_dim + 63) / 64 * 64; }
+constexpr int64_t state_base(int64_t v_dim) { return state_sums(v_dim) + 16; }
+constexpr int64_t state_seen(int64_t v_dim) { return state_base(v_dim) + 1; }
+constexpr int64_t state_floats(int64_t v_dim) { return state_sums(v_dim) + 32; }
 
 // Bytes of a row of `dim` elements of a DType or Format.
 int32_t row_bytes(int32_t format, int32_t dim);

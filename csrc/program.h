@@ -18,7 +18,7 @@ struct PlannedStep {
   int64_t product, first, count, x, x_at, weight, bias, y, m, n, k, x_stride, weight_stride;
 };
 
-// What one kind of layer does. Copies nothing that it is called with.
+// What one kind of layer does to the rows of any number of tokens, wherever its buffers are at a call.
 class Program {
  public:
   // Throws std::invalid_argument where something is out of range.

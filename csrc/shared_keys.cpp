@@ -18,8 +18,6 @@
 namespace quire {
 namespace {
 
-constexpr int32_t kTileKeys = 64;  // what a row's state can stand between (attention_rows.h)
-
 // A block of few rows that is all of its sequence's.
 struct Candidate {
   size_t item;
