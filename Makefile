@@ -33,7 +33,7 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja
 	$(PIP) install -c constraints.txt transformers llguidance typer rich fastapi uvicorn prometheus_client jinja2
-	$(PIP) install -c constraints.txt pytest pytest-xdist hypothesis ruff mypy psutil openai httpx
+	$(PIP) install -c constraints.txt pytest pytest-xdist hypothesis ruff mypy psutil openai httpx playwright
 	touch $@
 
 $(VENV)/.soak: $(VENV)/.deps

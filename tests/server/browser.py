@@ -53,10 +53,10 @@ def steps_take(seconds: float, site: Running) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, where it and playwright are installed. For a module only: while it runs, this thread has an event loop."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    """Chromium, where it is installed. For a module only: while it runs, this thread has an event loop."""
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
