@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from bench.speed.engines.protocol import Done, Engine, Task, main
 
@@ -35,11 +36,18 @@ def load(task: Task) -> Engine:
 
     def run(prompts: list[list[int]], new: list[int], n: int) -> Done:
         start, first, tokens = time.perf_counter(), {}, [0] * len(prompts)
-        handles = []
-        for i, (ids, count) in enumerate(zip(prompts, new, strict=True)):
-            config = openvino_genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, num_return_sequences=n, do_sample=n > 1)
+        handles: list[Any] = []
+
+        def add(i: int) -> None:
+            config = openvino_genai.GenerationConfig(max_new_tokens=new[i], ignore_eos=True, num_return_sequences=n, do_sample=n > 1)
             config.set_eos_token_id(0)  # ignored, but the checkpoint's own, none, is refused
-            handles.append(pipeline.add_request(i, openvino.Tensor(np.array([ids], dtype=np.int64)), config))
+            handles.append(pipeline.add_request(i, openvino.Tensor(np.array([prompts[i]], dtype=np.int64)), config))
+
+        for i in range(len(prompts)):
+            add(i)
+            # What others share must be in its prefix cache before they are added, or each of them computes it.
+            while task.shared and i == 0 and not handles[0].can_read():
+                pipeline.step()
         while pipeline.has_non_finished_requests():
             pipeline.step()
             for i, handle in enumerate(handles):
