@@ -141,7 +141,7 @@ struct Int4 {
     x[1] = fma(to_f32(and_(bytes, set1_u32(0xf0))), set1(kStep * 0x1p-4f * scale), raised);
   }
   QUIRE_INLINE Row row(const char* p, int dim, int d) { return {p + d / 2, p + scales(dim, d)}; }
-  QUIRE_INLINE void read(const Row& r, int j, F32x16* x) { split(load_u8(r.codes + 8 * j), scale_at(r.scales + j), x); }
+  QUIRE_INLINE void read(const Row& r, int j, F32x16* x) { split(load_u8(r.codes + 8 * j), scale_at(r.scales + j / kVecs), x); }
   QUIRE_INLINE void read_n(const Row& r, F32x16* x, int n) { split(load_u8_n(r.codes, (n + 1) / 2), scale_at(r.scales), x); }
 };
 
