@@ -2,7 +2,7 @@
 // does the same in torch, bit for bit.
 //
 //   int8: the smallest scale of which the largest magnitude is at most 127 and a bit, codes -127 .. 127.
-//   int4, 32 elements at a time: the smallest with 16 times of which the most is at most 7.4, the least no less than -8.5, codes -8 .. 7.
+//   int4, 32 elements at a time, in steps of 16 scales: the smallest of which the most is at most 7.4 and the least no less than -8.5, codes -8 .. 7.
 //
 // So no code is clipped. The bit is such that what the extreme is decoded to, too, is beyond what the next smaller scale holds: so a decoded row is
 // encoded as the same row again. A group with anything that is not finite, or for which no scale is large enough, gets NaN for a scale and decodes
@@ -15,10 +15,10 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
-// Of scales, by their mantissa: how often the largest magnitude of int8 may have them. Times the ratio to the next scale that is past the half of a
-// step of codes.
+// How many scales the largest magnitude of int8 may come to, by the scale's mantissa: each is near 127.5, and just past it the next scale's code is
+// rounded up.
 constexpr float kInt8Holds[8] = {127.0f, 127.375f, 127.25f, 127.375f, 127.375f, 127.0f, 127.25f, 127.484375f}, kInt8Most = 127.484375f;
-constexpr float kInt4Most = 7.4375f * Int4::kStep, kInt4Least = 8.46875f * Int4::kStep;  // that for any mantissa
+constexpr float kInt4Most = 7.4375f * Int4::kStep, kInt4Least = 8.46875f * Int4::kStep;  // for any mantissa
 
 struct GroupScale {
   uint32_t byte;

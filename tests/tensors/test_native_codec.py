@@ -31,6 +31,16 @@ def test_equals_the_reference(isa: str, name: str, dtype: torch.dtype) -> None:
                 assert torch.equal(NativeAttention(num_threads).encode(laid_out, row), encode(x, row)), (dim, num_threads)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_all_sizes_and_past_them_equal_the_reference(isa: str, name: str) -> None:
+    """Extremes in fine steps from below the smallest scale to past the largest, either sign alone and both in one row."""
+    size = torch.exp2(torch.linspace(-26, 18, 30_000))[:, None]
+    other = size * torch.rand(size.shape, generator=torch.Generator().manual_seed(7)) * 2
+    x = torch.stack([torch.cat([size, size], 1), torch.cat([-size, -size / 3], 1), torch.cat([size, -other], 1)], dim=1)
+    row = RowFormat(name, 2)
+    assert torch.equal(NativeAttention(2).encode(x, row), encode(x, row))
+
+
 def test_many_rows_on_threads_and_none(isa: str) -> None:
     row, x = RowFormat("int4", 128), sample((200, 8, 128), torch.bfloat16, 4)
     assert torch.equal(NativeAttention(2).encode(x, row), encode(x, row))

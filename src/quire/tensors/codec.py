@@ -33,8 +33,8 @@ _PLAIN: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": t
 _GROUP = 32  # dims of int4 that share a scale
 _STEP = 16.0  # scales to a step of int4: a nibble is the upper half of a code of int8
 _BASE, _NO_SCALE = 105 << 3, 0xFF  # a scale's byte is the upper bits of a float without its sign, less _BASE
-# How many scales the largest magnitude of int8 may come to, by the scale's mantissa; its product with the ratio of that scale to the next one is past
-# the half of a code. Of int4 one does for all: what the most and the least may come to.
+# How many scales the largest magnitude of int8 may come to, by the scale's mantissa: each is near 127.5, and just past it the next scale's code is
+# rounded up. Of int4, where the most and the least have their own, one does for all mantissas.
 _INT8_HOLDS, _INT8_MOST = (127.0, 127.375, 127.25, 127.375, 127.375, 127.0, 127.25, 127.484375), 127.484375
 _INT4_MOST, _INT4_LEAST = 7.4375 * _STEP, 8.46875 * _STEP
 
