@@ -78,7 +78,7 @@ static_assert(kSplitRows <= kLanes, "blocks that are split over their keys have 
 inline bool are_pairs(const AttendArgs& args) { return args.dtype == kBF16 && args.layout.k.format == kBF16 && args.layout.v.format == kBF16; }
 inline bool are_bytes(const AttendArgs& args) {
   const RowLayout &k = args.layout.k, &v = args.layout.v;
-  return args.dtype == kBF16 && k.format == kInt8 && v.format == kInt8 && k.dim >= 2 && v.dim >= 2 && k.dim <= kMostKeyDim;
+  return args.dtype == kBF16 && k.format == kInt8 && v.format == kInt8 && k.dim >= kLeastDim && v.dim >= kLeastDim && k.dim <= kMostKeyDim;
 }
 
 }  // namespace tiles

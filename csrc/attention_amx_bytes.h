@@ -63,12 +63,16 @@ inline const char* place_codes(const char* const* rows, const RowLayout& at, cha
   return scratch;
 }
 
-// Sixteen rows' scales: each is the last thing of its row, and the upper half of a float.
+constexpr int kLeastDim = 3;  // with less before it a scale could not be the last of four bytes
+// Sixteen rows' scales: each is the last byte of its row.
 inline void place_scales(const char* const* rows, int dim, float* to) {
+  U32x16 ends;
   for (int i = 0; i < 16; i += 8) {
-    const __m512i at = _mm512_add_epi64(_mm512_loadu_si512(rows + i), _mm512_set1_epi64(dim - 2));
-    _mm256_storeu_si256((__m256i*)(to + i), _mm256_and_si256(_mm512_i64gather_epi32(at, nullptr, 1), _mm256_set1_epi32(int(0xffff0000u))));
+    const __m512i at = _mm512_add_epi64(_mm512_loadu_si512(rows + i), _mm512_set1_epi64(dim - kLeastDim));
+    const __m256i eight = _mm512_i64gather_epi32(at, nullptr, 1);
+    ends = {i == 0 ? _mm512_castsi256_si512(eight) : _mm512_inserti64x4(ends.v, eight, 1)};
   }
+  store(to, scales_of_bytes(shr<24>(ends)));
 }
 
 // Zeros for the keys of the tile that no row sees, so that all of it can be multiplied.

@@ -18,9 +18,9 @@ QUIRE_INLINE void transpose_lanes(const char* const* keys, int d, int n, F32x16*
 // The scale that each of 16 keys has for head dimension d.
 template <class E>
 QUIRE_INLINE F32x16 scales_at(const char* const* keys, int k_dim, int d) {
-  uint16_t h[16];
-  for (int i = 0; i < 16; ++i) memcpy(h + i, keys[i] + E::scales(k_dim, d), 2);
-  return load_bf16(h);
+  char bytes[16];
+  for (int i = 0; i < 16; ++i) bytes[i] = keys[i][E::scales(k_dim, d)];
+  return scales_of_bytes(load_u8(bytes));
 }
 
 // Query rows of one panel, and where their scores go.

@@ -152,8 +152,8 @@ std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>> shared_items(con
 }  // namespace
 
 int32_t row_bytes(int32_t format, int32_t dim) {
-  if (format == kInt8) return dim + 2;
-  if (format == kInt4) return (dim + 1) / 2 + (dim + kInt4Group - 1) / kInt4Group * 2;
+  if (format == kInt8) return dim + 1;
+  if (format == kInt4) return (dim + 1) / 2 + (dim + kInt4Group - 1) / kInt4Group;
   return dim * (format == kF32 ? 4 : 2);
 }
 

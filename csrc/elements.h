@@ -66,10 +66,19 @@ struct Brain : Plain {
   QUIRE_INLINE void read_n(const Row& r, F32x16* x, int n) { split(load_pairs_n(r.at, n), x); }
 };
 
-QUIRE_INLINE float scale_at(const char* p) {
-  uint16_t h;
-  memcpy(&h, p, 2);
-  return bf16_to_f32(h);
+// Scales of codes (kernels.h): a byte is the upper bits of a float without its sign, of an exponent that begins at kScaleBase.
+constexpr uint32_t kScaleBase = 105u << 3, kNoScale = 0xff;
+QUIRE_INLINE float scale_of_byte(uint32_t byte) {
+  const uint32_t u = byte == kNoScale ? 0x7fc00000u : (byte + kScaleBase) << 20;
+  float scale;
+  memcpy(&scale, &u, 4);
+  return scale;
+}
+QUIRE_INLINE float scale_at(const char* p) { return scale_of_byte(uint8_t(*p)); }
+QUIRE_INLINE F32x16 scales_of_bytes(U32x16 bytes) {
+  constexpr float kPastLast = 960.0f;  // what kNoScale would be as a number
+  const F32x16 scales = floats(add(shl<20>(bytes), set1_u32(kScaleBase << 20)));
+  return select(eq(scales, set1(kPastLast)), set1(__builtin_nanf("")), scales);
 }
 
 // A code is decoded where it lies in its lane: one byte further up it counts 256 times as much, which its scale makes good.
@@ -104,18 +113,19 @@ struct Int4 {
   static constexpr int kPer = 8, kSpan = 128, kVecs = 2;
   static constexpr int kScaleColumns = 4;
   static_assert(kInt4Group == 32, "a unit of values and four columns of keys have one scale");
+  static constexpr float kStep = 16.0f;  // a nibble is the upper half of a byte
   struct Scale {
     F32x16 by[7], raised;
   };
   struct Row {
     const char *codes, *scales;
   };
-  QUIRE_INLINE int64_t scales(int dim, int d) { return (dim + 1) / 2 + d / kInt4Group * 2; }
+  QUIRE_INLINE int64_t scales(int dim, int d) { return (dim + 1) / 2 + d / kInt4Group; }
   QUIRE_INLINE Scale spread(F32x16 scale) {
     Scale s;
-    s.by[0] = scale;
+    s.by[0] = mul(scale, set1(kStep));
     for (int i = 1; i < 7; ++i) s.by[i] = mul(s.by[i - 1], set1(0x1p-4f));
-    s.raised = mul(scale, set1(-8.0f));
+    s.raised = mul(scale, set1(-8.0f * kStep));
     return s;
   }
   QUIRE_INLINE F32x16 lanes(const char* p, int d, int n) {
@@ -126,12 +136,12 @@ struct Int4 {
     return fma(to_f32(code), s.by[p % 7], s.raised);
   }
   QUIRE_INLINE void split(U32x16 bytes, float scale, F32x16* x) {
-    const F32x16 s = set1(scale), raised = set1(-8.0f * scale);
+    const F32x16 s = set1(kStep * scale), raised = set1(-8.0f * kStep * scale);
     x[0] = fma(to_f32(and_(bytes, set1_u32(0x0f))), s, raised);
-    x[1] = fma(to_f32(and_(bytes, set1_u32(0xf0))), set1(scale * 0x1p-4f), raised);
+    x[1] = fma(to_f32(and_(bytes, set1_u32(0xf0))), set1(kStep * 0x1p-4f * scale), raised);
   }
   QUIRE_INLINE Row row(const char* p, int dim, int d) { return {p + d / 2, p + scales(dim, d)}; }
-  QUIRE_INLINE void read(const Row& r, int j, F32x16* x) { split(load_u8(r.codes + 8 * j), scale_at(r.scales + j), x); }
+  QUIRE_INLINE void read(const Row& r, int j, F32x16* x) { split(load_u8(r.codes + 8 * j), scale_at(r.scales + j / kVecs), x); }
   QUIRE_INLINE void read_n(const Row& r, F32x16* x, int n) { split(load_u8_n(r.codes, (n + 1) / 2), scale_at(r.scales), x); }
 };
 

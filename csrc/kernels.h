@@ -14,12 +14,13 @@ namespace quire {
 enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 // How a row, one token-and-head's keys or values, lies in pages and staged tensors: plain elements of a dtype, or codes
-// followed by their bf16 scales (encode.h says how they come about).
+// followed by their scales (encode.h says how they come about).
 //
 //   kInt8   [dim] int8            [1] scale                 element = code * scale
-//   kInt4   [ceil(dim / 2)] bytes [ceil(dim / 32)] scales   element = (nibble - 8) * scale, the even element in the low nibble
+//   kInt4   [ceil(dim / 2)] bytes [ceil(dim / 32)] scales   element = (nibble - 8) * 16 * scale, the even element in the low nibble
 //
-// Both products are exact in fp32, so whoever reads a row, in whatever order, reads the same numbers.
+// A scale is one byte, eeeeemmm: (1 + m / 8) * 2^(e - 22), from 2^-22 to 896, or 0xff: NaN. Both products are exact in fp32, so whoever reads a
+// row, in whatever order, reads the same numbers.
 enum Format : int32_t { kInt8 = 3, kInt4 = 4 };
 constexpr int32_t kInt4Group = 32;  // elements that share a scale
 

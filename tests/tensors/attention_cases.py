@@ -83,8 +83,13 @@ class Reference:
 def reference(geometry: Geometry, sequence: Sequence) -> Reference:
     """All rows at once in float64: the whole score matrix, masked, then softmax. Queries are rounded first where the kernels do."""
     k, v = (decode(encode(x, row), row) for x, row in zip((sequence.k, sequence.v), geometry.rows, strict=True))
+    scales = torch.zeros(len(v), v.shape[1], 1)
+    if computes_in_integers(geometry):
+        ones = encode(sequence.v, geometry.rows[1])
+        ones[..., :-1] = 1
+        scales = decode(ones, geometry.rows[1])[..., :1]  # of int8 values: what a code of 1 stands for
+    scales = scales.double().transpose(0, 1)
     q, k, v = (t.double().transpose(0, 1) for t in (sequence.q, k, v))
-    scales = v.abs().amax(2, keepdim=True) / 127  # of int8 values, whose largest code is 127
     if computes_in_integers(geometry):
         unit = 2.0 ** (torch.frexp(q.abs().amax(2, keepdim=True)).exponent.clamp(min=-99) - 14.0)
         q = torch.round(q / unit) * unit
@@ -194,7 +199,7 @@ def rounds_probabilities(geometry: Geometry) -> bool:
 
 def computes_in_integers(geometry: Geometry) -> bool:
     """Whether the kernels in use multiply int8 codes by queries and weights made integers, as those for AMX do for bf16 queries."""
-    codes = geometry.codec == ("int8", "int8") and min(geometry.k_dim, geometry.v_dim) > 1
+    codes = geometry.codec == ("int8", "int8") and min(geometry.k_dim, geometry.v_dim) > 2
     return native.isa() == "amx" and geometry.dtype == torch.bfloat16 and codes
 
 

@@ -21,13 +21,24 @@ from tests.tensors.test_codec import DIMS, DTYPES, sample  # noqa: E402
 def test_equals_the_reference(isa: str, name: str, dtype: torch.dtype) -> None:
     for dim in DIMS:
         row = RowFormat(name, dim)
-        x = sample((9, 3, dim), dtype, dim, spread=1.0 if dtype == torch.float16 else 12.0)
+        wide = sample((9, 3, dim), dtype, dim, spread=1.0 if dtype == torch.float16 else 12.0)  # most of it past what scales hold, or zeros
+        x = torch.cat([wide, sample((100, 3, dim), dtype, dim + 1, spread=1.0 if dtype == torch.float16 else 4.0)])
         x[1, 0], x[2, 1, dim // 2], x[3, 2, dim - 1], x[4, 0, 0] = 0.0, math.nan, -math.inf, math.inf
         x[5], x[6] = x[5].sign(), -x[6].abs()
         x[7, 0, :2] = torch.tensor([-1.0, 1.0])[:dim]
         for laid_out in (x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([x, x], dim=2)[..., dim:]):
             for num_threads in (1, 2):
                 assert torch.equal(NativeAttention(num_threads).encode(laid_out, row), encode(x, row)), (dim, num_threads)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_all_sizes_and_past_them_equal_the_reference(isa: str, name: str) -> None:
+    """Extremes in fine steps from below the smallest scale to past the largest, either sign alone and both in one row."""
+    size = torch.exp2(torch.linspace(-26, 18, 30_000))[:, None]
+    other = size * torch.rand(size.shape, generator=torch.Generator().manual_seed(7)) * 2
+    x = torch.stack([torch.cat([size, size], 1), torch.cat([-size, -size / 3], 1), torch.cat([size, -other], 1)], dim=1)
+    row = RowFormat(name, 2)
+    assert torch.equal(NativeAttention(2).encode(x, row), encode(x, row))
 
 
 def test_many_rows_on_threads_and_none(isa: str) -> None:
@@ -46,7 +57,7 @@ def test_wrong_arguments_are_named() -> None:
 CODECS = [("int8", "int8"), ("int4", "int4"), ("int8", None), (None, "int4"), ("int4", "int8")]
 
 
-@pytest.mark.parametrize("dims", [(1, 1), (17, 16), (40, 33), (128, 128), (72, 200)])
+@pytest.mark.parametrize("dims", [(1, 1), (2, 3), (17, 16), (40, 33), (32, 32), (64, 80), (128, 128), (72, 200)])
 @pytest.mark.parametrize("codec", CODECS)
 def test_codes_count_as_what_they_decode_to(isa: str, dims: tuple[int, int], codec: tuple[str | None, str | None]) -> None:
     """Decoding is exact in fp32, so attention over codes has the very bits of attention over the decoded."""

@@ -26,6 +26,7 @@ from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.attention.base import AttentionBackend, PackingProducts
 from quire.tensors.attention.reference import ReferenceAttention
+from quire.tensors.codec import ENCODING
 from quire.tensors.device import available_bytes, on_one_torch_thread
 from quire.tensors.disk import DiskStore
 from quire.tensors.models.load import load_model
@@ -174,7 +175,8 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     arrangement = arrange(layers, config.page_size)
     num_pages = _num_pages(config, arrangement, context_len)
     store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
-    identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()
+    rows = tuple(name and f"{name}/{ENCODING}" for name in codec)
+    identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{rows}".encode(), digest_size=16).digest()
     cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
     tokenizer = _tokenizer(source, config)
     disk = None
