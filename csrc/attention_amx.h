@@ -64,6 +64,7 @@ struct ByTiles {
   static constexpr int kRows = kMostRows;
   Scratch s;
   TileShapes shapes;
+  FlushedSmall small;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
   void run(const AttendArgs& args, const WorkItem& work, const Heads& of) {
     work.num_tokens * of.count <= kLanes ? run_few<Format>(args, work, of, s) : run_block<Format>(args, work, of, s);
