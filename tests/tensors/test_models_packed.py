@@ -89,7 +89,8 @@ def test_the_model_runs_by_itself(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE") or not Path("/proc/self/smaps").exists(), reason="Linux tells what memory is made of")
 def test_weights_lie_where_huge_pages_may_be() -> None:
     """In memory of this process alone: what is shared, even if with nobody, has huge pages on few systems."""
-    address, flags = room(1 << 22).fill_(1).data_ptr(), None
+    memory, flags = room(1 << 22), None
+    address = memory.fill_(1).data_ptr()
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, _, last = line.split()[0].partition("-")
         if last:
