@@ -1,8 +1,8 @@
 // Attention of bf16 queries over bf16 keys and values on AMX. The law of a row, for any number of rows:
 //
 //   score  sums of q . k as tiles add them (tiles_amx.h), 32 dimensions at a time
-//   base   for each tile of 64 keys: its largest score + 1/2, if that is more than 8 above the base so far; then the row's sums shrink
-//   p      2^(score - base + 1/2), rounded to bf16; exactly 0 for a key that the row does not see
+//   base   for each tile of 64 keys: its largest score, if that is more than 8 above the base so far; then the row's sums shrink
+//   p      2^(score - base), rounded to bf16; exactly 0 for a key that the row does not see, or below 2^-126
 //   sum    of the rounded p: in sixteen sums, a key's place modulo 16 being its sum, over a part of 512 keys; then these, as sum_lanes does
 //   out    sums of p . v as tiles add them, 32 keys at a time
 //
@@ -64,6 +64,7 @@ struct ByTiles {
   static constexpr int kRows = kMostRows;
   Scratch s;
   TileShapes shapes;
+  FlushedSmall small;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
   void run(const AttendArgs& args, const WorkItem& work, const Heads& of) {
     work.num_tokens * of.count <= kLanes ? run_few<Format>(args, work, of, s) : run_block<Format>(args, work, of, s);

@@ -2,7 +2,7 @@
 //
 //   q      of a whole head is n * 2^(e - 13), n integers of two bytes (codes_amx.h)
 //   score  the sum of n * the key's codes, exact, as fp32, times the key's scale * 2^(e - 13)
-//   p      2^(score - base + 1/2), the base as for bf16 (attention_amx.h), not rounded; summed up as there
+//   p      2^(score - base), the base as for bf16 (attention_amx.h), not rounded; summed up as there
 //   w      p * the value's scale, 0 for a key that the row does not see, is m * 2^(f - 13): f the exponent of the largest of the tile's 64 keys, at
 //          least -113, m = w / 2^(f - 13) rounded to an integer, half to even; if one of them is not finite, all count as NaN
 //   out    of a part: fma(the sum of m * the values' codes of a tile, exact, as fp32, 2^(f - 13), out), tile after tile

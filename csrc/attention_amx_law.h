@@ -30,19 +30,17 @@ QUIRE_INLINE Seen seen_by(const Item& item, int token, int64_t base) {
 // What dot products are multiplied by to be scores; 0 where that is not all that shapes them, and they are shaped one by one.
 inline float score_factor(const AttendArgs& args) { return args.softcap == 0.0f && args.scale > 0.0f ? args.scale * kLog2E : 0.0f; }
 
-// 2^(score - base + 1/2) within 2^-13.7, and rounded to bf16 if that is wanted. `base` holds the half, since then 2^(f + 1/2) with |f| <= 1/2 is in
-// [1, 2], and rounding it is adding half a unit of its last place, which the polynomial does, and cutting it. Exactly 0 below 2^-126.
+// 2^(score - base) within 2^-13.7, and rounded to bf16 if that is wanted: 2^f of the fraction, in [1, 2], where rounding is adding half a unit of the
+// last place, which the polynomial does, and cutting. Exactly 0 below 2^-126 (FlushedSmall).
 template <bool kRounded>
 QUIRE_INLINE F32x16 exp2_of(F32x16 score, F32x16 factor, F32x16 minus_base) {
-  const F32x16 whole = set1(0x1.8p23f), x = fma(score, factor, minus_base);
-  const F32x16 n = add(x, whole), f = sub(x, sub(n, whole));
-  F32x16 p = set1(7.802452332e-2f);
-  p = fma(p, f, set1(3.431039440e-1f));
-  p = fma(p, f, set1(9.804190882e-1f));
-  p = fma(p, f, set1(1.414111843e+0f + (kRounded ? 0x1p-8f : 0.0f)));
-  const __mmask16 normal = _mm512_cmp_ps_mask(x.v, set1(-126.5f).v, _CMP_NLT_UQ);  // NaN is to stay
-  const U32x16 scaled = {_mm512_maskz_add_epi32(normal, bits(p).v, shl<23>(bits(n)).v)};
-  return floats(kRounded ? and_(scaled, set1_u32(0xffff0000u)) : scaled);
+  const F32x16 x = fma(score, factor, minus_base), f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)};
+  F32x16 p = set1(7.802452332e-02f);
+  p = fma(p, f, set1(2.260671590e-01f));
+  p = fma(p, f, set1(6.958335367e-01f));
+  p = fma(p, f, set1(9.999252195e-01f + (kRounded ? 0x1p-8f : 0.0f)));
+  const F32x16 scaled = {_mm512_scalef_ps(p.v, x.v)};
+  return kRounded ? floats(and_(bits(scaled), set1_u32(0xffff0000u))) : scaled;
 }
 
 // How sixteen rows' bases follow the largest score of a tile, and by what their sums shrink where they do.
@@ -51,7 +49,7 @@ struct Follow {
   Mask16 grown;
 };
 QUIRE_INLINE Follow follow(F32x16 top, F32x16 factor, F32x16 before) {
-  const F32x16 none = set1(-__builtin_inff()), wanted = fma(top, factor, set1(0.5f));
+  const F32x16 none = set1(-__builtin_inff()), wanted = mul(top, factor);
   const Mask16 grown = gt(wanted, add(before, set1(8.0f)));
   const F32x16 base = select(grown, wanted, before), finite = select(eq(base, none), zero(), base);
   return {base, finite, select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f)), grown};
@@ -76,7 +74,7 @@ struct Sums {
 inline void start_sums(const Item& item, int first_row, Sums& total) {
   total.fresh = item.args.sinks == nullptr;
   for (int r = 0; r < kLanes && !total.fresh; ++r) {
-    total.base[r] = sink_score(item.args, item.first_head + (first_row + r) % item.heads) + 0.5f;
+    total.base[r] = sink_score(item.args, item.first_head + (first_row + r) % item.heads);
     total.sum[r] = 1.0f;
   }
 }

@@ -36,6 +36,15 @@ struct TileShapes {
   TileShapes& operator=(const TileShapes&) = delete;
 };
 
+// While one lives, what its thread computes in vectors and is below the smallest normal number is zero, as tiles have it: keeping it takes a CPU 50 ns.
+struct FlushedSmall {
+  const uint32_t before = _mm_getcsr();
+  FlushedSmall() { _mm_setcsr(before | 0x8000u); }
+  ~FlushedSmall() { _mm_setcsr(before); }
+  FlushedSmall(const FlushedSmall&) = delete;
+  FlushedSmall& operator=(const FlushedSmall&) = delete;
+};
+
 // Written out, since GCC's intrinsics do not say that they read and write memory, and their order against plain loads and stores is lost.
 template <int T>
 QUIRE_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from quire.errors import ConfigError, UnsupportedModelError
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
-from quire.tensors.models.packing import pack_weights
+from quire.tensors.models.packing import pack_weights, room
 from quire.tensors.models.probe import probe
 from quire.tensors.packed import PackedWeight
 from quire.tensors.products import ReferenceProducts
@@ -83,6 +84,20 @@ def test_the_model_runs_by_itself(tmp_path: Path) -> None:
         assert torch.allclose(model(sequence).logits, own(sequence).logits, atol=1e-3)
     with pytest.raises(RuntimeError, match=r"transformer\.h\.0\.attn\.c_attn\.weight is packed"):
         model.transformer.h[0].attn.c_attn.weight + 1
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE") or not Path("/proc/self/smaps").exists(), reason="Linux tells what memory is made of")
+def test_weights_lie_where_huge_pages_may_be() -> None:
+    """In memory of this process alone: what is shared, even if with nobody, has huge pages on few systems."""
+    memory, flags = room(1 << 22), None
+    address = memory.fill_(1).data_ptr()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if last:
+            here = int(first, 16) <= address < int(last, 16)
+        elif here and first == "VmFlags:":
+            flags = line.split()[1:]
+    assert flags is not None and "hg" in flags and "sh" not in flags
 
 
 def test_a_weight_with_other_readers_stays(tmp_path: Path) -> None:

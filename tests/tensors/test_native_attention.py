@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
 
 from quire.tensors.attention.native import NativeAttention
-from tests.tensors.attention_cases import NAN, Cache, Geometry, assert_close, assert_errors_as_of_rounding, make_sequence, run_ragged
+from tests.tensors.attention_cases import NAN, Cache, Geometry, assert_close, assert_errors_as_of_rounding, compute_alone, make_sequence, run_ragged
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -85,6 +85,13 @@ def test_large_scores_and_later_infinities_stay_apart(isa: str) -> None:
     broken.k[71], broken.v[71] = torch.inf, NAN
     Cache(geometry, 16, 8).step([(broken, 100)])
     assert torch.equal(broken.out[:71], whole.out[:71])
+
+
+@pytest.mark.parametrize("codec", [(None, None), ("int8", "int8")], ids=["bf16", "int8"])
+def test_the_calling_thread_keeps_small_numbers(isa: str, codec: tuple[str | None, str | None]) -> None:
+    geometry, small = Geometry(4, 2, 32, 32, codec=codec), torch.full((64,), 1e-30)
+    compute_alone(geometry, make_sequence(geometry, 40, seed=5), [38, 1, 1], page_size=16, num_threads=1)
+    assert bool(((small * 1e-10) > 0).all())
 
 
 def test_wrong_arguments_are_named() -> None:

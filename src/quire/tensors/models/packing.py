@@ -97,12 +97,11 @@ def _weights(model: PreTrainedModel) -> list[_Weight]:
 
 def room(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of memory not yet touched, in huge pages where the system gives them: a product walks through all of it."""
-    if not num_bytes:
-        return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared, as by default, few systems give them
+    with suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
