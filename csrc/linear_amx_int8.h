@@ -1,16 +1,17 @@
 // Products of bf16 rows with weights of int8 codes, in integers, on AMX. The law, for any number of rows, over spans of 128 of k:
 //
-//   x      is q * 2^(e - 13), as integers of two bytes have it (codes_amx.h); a span that is not finite is NaN
+//   x      is q * t: top = the span's largest magnitude, at least 2^-100; t = top / 127; q = x * (127 / top) rounded to an integer, half to even;
+//          fp32, each operation rounded once. A span that is not finite has a t of NaN
 //   s      = the sum of q * code, exact
-//   y[m]   = rounded(fma(float(s_0), t_0, 0), fma(float(s_1), t_1, .), ... + bias),  t = the weight's scale * 2^(e - 13), fp32, rounded once
+//   y[m]   = rounded(fma(float(s_0), u_0, 0), fma(float(s_1), u_1, .), ... + bias),  u = the weight's scale * t, fp32, rounded once
 //
-// Tiles multiply bytes, so q = 256 high + low, and either has rows of its own in x's tiles: of up to 8 rows both are in one.
+//   x      a tile of R rows: [step of 64 k][R rows][64], then its scales [span][R]
 //
-//   x          a tile of R rows: [step of 64 k][R rows of high, R of low][64], then its scales [span][R]
-//   R up to 8  A 4: high over low        C 0..3: four lines of columns
-//   beyond     A 4: high, A 5: low       C 0, 1: two lines of high, C 2, 3: of low; the other two lines come after
+//   one tile of x    A 4       C 0..3: four lines of columns
+//   two              A 4, 5    C 0, 1 and C 2, 3: two lines of either; the other two come after
 //
-// While tiles are multiplied, the sums of those before are turned into floats: a store of tiles takes its time to be seen.
+// Sums of tiles become floats a unit (four tiles, one span) later, between the multiplications of the next: a store of tiles takes its time to be
+// seen, and vectors work while tiles do.
 #pragma once
 #include "codes_amx.h"
 #include "linear_amx_plan.h"
@@ -21,112 +22,180 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kCodeSpan = PackedInt8::kSpan, kJoined = 8;
+constexpr int kCodeSpan = PackedInt8::kSpan, kSpanSteps = kCodeSpan / kCodeK;
+constexpr int kPartRows = 16 / kSpanSteps;  // of a tile of sums, added while one step is multiplied
 constexpr int kPanelStep = kCodeK * kWide, kPanelRow = 64 * kLines;  // bytes of a panel: a step's, and those of four of k
 constexpr int64_t kUnitBytes = 4 * kTileBytes;                       // sums of tiles that wait to be added
 
 QUIRE_INLINE int64_t spans_of(int64_t k) { return ceil_div(k, kCodeSpan); }
-QUIRE_INLINE int64_t code_bytes(int64_t k) { return ceil_div(k, kCodeK) * 2 * kCodeK; }  // of a row of x, without its scales
+QUIRE_INLINE int64_t code_bytes(int64_t k) { return round_up(k, kCodeK); }  // of a row of x, without its scales
+
+// k elements as codes, 64 at a time `next` bytes apart, with zeros up to whole 64s. Returns their scale.
+QUIRE_INLINE float one_byte(const uint16_t* x, int k, char* to, int64_t next) {
+  U32x16 most = set1_u32(0);
+  for (int i = 0; i < k; i += 32) {
+    const U32x16 pairs = k - i < 32 ? load_pairs_n(x + i, k - i) : load_pairs(x + i);
+    most = {_mm512_max_epu16(most.v, and_(pairs, set1_u32(0x7fff7fffu)).v)};
+  }
+  const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(shl<16>(most).v, and_(most, set1_u32(0xffff0000u)).v));
+  const bool finite = largest < 0x7f800000u;
+  const uint32_t least = (127u - 100u) << 23, at_least = largest < least ? least : largest;
+  float top, none;
+  memcpy(&top, &at_least, 4);
+  const uint32_t nan = 0x7fc00000u;
+  memcpy(&none, &nan, 4);
+  const F32x16 up = set1(127.0f / top);
+  const auto codes = [&](int i) {  // 32 of them, as words
+    const U32x16 pairs = k - i >= 32 ? load_pairs(x + i) : k - i > 0 ? load_pairs_n(x + i, k - i) : set1_u32(0);
+    const __m512i even = _mm512_cvtps_epi32(mul(pair_low(pairs), up).v), odd = _mm512_cvtps_epi32(mul(pair_high(pairs), up).v);
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, even, _mm512_slli_epi32(odd, 16));
+  };
+  for (int i = 0; i < k; i += kCodeK, to += next) {
+    const __m512i mixed = _mm512_packs_epi16(codes(i), codes(i + 32));  // eight of the first, eight of the second, ...
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), mixed));
+  }
+  return finite ? top / 127.0f : none;
+}
 
 // Rows first..last-1 of x, from row m0 on, to tiles and their scales. Rows that a last tile lacks hold anything: no other row meets them.
 inline void codes_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* out) {
-  const int64_t half = p.tile_rows * kCodeK;
+  const int64_t step = p.tile_rows * kCodeK;
   for (int r = first; r < last && m0 + r < g.m; ++r) {
     const int row = r % p.tile_rows;
     char *const tile = out + r / p.tile_rows * p.tile_bytes, *to = tile + row * kCodeK;
     auto* scale = (float*)(tile + p.tile_rows * code_bytes(g.k)) + row;
     const auto* x = (const uint16_t*)g.x + (m0 + r) * g.x_stride;
-    for (int64_t k = 0; k < g.k; k += kCodeSpan, scale += p.tile_rows, to += kCodeSpan / kCodeK * 2 * half)
-      *scale = two_bytes(x + k, int(smaller(g.k - k, kCodeSpan)), to, to + half, 2 * half);
+    for (int64_t k = 0; k < g.k; k += kCodeSpan, scale += p.tile_rows, to += kSpanSteps * step)
+      *scale = one_byte(x + k, int(smaller(g.k - k, kCodeSpan)), to, step);
   }
 }
 
-// Sums of one span, for one tile of x and all lines (kFew) or two.
+// Sums of four tiles, of one span, that are yet to be added: of four lines of one tile of x, or of two lines of two.
 struct Unit {
   const char* tiles;
-  float* sums;            // [rows][64], from the first of its lines on
-  const float* x_scales;  // [rows]
+  float* sums;            // [rows][64] of its first tile, from the first of its lines on
+  const float* x_scales;  // [rows] of its first tile
   const float* scales;    // [line][16]
-  bool first;
+  int64_t next;           // bytes from tile to tile of x
+  int rows;
+  bool two, first;
 };
 
-template <bool kFew>
-QUIRE_INLINE void add_unit(const Unit& u, int rows) {
-  constexpr int kHere = kFew ? 4 : 2;
-  const int64_t low = kFew ? 64 * rows : 2 * kTileBytes;
-  F32x16 scales[kHere];
-  QUIRE_UNROLL for (int j = 0; j < kHere; ++j) scales[j] = load(u.scales + 16 * j);
-  for (int r = 0; r < rows; ++r) {
-    const F32x16 x_scale = set1(u.x_scales[r]);
-    QUIRE_UNROLL for (int j = 0; j < kHere; ++j) {
-      const char* const at = u.tiles + j * kTileBytes + 64 * r;
-      const __m512i s = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(at), 8), _mm512_load_si512(at + low));
-      float* const sums = u.sums + r * kWide + 16 * j;
-      store(sums, fma({_mm512_cvtepi32_ps(s)}, mul(scales[j], x_scale), u.first ? zero() : load(sums)));
-    }
+template <bool kFirst>
+QUIRE_INLINE void add_rows(const char* tile, float* sums, const float* x_scales, F32x16 scale, int begin, int end) {
+  QUIRE_UNROLL for (int r = begin; r < end; ++r) {
+    const F32x16 s = to_f32({_mm512_load_si512(tile + 64 * r)});
+    store(sums + r * kWide, fma(s, mul(scale, set1(x_scales[r])), kFirst ? zero() : load(sums + r * kWide)));
   }
 }
 
-// `steps` of a panel, from `w` on, times those of a tile of x, added to C 0..3. The next lines that memory is to bring are asked for meanwhile.
-template <bool kFew>
-QUIRE_INLINE void code_steps(const char* x, int rows, const char* w, int steps, const char*& ahead, int64_t share) {
-  const int64_t low = rows * kCodeK;
-  for (int s = 0; s < steps; ++s, x += 2 * low, w += kPanelStep) {
-    tile_load<4>(x, kCodeK);
-    if constexpr (!kFew) tile_load<5>(x + low, kCodeK);
-    for (const char* const end = ahead + share; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    tile_load<6>(w, kPanelRow);
-    tile_dot_bytes<0, 4, 6>();
-    if constexpr (!kFew) tile_dot_bytes<2, 5, 6>();
+// Adds some rows of tile C of a unit.
+template <int C>
+QUIRE_INLINE void add_part(const Unit& u, int part) {
+  const int second = u.two ? C / 2 : 0, line = u.two ? C % 2 : C, begin = kPartRows * part, end = int(smaller(u.rows, begin + kPartRows));
+  float* const sums = u.sums + second * 16 * kWide + 16 * line;
+  const auto* const x_scales = (const float*)((const char*)u.x_scales + second * u.next);
+  const char* const tile = u.tiles + C * kTileBytes;
+  const F32x16 scale = load(u.scales + 16 * line);
+  if (u.first) return add_rows<true>(tile, sums, x_scales, scale, begin, end);
+  if (end < begin + kPartRows) return add_rows<false>(tile, sums, x_scales, scale, begin, end);
+  add_rows<false>(tile, sums, x_scales, scale, begin, begin + kPartRows);
+}
+
+QUIRE_INLINE void add_from(const Unit& u, int part) {
+  for (; part < kSpanSteps; ++part) {
+    add_part<0>(u, part);
+    add_part<1>(u, part);
+    add_part<2>(u, part);
+    add_part<3>(u, part);
+  }
+}
+
+// A step of 64 k: a tile of x, or two, times four lines of a panel, or two. Meanwhile a part of `before` is added, and what memory is to bring next
+// is asked for.
+template <bool kTwo>
+QUIRE_INLINE void code_step(const char* x, int64_t next, const char* w, const char*& ahead, int64_t share, const Unit& before, int part) {
+  tile_load<4>(x, kCodeK);
+  if constexpr (kTwo) tile_load<5>(x + next, kCodeK);
+  for (const char* const end = ahead + share; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+  tile_load<6>(w, kPanelRow);
+  tile_dot_bytes<0, 4, 6>();
+  add_part<0>(before, part);
+  if constexpr (kTwo) {
+    tile_dot_bytes<2, 5, 6>();
+    tile_load<7>(w + 64, kPanelRow);
+    add_part<1>(before, part);
+    tile_dot_bytes<1, 4, 7>();
+    add_part<2>(before, part);
+    tile_dot_bytes<3, 5, 7>();
+  } else {
     tile_load<7>(w + 64, kPanelRow);
     tile_dot_bytes<1, 4, 7>();
-    if constexpr (!kFew) tile_dot_bytes<3, 5, 7>();
-    if constexpr (kFew) {
-      tile_load<6>(w + 128, kPanelRow);
-      tile_dot_bytes<2, 4, 6>();
-      tile_load<7>(w + 192, kPanelRow);
-      tile_dot_bytes<3, 4, 7>();
-    }
+    add_part<1>(before, part);
+    tile_load<6>(w + 128, kPanelRow);
+    tile_dot_bytes<2, 4, 6>();
+    add_part<2>(before, part);
+    tile_load<7>(w + 192, kPanelRow);
+    tile_dot_bytes<3, 4, 7>();
   }
+  add_part<3>(before, part);
+}
+
+// A span of a panel.
+struct CodeSpan {
+  const char *codes, *last_step;
+  int steps;  // whole ones, in `codes`
+  bool rest;  // and a last one
+};
+
+// Two lines of a span for two tiles of x, or all four for one, to C 0..3.
+template <bool kTwo>
+QUIRE_INLINE void code_unit(const CodeSpan& w, int half, const char* x, int64_t step, int64_t next, const char*& ahead, int64_t share, const Unit& before) {
+  const char* const codes = w.codes + 128 * half;
+  zero_sums();
+  if (w.steps == kSpanSteps) {
+    QUIRE_UNROLL for (int s = 0; s < kSpanSteps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, ahead, share, before, s);
+    return;
+  }
+  for (int s = 0; s < w.steps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, ahead, share, before, s);
+  if (w.rest) code_step<kTwo>(x + w.steps * step, next, w.last_step + 128 * half, ahead, share, before, w.steps);
+  add_from(before, w.steps + w.rest);
 }
 
 // A panel for `count` tiles of x, from row m of y on.
-template <bool kFew>
-void panel_of_codes(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, char* scratch) {
-  constexpr int kHalves = kFew ? 1 : 2;
+inline void panel_of_codes(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, char* scratch) {
   char *const tiles = scratch, *const last_step = scratch + 2 * kUnitBytes;
   auto* const sums = (float*)(last_step + kPanelStep);
   const char* span = (const char*)g.w + panel * panel_bytes<PackedInt8>(g.k);
-  const int64_t end = round_up(g.k, PackedInt8::kPad), half = p.tile_rows * kCodeK;
+  const int64_t end = round_up(g.k, PackedInt8::kPad), step = p.tile_rows * kCodeK;
+  const int64_t share = round_up(ceil_div(kSpanBytes<PackedInt8>, count * kSpanSteps), 64);
   alignas(64) float scales[2][kWide];
   Unit before{};
+  before.scales = scales[0];
   int units = 0;
   for (int64_t k = 0; k < end; k += kCodeSpan, span += kSpanBytes<PackedInt8>) {
-    const int here = int(smaller(end - k, kCodeSpan)), steps = here / kCodeK;
+    const int here = int(smaller(end - k, kCodeSpan)), rest = here % kCodeK;
     float* const scale = scales[k / kCodeSpan % 2];
     for (int line = 0; line < kLines; ++line) store(scale + 16 * line, load_bf16((const uint16_t*)span + 16 * line));
-    const char* const codes = span + kScaleBytes<PackedInt8>;
-    if (const int rest = here % kCodeK) {  // an operand must not reach beyond the weight
-      memcpy(last_step, codes + steps * kPanelStep, size_t(rest / 4 * kPanelRow));
+    const CodeSpan w{span + kScaleBytes<PackedInt8>, last_step, here / kCodeK, rest > 0};
+    if (w.rest) {  // an operand must not reach beyond the weight
+      memcpy(last_step, w.codes + w.steps * kPanelStep, size_t(rest / 4 * kPanelRow));
       memset(last_step + rest / 4 * kPanelRow, 0, size_t((kCodeK - rest) / 4 * kPanelRow));
     }
-    const char* ahead = codes + 2 * kAhead;
-    const int64_t share = round_up(ceil_div(kSpanBytes<PackedInt8>, count * kHalves * 2), 64);
-    for (int t = 0; t < count; ++t) {
-      const char *const tile = x + t * p.tile_bytes, *const from = tile + k / kCodeK * 2 * half;
+    const char* ahead = w.codes + 2 * kAhead;
+    for (int t = 0; t < count; t += 2) {
+      const bool two = t + 1 < count;
+      const char *const tile = x + t * p.tile_bytes, *const from = tile + k / kCodeK * step;
       const auto* const x_scales = (const float*)(tile + p.tile_rows * code_bytes(g.k)) + k / kCodeSpan * p.tile_rows;
-      for (int h = 0; h < kHalves; ++h, ++units) {
-        zero_sums();
-        code_steps<kFew>(from, p.tile_rows, codes + 128 * h, steps, ahead, share);
-        if (here % kCodeK) code_steps<kFew>(from + steps * 2 * half, p.tile_rows, last_step + 128 * h, 1, ahead, 0);
-        if (units > 0) add_unit<kFew>(before, p.tile_rows);
+      for (int half = 0; half < 1 + two; ++half, ++units) {
+        two ? code_unit<true>(w, half, from, step, p.tile_bytes, ahead, share, before) : code_unit<false>(w, 0, from, step, 0, ahead, share, before);
         char* const to = tiles + units % 2 * kUnitBytes;
         store_sums(to);
-        before = {to, sums + t * p.tile_rows * kWide + 32 * h, x_scales, scale + 32 * h, k == 0};
+        before = {to, sums + t * p.tile_rows * kWide + 32 * half, x_scales, scale + 32 * half, p.tile_bytes, p.tile_rows, two, k == 0};
       }
     }
   }
-  if (units > 0) add_unit<kFew>(before, p.tile_rows);
+  add_from(before, 0);
   sums_to_y(g, m, int(smaller(g.m - m, count * p.tile_rows)), panel * kWide, kLines, [&](int r, int line) { return sums + r * kWide + 16 * line; });
 }
 
@@ -134,10 +203,10 @@ struct CodeProduct {
   static TilePlan plan(const LinearArgs& g) {
     return tile_plan(g, 0.08, code_bytes(g.k) + spans_of(g.k) * int64_t(sizeof(float)), 2 * kUnitBytes + kPanelStep);
   }
-  static TileShapes shapes(const TilePlan& p) { return TileShapes(p.tile_rows <= kJoined ? 2 * p.tile_rows : p.tile_rows, 0x3f); }
+  static TileShapes shapes(const TilePlan& p) { return TileShapes(p.tile_rows, 0x3f); }
   static void place(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* x) { codes_of_x(g, p, m0, first, last, x); }
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
-    p.tile_rows <= kJoined ? panel_of_codes<true>(g, p, x, m, count, panel, own) : panel_of_codes<false>(g, p, x, m, count, panel, own);
+    panel_of_codes(g, p, x, m, count, panel, own);
   }
 };
 

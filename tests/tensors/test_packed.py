@@ -97,36 +97,39 @@ def coded(quantization: str, dtype: torch.dtype, m: int, n: int, k: int) -> tupl
     return x, weight, total
 
 
-def in_integers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What csrc/linear_amx_int8.h promises for x and weight of bf16; x's integers are taken whole here, there in two halves."""
+def in_integers(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What csrc/linear_amx_int8.h promises for x and weight of bf16, and by how much that may be off what the same codes give with x as it is."""
     layout = PackedLayout(*weight.shape, weight.dtype, "int8")
     out = torch.empty(ReferenceProducts().packed_bytes(layout), dtype=torch.uint8)
     ReferenceProducts().pack(weight, layout, out)
     codes, scales = (part.double() for part in _parts(out, layout))
-    total, span = torch.zeros(x.shape[0], weight.shape[0]), SPANS["int8"]
+    total, off, span = torch.zeros(x.shape[0], weight.shape[0]), torch.zeros(x.shape[0], weight.shape[0], dtype=torch.double), SPANS["int8"]
     for start in range(0, x.shape[1], span):
-        part = x[:, start : start + span].double()
-        unit = 2.0 ** ((torch.frexp(part.abs().amax(1, keepdim=True)).exponent - 1).clamp(min=-100) - 13.0)
-        s = (torch.round(part / unit) @ codes[:, start : start + span].T).float()  # integers below 2^31, so exact until here
-        total = (total.double() + s.double() * (unit * scales[:, start // span])).float()  # rounded once, since fp64 holds such sums
-    return total
+        part, code = x[:, start : start + span].float(), codes[:, start : start + span]
+        top = part.abs().amax(1, keepdim=True).clamp(min=2.0**-100)
+        limit = torch.full_like(top, 127)  # a tensor: torch divides a number by way of a reciprocal, which rounds twice
+        s = (torch.round(part * (limit / top)).double() @ code.T).float()  # integers below 2^24
+        unit = (top / limit).double() * scales[:, start // span]
+        total = (total.double() + s.double() * unit.float().double()).float()  # rounded once, since fp64 holds such sums
+        off += (top / limit).double() * 0.5001 * scales[:, start // span].abs() * code.abs().sum(1)
+    return total, off
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", CODES)
 def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -> None:
-    for n, k in ((33, 31), (130, 129), (70, 300)):
+    for n, k in ((33, 31), (130, 129), (70, 300), (64, 850)):
         x, weight, total = coded(quantization, dtype, 100, n, k)
         packed, bias = pack(weight, quantization), random(5, n, dtype=dtype)
         plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
         if isa == "amx" and dtype == torch.bfloat16:
             if quantization == "int8":
-                total = in_integers(x, weight)
+                total, _ = in_integers(x, weight)
                 plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
             else:  # there it is a bf16 weight that takes less memory
                 elements = packed.rows(torch.arange(n))
                 plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
-        for m in (*range(1, 17), 29, 64, 100):
+        for m in (*range(1, 71), 100):
             products = NativeProducts(1 + m % 2)
             assert_same_bits(products.linear(x[:m], packed), plain[:m])
             assert_same_bits(products.linear(x[:m], packed, bias), biased[:m])
@@ -148,9 +151,36 @@ def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> Non
     exact = x[fine].double() @ packed.rows(torch.arange(70), torch.float32).double().T
     size = x[fine].double().abs() @ packed.rows(torch.arange(70), torch.float32).double().abs().T
     share = 2.0**-8 if isa == "amx" and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
-    assert ((got[fine].double() - exact).abs() <= 2.0**-8 * exact.abs() + share * size + 2.0**-112).all()
+    most = 2.0**-8 * exact.abs() + share * size + 2.0**-112
     if isa == "amx" and quantization == "int8":
-        assert_same_bits(got[fine], in_integers(x, weight)[fine].to(torch.bfloat16))
+        law, off = in_integers(x[fine], weight)
+        assert_same_bits(got[fine], law.to(torch.bfloat16))
+        most += off * (1 + 2.0**-8)
+    assert ((got[fine].double() - exact).abs() <= most).all()
+
+
+def test_one_span_is_as_coarse_as_its_largest(isa: str) -> None:
+    """int8 on AMX: what one row has in one span says nothing about another span, nor another row; no magnitudes and infinite ones included."""
+    if isa != "amx":
+        pytest.skip("x is taken as it is")
+    span, n = SPANS["int8"], 70
+    weight, x = random(1, n, 3 * span + 20, dtype=torch.bfloat16), random(2, 70, 3 * span + 20, dtype=torch.bfloat16)
+    expected, _ = in_integers(x, weight)
+    for row, bad in ((0, torch.inf), (17, -torch.inf), (40, NAN), (69, NAN)):
+        x[row, row * 11 % x.shape[1]] = bad
+    x[5], x[20, span:], x[33, : 3 * span], x[60] = 0, 0, 0, x[60] * 2.0**-110
+    packed, touched = pack(weight, "int8"), [0, 5, 17, 20, 33, 40, 60, 69]
+    rest = [row for row in range(70) if row not in touched]
+    law, _ = in_integers(x[[5, 20, 33, 60]], weight)
+    for m in range(1, 71):
+        got = NativeProducts(1 + m % 2).linear(x[:m], packed)
+        assert got[[row for row in (0, 17, 40, 69) if row < m]].isnan().all()
+        here = [row for row in rest if row < m]
+        assert_same_bits(got[here], expected[here].to(torch.bfloat16))
+        for i, row in enumerate((5, 20, 33, 60)):
+            if row < m:
+                assert_same_bits(got[row], law[i].to(torch.bfloat16))
+    assert not law[0].any() and law[1:3].any(1).all()
 
 
 @pytest.mark.parametrize("quantization", ["none", *CODES])
