@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -164,7 +164,7 @@ class CausalModel:
         padded = positions
         if padding := -positions.shape[0] % self._tokens_multiple:
             input_ids, padded = (torch.cat([x, x[-1:].expand(padding)]) for x in (input_ids, positions))
-        inputs = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
         keeping: AbstractContextManager[None] = nullcontext()
         if hidden is not None and hidden.at.shape[0]:
             assert self._output_layer is not None
@@ -178,7 +178,7 @@ class CausalModel:
         model, surgery = self._open()
         run = _call
         if self.lowered is not None and (not self.live or self.lowered.intact()):
-            surgery, run = self.lowered.surgery, self.lowered.chains.run
+            surgery, run = self.lowered.surgery, self.lowered.replay.run
         # Buffers a live model makes lazily in a forward must serve its trainer's backward later, which inference tensors cannot.
         with (
             torch.inference_mode(not self.live),
@@ -189,7 +189,7 @@ class CausalModel:
             surgery.mode if self.everywhere else nullcontext(),
             keeping,
         ):
-            logits: torch.Tensor = run(lambda: model(**inputs).logits[0])
+            logits: torch.Tensor = run(lambda: model(**inputs).logits, inputs)[0]
         if not self._takes_logits_at:
             logits = logits[logits_at]
         return logits[:num_rows].contiguous()
@@ -297,7 +297,7 @@ def _width(layer: nn.Linear | None) -> int | None:
     return layer.in_features if layer is not None else None
 
 
-def _call(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _call(forward: Callable[[], torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
     return forward()
 
 
