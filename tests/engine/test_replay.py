@@ -147,7 +147,7 @@ def test_a_hook_around_what_is_called_is_met() -> None:
         assert replay.calls and bits(llm) and forwards
         hook_what_is_around(model)
         assert not replay._untouched()
-        fresh = Replay(model, list(model.model.layers), replay._chains, live=True)
+        fresh = Replay(model, list(model.model.layers), replay._surgery, replay._chains, live=True)
         assert not fresh._untouched(), "nor is what is hooked from the start"
 
 

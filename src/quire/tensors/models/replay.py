@@ -12,9 +12,9 @@ or wrapped, outside of what is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,13 +24,19 @@ from quire.tensors.models.calls import holding, is_foreign, is_wrapped, put_toge
 from quire.tensors.models.chain import Chains
 from quire.tensors.models.hook import current
 from quire.tensors.models.lowered_layer import LoweredLayer
+from quire.tensors.models.surgery import Surgery
 from quire.tensors.models.tables import Tables, gives_rows, is_of_position
+from quire.tensors.packed import PackedWeight
 
 _INPUTS = ("input_ids", "position_ids", "logits_to_keep")
 _POSITIONS, _WANTED = 1, 2  # among them
 _MOST_WATCHED = 16  # tokens of a forward that is run twice
 
-Forward = Callable[[], torch.Tensor]
+
+class Forward(Protocol):
+    """A model's own forward with some inputs; inside of what it is given, if anything."""
+
+    def __call__(self, watching: AbstractContextManager[None] | None = None, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +49,21 @@ class Call:
 
 
 class Replay:
-    """The replayed forward of one model, once it has been seen. `layers`: its decoder layers; `chains`: those that follow one another."""
+    """The replayed forward of one model, once it has been seen. `layers`: its decoder layers; `chains`: those that follow one another.
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], chains: Chains, *, live: bool) -> None:
+    A live model's modules are called as such, with `surgery`'s changes installed, since weights, hooks and what else is its owner's may be others by
+    then; of a model of our own, what they were seen to run.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], surgery: Surgery, chains: Chains, *, live: bool) -> None:
         self.calls: list[Call] = []
-        self._chains, self._live = chains, live
+        self._surgery, self._chains, self._live = surgery, chains, live
         self._around, self._parts = holding(model, layers)
         self._kinds = [(module, type(module), type(module).forward) for module in self._around]
         self._to_watch = not any(map(is_foreign, self._around))
 
     def run(self, forward: Forward, inputs: dict[str, Any]) -> torch.Tensor:
-        """Logits [1, R, V]: what `forward()`, the model's own with these `inputs`, gives."""
+        """Logits [1, R, V]: what `forward()`, the model's own with these `inputs`, gives, within what it is given."""
         attends = getattr(current().step, "of_programs", None) is None
         if attends or not self._chains.held or (self._live and not self._untouched()):
             return self._chains.run(forward)
@@ -63,8 +73,7 @@ class Replay:
             return self._chains.run(forward)
         self._to_watch = False
         watch = Watch(inputs)
-        with watch.watching(self._parts, live=self._live):
-            logits = self._chains.run(forward)
+        logits = self._chains.run(lambda: forward(watch.watching(self._parts, live=self._live)), forward)
         calls = watch.calls_for(logits)
         if calls and self._chains.held:
             self.calls = calls
@@ -75,9 +84,10 @@ class Replay:
 
     def _replayed(self, inputs: dict[str, Any]) -> torch.Tensor:
         values: list[torch.Tensor] = [inputs.get(name) for name in _INPUTS]  # type: ignore[misc]
-        for call in self.calls:
-            args, kwargs = put_together(call.skeleton, iter([values[place] for place in call.places]))
-            take_apart(call.run(*args, **kwargs), values)
+        with self._surgery.installed() if self._live else nullcontext():
+            for call in self.calls:
+                args, kwargs = put_together(call.skeleton, iter([values[place] for place in call.places]))
+                take_apart(call.run(*args, **kwargs), values)
         return values[-1]
 
     def _untouched(self) -> bool:
@@ -143,7 +153,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if layer is None or chain is None:
                 self._other |= min(places, default=0) < 0 or not (layer is not None or _is_constant(skeleton))
                 of_positions = tabled and places[1:] == (_POSITIONS,) and gives_rows(result, tensors[1])
-                self._note(Call(Tables(module) if of_positions else module, skeleton, places), result)
+                run = module if live else Tables(forward) if of_positions else _direct(module, forward)
+                self._other |= run is None
+                self._note(Call(run or module, skeleton, places), result)
             elif layer.index == 0:
                 self._other |= min(places, default=0) < 0
                 self._begun = skeleton, places
@@ -160,6 +172,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for x in given:
             self._places[id(x)] = len(self._values)
             self._values.append(x)
+
+
+def _direct(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What a call of a module comes to where `forward` is in its place; None where it needs more than that to be in place."""
+    if isinstance(forward, LoweredLayer):
+        return forward
+    if module._forward_hooks or module._forward_pre_hooks or list(module.children()):
+        return None
+    if type(module).forward is nn.Embedding.forward and type(module.weight) is PackedWeight:
+        return module.weight.rows
+    return forward
 
 
 def _rows(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

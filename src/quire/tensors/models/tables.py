@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ _LEAST = 512  # positions; twice as many each time they do not reach
 class Tables:
     """What a rope module gives, row by row from where it was computed before: a row has the same bits in any company (see surgery.py)."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._count = module, 0
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward, self._count = forward, 0
         self._tables: list[torch.Tensor] = []  # [1, count, D] each
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -28,7 +29,7 @@ class Tables:
         if last >= self._count:
             self._count = max(_LEAST, 1 << last.bit_length())
             self._tables = []
-            take_apart(self._module(x, torch.arange(self._count).unsqueeze(0), *args, **kwargs), self._tables)
+            take_apart(self._forward(x, torch.arange(self._count).unsqueeze(0), *args, **kwargs), self._tables)
         return tuple([table.index_select(1, at) for table in self._tables])
 
 
