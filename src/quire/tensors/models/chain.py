@@ -111,7 +111,7 @@ class Chains:
         try:
             result = forward()
         except Exception:
-            if plain is None and not any(chain.begun for chain in self._chains):
+            if not any(chain.begun for chain in self._chains):
                 raise
             self._hold(False)
             try:
