@@ -16,7 +16,6 @@ pytest.importorskip("quire.tensors.native")
 from quire import LLM, SamplingParams
 from quire.tensors.models.chain import Chain
 from quire.tensors.models.replay import Replay, Watch
-from quire.tensors.models.tables import Tables, is_of_position
 from tests.engine.conftest import Checkpoint
 from tests.engine.test_chains import PROMPTS, bits, lengths
 from tests.tensors.checkpoints import FAMILIES, tiny_model
@@ -70,8 +69,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_tables_of_positions_are_those_of_the_model(tmp_path: Path, rope: str) -> None:
-    """Past the first rows that are computed too."""
+def test_positions_are_those_of_the_model(tmp_path: Path, rope: str) -> None:
     parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
     tiny_model("llama", torch.bfloat16, rope_parameters=parameters, max_position_embeddings=1024).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)  # its frequencies are fp32, as the others' are
@@ -79,18 +77,7 @@ def test_tables_of_positions_are_those_of_the_model(tmp_path: Path, rope: str) -
     with LLM(str(tmp_path)) as llm, LLM(str(tmp_path)) as plain, LLM(model) as live:
         first, second, third = ([bits(one), bits(one, prompts), bits(one, prompts)] for one in (own(plain), llm, live))
         assert first == second == third
-        tabled, of_owner = ([call.run for call in replay_of(one).calls if isinstance(call.run, Tables)] for one in (llm, live))
-        assert len(tabled) == 1 and tabled[0]._count == 1024 and not of_owner and replay_of(live).calls
-
-
-def test_what_a_length_may_change_is_not_kept() -> None:
-    rope: Any = tiny_model("llama").model.rotary_emb  # type: ignore[attr-defined]
-    assert is_of_position(rope)
-    for kind in ("dynamic", "longrope", "unheard of", None, {"full_attention": "default", "sliding_attention": "dynamic"}):
-        rope.rope_type = kind
-        assert not is_of_position(rope)
-    rope.rope_type = {"full_attention": "default", "sliding_attention": "linear"}
-    assert is_of_position(rope) and not is_of_position(nn.Embedding(4, 4))
+        assert replay_of(llm).calls and replay_of(live).calls
 
 
 def test_hidden_states_are_those_of_the_model(checkpoint: Checkpoint) -> None:

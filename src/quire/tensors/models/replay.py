@@ -1,7 +1,7 @@
 """A model's forward as the calls of modules that it was seen to make, without its own Python around them.
 
     seen       embedding(ids) ──> rope(h, positions) ──> layer 0 ──> ... ──> layer n ──> norm ──> rows wanted ──> head
-    replayed   embedding(ids) ──> rows of tables     ──> chain ─────────────────────────> norm ──> rows wanted ──> head
+    replayed   embedding(ids) ──> rope(h, positions) ──> chain ─────────────────────────> norm ──> rows wanted ──> head
 
 One short forward is watched, operators included: nothing but the inputs and what other calls gave may reach a call, and no operator between calls may
 do more than take the rows of which logits are wanted, as far as it matters to the logits. It is then run again in this way, and must give the same
@@ -25,11 +25,10 @@ from quire.tensors.models.chain import Chains
 from quire.tensors.models.hook import current
 from quire.tensors.models.lowered_layer import LoweredLayer
 from quire.tensors.models.surgery import Surgery
-from quire.tensors.models.tables import Tables, gives_rows, is_of_position
 from quire.tensors.packed import PackedWeight
 
 _INPUTS = ("input_ids", "position_ids", "logits_to_keep")
-_POSITIONS, _WANTED = 1, 2  # among them
+_WANTED = 2  # among them
 _MOST_WATCHED = 16  # tokens of a forward that is run twice
 
 
@@ -137,7 +136,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _seen(self, module: nn.Module, forward: Callable[..., Any], live: bool) -> Callable[..., Any]:
         layer = forward if isinstance(forward, LoweredLayer) else None
         chain = layer.chain if layer is not None else None
-        tabled = not live and is_of_position(module)  # asked while its forward is its own
 
         def seen(*args: Any, **kwargs: Any) -> Any:
             if self._within:
@@ -152,8 +150,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._within = False
             if layer is None or chain is None:
                 self._other |= min(places, default=0) < 0 or not (layer is not None or _is_constant(skeleton))
-                of_positions = tabled and places[1:] == (_POSITIONS,) and gives_rows(result, tensors[1])
-                run = module if live else Tables(forward) if of_positions else _direct(module, forward)
+                run = module if live else _direct(module, forward)
                 self._other |= run is None
                 self._note(Call(run or module, skeleton, places), result)
             elif layer.index == 0:

@@ -166,7 +166,7 @@ def _forward_of(module: nn.Module, products: Products, mode: ExactMode, live: bo
         return _conv1d(module, products)
     if isinstance(module, _ACTIVATIONS):
         return _activation(module)
-    if is_rotary(module):
+    if _is_rotary(module):
         return _rotary(module)
     if live and is_foreign(module):  # it may do tomorrow what it does not do today
         return _in_mode(module, mode)
@@ -181,7 +181,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and type(weight) in (nn.Parameter, torch.Tensor, PackedWeight)
 
 
-def is_rotary(module: nn.Module) -> bool:
+def _is_rotary(module: nn.Module) -> bool:
     """Whether the module makes rope's tables: frequencies in a buffer (one a layer type in some families), and forward(x, position_ids, ...)."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return False
