@@ -39,8 +39,8 @@ def lengths(llm: LLM) -> list[int]:
     return [len(chain.layers) for chain in chains_of(llm)._chains]
 
 
-def bits(llm: LLM) -> list[object]:
-    outputs = [output.raise_for_error().outputs[0] for output in llm.generate(PROMPTS, PARAMS)]
+def bits(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[object]:
+    outputs = [output.raise_for_error().outputs[0] for output in llm.generate(prompts, PARAMS)]
     return [(output.token_ids, output.logprobs) for output in outputs]
 
 

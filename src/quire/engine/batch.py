@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 
@@ -34,37 +35,37 @@ class Batch:
 
 def build(plan: StepPlan, groups: Sequence[Group]) -> Batch:
     """The batch of a plan, on CPU."""
-    ids, starts, committed, logits_at, hidden_at = array("q"), array("i", [0]), array("i"), array("q"), array("q")
+    ids, positions, logits_at, hidden_at = array("q"), array("q"), array("q"), array("q")
+    starts, committed = array("i", [0]), array("i")
     for work in plan.works:
         seq, first = work.sequence, work.sequence.num_committed
         logits_at.extend(range(len(ids), len(ids) + work.num_scored))
         hidden_at.extend(len(ids) - first + position for position in work.pooled)
         ids.extend(seq.tokens[first : first + work.num_tokens])
+        positions.extend(range(first, first + work.num_tokens))
         starts.append(len(ids))
         committed.append(first)
         if work.draws:
             logits_at.append(len(ids) - 1)
-    query_start, num_committed = _tensor(starts, torch.int32), _tensor(committed, torch.int32)
-    counts = query_start.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)  # packed token -> place of its work in the plan
-    positions = torch.arange(len(ids)) - query_start[owner] + num_committed[owner]
-    tables = tuple(_table(plan, group) for group in groups)
-    slots = tuple(_slots(table, group, owner, positions) for table, group in zip(tables, groups, strict=True))
-    tokens, logits, hidden = (_tensor(values, torch.int64) for values in (ids, logits_at, hidden_at))
-    return Batch(tokens, positions, logits, hidden, StepInputs(query_start, num_committed, tables), slots)
+    placed = [_placed(plan, group) for group in groups]
+    inputs = StepInputs(_tensor(starts, torch.int32), _tensor(committed, torch.int32), tuple(table for table, _ in placed))
+    tokens, places, logits, hidden = (_tensor(values, torch.int64) for values in (ids, positions, logits_at, hidden_at))
+    return Batch(tokens, places, logits, hidden, inputs, tuple(slots for _, slots in placed))
 
 
-def _table(plan: StepPlan, group: Group) -> TableInputs:
-    flat, starts = array("i"), array("i", [0])
+def _placed(plan: StepPlan, group: Group) -> tuple[TableInputs, torch.Tensor]:
+    """The page tables of one group, and its slots."""
+    flat, starts, slots, size = array("i"), array("i", [0]), array("q"), group.page_size
     for work in plan.works:
-        flat.extend(work.sequence.tables[group.group_id])
+        table, at, end = work.sequence.tables[group.group_id], work.sequence.num_committed, work.sequence.num_committed + work.num_tokens
+        flat.extend(table)
         starts.append(len(flat))
-    return TableInputs(_tensor(flat, torch.int32), _tensor(starts, torch.int32))
-
-
-def _slots(table: TableInputs, group: Group, owner: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    page = table.page_ids[table.page_start[owner] + positions // group.page_size].long()
-    return torch.where(page >= 0, page * group.page_size + positions % group.page_size, -1)
+        while at < end:  # a page at a time
+            page, count = table[at // size], min(size - at % size, end - at)
+            first = page * size + at % size
+            slots.extend(range(first, first + count) if page >= 0 else repeat(-1, count))
+            at += count
+    return TableInputs(_tensor(flat, torch.int32), _tensor(starts, torch.int32)), _tensor(slots, torch.int64)
 
 
 def _tensor(values: array[int], dtype: torch.dtype) -> torch.Tensor:

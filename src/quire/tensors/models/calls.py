@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,24 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         if layer_ids(module):
             found.append(module)
     return found
+
+
+def holding(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules of `model` that hold some of `layers`, and the outermost of those that hold none: what the former call."""
+    inside = {id(layer) for layer in layers}
+    around: list[nn.Module] = []
+    parts: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> None:
+        if id(module) not in inside and any(id(inner) in inside for inner in module.modules()):
+            around.append(module)
+            for child in module.children():
+                visit(child)
+        else:
+            parts[id(module)] = module
+
+    visit(model)
+    return around, list(parts.values())
 
 
 def layer_ids(layer: nn.Module) -> set[int]:

@@ -61,13 +61,19 @@ class Chain:
         arguments[self._hidden] = PASSED
         self._arguments, self._result, self.at, self.begun = arguments, result, 1, True
 
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the last layer gives where the first is called with these arguments. Raises as `begin`."""
+        self.layers[0](*args, **kwargs)
+        return self._end()
+
     def pass_on(self, arguments: list[Any]) -> torch.Tensor | _Passed:
         """What the next layer gives. Raises RuntimeError where it is not called as when this was made a chain."""
         if len(arguments) != len(self._arguments) or not all(map(is_, arguments, self._arguments)):
             raise RuntimeError("a layer of a chain is not called with what the one before it gave, and for the rest as that one")
         self.at += 1
-        if self.at < len(self.layers):
-            return PASSED
+        return PASSED if self.at < len(self.layers) else self._end()
+
+    def _end(self) -> torch.Tensor:
         result, self._arguments, self._result, self.at = self._result, [], None, 0
         assert result is not None
         return result
@@ -91,8 +97,13 @@ class Chains:
         self.seen: list[LayerCall] | None = []
         self._chains: list[Chain] = []
 
-    def run(self, forward: Callable[[], T]) -> T:
-        """forward(), of a model that may hold these; without them where it cannot do with them."""
+    @property
+    def held(self) -> bool:
+        """Whether there are any."""
+        return bool(self._chains)
+
+    def run(self, forward: Callable[[], T], plain: Callable[[], T] | None = None) -> T:
+        """forward(), of a model that may hold these; without them, and by `plain` if given, where it cannot do with them."""
         for chain in self._chains:
             chain.at, chain.begun = 0, False
         if self.seen:  # of a forward that failed
@@ -104,7 +115,7 @@ class Chains:
                 raise
             self._hold(False)
             try:
-                result = forward()
+                result = (plain or forward)()
             except Exception:
                 self._hold(True)  # it was not for them
                 raise

@@ -29,6 +29,7 @@ from quire.tensors.models.lowered_layer import LoweredLayer
 from quire.tensors.models.lowering import lower
 from quire.tensors.models.program import assemble
 from quire.tensors.models.recording import Recorder, Recording, UnlowerableError
+from quire.tensors.models.replay import Replay
 from quire.tensors.models.rowplan import Plan
 from quire.tensors.models.surgery import Surgery
 from quire.tensors.native_products import NativeProducts
@@ -43,12 +44,19 @@ class LoweredLayers:
     """The layers of one model that are programs. `surgery`: with those in their places; `plain`: class of a layer that stayed as it is -> why.
 
     `code`: changes whenever the programs do. `chains`: those that follow one another. `alike`: those that have another one's program.
+    `replay`: the model's forward around them.
     """
 
     def __init__(
-        self, surgery: Surgery, plans: dict[nn.Module, Plan], plain: dict[str, str], chains: Chains, alike: dict[nn.Module, LoweredLayer]
+        self,
+        surgery: Surgery,
+        plans: dict[nn.Module, Plan],
+        plain: dict[str, str],
+        chains: Chains,
+        alike: dict[nn.Module, LoweredLayer],
+        replay: Replay,
     ) -> None:
-        self.surgery, self.plain, self.num_lowered, self.chains, self.alike = surgery, plain, len(plans), chains, alike
+        self.surgery, self.plain, self.num_lowered, self.chains, self.alike, self.replay = surgery, plain, len(plans), chains, alike, replay
         self.code = hashlib.sha256(repr(list({id(plan): plan for plan in plans.values()}.values())).encode()).hexdigest()
         self._kinds: list[Any] = list({type(module) for layer in plans for module in layer.modules()})
         self._forwards = [kind.forward for kind in self._kinds]
@@ -123,7 +131,8 @@ def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Recor
             surgery.replace(layer, forward)
             if layer is not first:
                 alike[layer] = forward
-    return LoweredLayers(surgery, lowered, plain, chains, alike)
+    replay = Replay(model, decoder_layers(model), surgery, chains, live=live)
+    return LoweredLayers(surgery, lowered, plain, chains, alike, replay)
 
 
 def _agrees(forward: Callable[..., Any], recording: Recording, surgery: Surgery) -> bool:

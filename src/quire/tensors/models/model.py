@@ -9,7 +9,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -164,32 +165,41 @@ class CausalModel:
         padded = positions
         if padding := -positions.shape[0] % self._tokens_multiple:
             input_ids, padded = (torch.cat([x, x[-1:].expand(padding)]) for x in (input_ids, positions))
-        inputs = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
-        keeping: AbstractContextManager[None] = nullcontext()
-        if hidden is not None and hidden.at.shape[0]:
+        inputs: dict[str, Any] = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
+        keeping: Callable[[], AbstractContextManager[None]] = nullcontext
+        wants_hidden = hidden is not None and bool(hidden.at.shape[0])
+        if hidden is not None and wants_hidden:
             assert self._output_layer is not None
             if self._takes_logits_at:
-                keeping = kept(self._output_layer, hidden, slice(len(logits_at), None), slice(len(logits_at)))
+                keeping = partial(kept, self._output_layer, hidden, slice(len(logits_at), None), slice(len(logits_at)))
                 logits_at = torch.cat([logits_at, hidden.at])
             else:
-                keeping = kept(self._output_layer, hidden, hidden.at, slice(None))
+                keeping = partial(kept, self._output_layer, hidden, hidden.at, slice(None))
         if self._takes_logits_at:
             inputs["logits_to_keep"] = logits_at
         model, surgery = self._open()
-        run = _call
-        if self.lowered is not None and (not self.live or self.lowered.intact()):
-            surgery, run = self.lowered.surgery, self.lowered.chains.run
+        lowered = self.lowered if self.lowered is not None and (not self.live or self.lowered.intact()) else None
+        if lowered is not None:
+            surgery = lowered.surgery
+
+        def own(watching: AbstractContextManager[None] | None = None) -> torch.Tensor:
+            with surgery.installed(), surgery.mode if self.everywhere else nullcontext(), keeping(), watching or nullcontext():
+                logits: torch.Tensor = model(**inputs).logits
+            return logits
+
         # Buffers a live model makes lazily in a forward must serve its trainer's backward later, which inference tensors cannot.
         with (
             torch.inference_mode(not self.live),
             torch.no_grad(),
             _without_autocast(),
             running(Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks, padded)),
-            surgery.installed(),
-            surgery.mode if self.everywhere else nullcontext(),
-            keeping,
         ):
-            logits: torch.Tensor = run(lambda: model(**inputs).logits[0])
+            if lowered is None:
+                logits = own()[0]
+            elif self.everywhere or wants_hidden:
+                logits = lowered.chains.run(own)[0]
+            else:
+                logits = lowered.replay.run(own, inputs)[0]
         if not self._takes_logits_at:
             logits = logits[logits_at]
         return logits[:num_rows].contiguous()
@@ -295,10 +305,6 @@ class CausalModel:
 
 def _width(layer: nn.Linear | None) -> int | None:
     return layer.in_features if layer is not None else None
-
-
-def _call(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    return forward()
 
 
 def _without_autocast() -> torch.autocast | nullcontext[None]:
