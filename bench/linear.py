@@ -64,7 +64,7 @@ def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows
     size = k * n * dtype.itemsize
     plain = itertools.cycle(weight.expand(max(2, -(-COPIES_BYTES // size)), n, k).clone().unbind())
     forms = {name: packed(products, weight, quantization) for name, quantization in (("packed", "none"), ("int8", "int8"), ("int4", "int4"))}
-    memory = itertools.cycle(torch.ones(max(2, COPIES_BYTES // size), size // 4).unbind())
+    memory = itertools.cycle(room(max(2, COPIES_BYTES // size) * size).view(torch.float32).fill_(1.0).view(-1, size // 4).unbind())
     sizes = {"torch": size, "plain": size} | {name: next(form).packed.numel() for name, form in forms.items()}
     for m in rows if n <= 10_000 else rows[:5]:
         x = torch.randn(m, k).to(dtype)
