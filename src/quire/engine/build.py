@@ -27,7 +27,7 @@ from quire.request import Limits
 from quire.tensors.attention.base import AttentionBackend, PackingProducts
 from quire.tensors.attention.reference import ReferenceAttention
 from quire.tensors.codec import ENCODING
-from quire.tensors.device import available_bytes, on_one_torch_thread
+from quire.tensors.device import available_bytes, give_back_freed, on_one_torch_thread
 from quire.tensors.disk import DiskStore
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
@@ -169,6 +169,7 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     if config.cache_layout == "stacked":
         config = replace(config, page_size=context_len)
     workspace = on_one_torch_thread(lambda: measure(model))
+    give_back_freed()  # of loading and probing, before the pool is sized by what there is
     config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     codec = split_codec(config.kv_codec)
     layers = cached_layers(model.layers, model.dtype, *codec)

@@ -46,6 +46,13 @@ def give_back(address: int, num_bytes: int) -> None:
         madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
+def give_back_freed() -> None:
+    """Let the system have what malloc keeps of memory that was freed: after loading a model that may be hundreds of megabytes, in pieces."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def one_torch_thread_here() -> None:
     """Let torch run its own operators on the calling thread alone, leaving all other threads as they are.
 
