@@ -57,6 +57,19 @@ def test_a_damaged_index(folder: Path) -> None:
     assert noticed >= 5, "the damage was hardly ever seen"
 
 
+@pytest.mark.parametrize(
+    ("said", "now"), [(b"pages = pages + 1", b"pages = pages + 3"), (b"new.size; END", b"old.size; END"), (b"(used)", b"(size)")]
+)
+def test_a_definition_that_is_damaged(folder: Path, said: bytes, now: bytes) -> None:
+    """It is good SQL still, or becomes bad only when the next page is written: seen when the index is opened."""
+    filled(folder)
+    raw = (folder / "index.sqlite").read_bytes()
+    assert said in raw
+    (folder / "index.sqlite").write_bytes(raw.replace(said, now))
+    works(folder).close()
+    assert (folder / "index.damaged").exists()
+
+
 def _sql(*statements: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         db = sqlite3.connect(path)
@@ -88,7 +101,7 @@ def _link_index(path: Path) -> None:
         (replaced(lambda path: path.mkdir()), True),
         (_sql("PRAGMA user_version = 7"), True),
         (_sql("DROP TABLE pages", "CREATE TABLE pages (a)"), True),
-        (_sql("DROP TABLE pages", "DROP TABLE totals"), False),
+        (_sql("DROP TABLE pages", "DROP TABLE totals"), True),
         (_sql("DELETE FROM pages"), False),
         (_sql("DELETE FROM totals"), False),
         (_sql("UPDATE totals SET bytes = -5, pages = 'x'"), False),

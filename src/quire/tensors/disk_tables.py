@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from dataclasses import dataclass
+from functools import cache
 
 from quire.tensors.disk_folder import Folder, is_page_name
 
@@ -34,10 +36,24 @@ def check(db: sqlite3.Connection) -> bool:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version not in (0, VERSION):
         raise sqlite3.DatabaseError(f"its version is {version}, not {VERSION}")
+    if version and _definitions(db) != _own_definitions():  # a trigger with a flipped bit would fail at the next page, or count wrong for ever
+        raise sqlite3.DatabaseError("its tables or triggers are defined otherwise")
     (fault,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if fault != "ok":
         raise sqlite3.DatabaseError(str(fault).replace("\n", " "))
     return bool(version == 0)
+
+
+def _definitions(db: sqlite3.Connection) -> list[tuple[str, ...]]:
+    return db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name").fetchall()
+
+
+@cache
+def _own_definitions() -> list[tuple[str, ...]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        for statement in SCHEMA:
+            db.execute(statement)
+        return _definitions(db)
 
 
 def compare(db: sqlite3.Connection, folder: Folder) -> None:
