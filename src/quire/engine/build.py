@@ -26,7 +26,6 @@ from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.attention.base import AttentionBackend, PackingProducts
 from quire.tensors.attention.reference import ReferenceAttention
-from quire.tensors.codec import ENCODING
 from quire.tensors.device import available_bytes, give_back_freed, on_one_torch_thread
 from quire.tensors.disk import DiskStore
 from quire.tensors.models.load import load_model
@@ -176,12 +175,11 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     arrangement = arrange(layers, config.page_size)
     num_pages = _num_pages(config, arrangement, context_len)
     store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
-    rows = tuple(name and f"{name}/{ENCODING}" for name in codec)
-    identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{rows}".encode(), digest_size=16).digest()
+    identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()
     cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
     tokenizer = _tokenizer(source, config)
     disk = None
-    if config.cache_dir is not None:
+    if config.cache_dir is not None:  # another version may encode rows, or compute them, otherwise
         disk = _disk(config, model, store, f"{identity.hex()}/{kernels.name}/{version('quire')}/{tokenizer.fingerprint if tokenizer else 'ids'}")
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)

@@ -27,8 +27,6 @@ import torch.nn.functional as F
 
 CODES: Final[dict[str, int]] = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 """The names of row formats, and the numbers the kernels know them by."""
-ENCODING: Final = 2
-"""How rows are encoded, a number for each way there ever was: stored pages of another are not to be hit."""
 _PLAIN: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GROUP = 32  # dims of int4 that share a scale
 _STEP = 16.0  # scales to a step of int4: a nibble is the upper half of a code of int8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedModelError
@@ -40,6 +41,12 @@ def context_len(config: PreTrainedConfig) -> int:
         if isinstance(value, int) and value > 0:
             return value
     raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
+
+
+def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The module that makes logits of final hidden states, None where there is none."""
+    found: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return found
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from quire.tensors.models.calls import with_forward
+from quire.tensors.models.facts import output_embeddings
+
 
 class HiddenRows:
     """Wanted of a forward: the final hidden states [H, D] of the packed tokens `at`, int64 [H]; afterwards `states`, in the model's dtype."""
@@ -21,24 +24,18 @@ class HiddenRows:
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:
     """The layer that makes logits of final hidden states, None where the model has none of the plain kind."""
-    layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layer = output_embeddings(model)
     return layer if isinstance(layer, nn.Linear) else None
 
 
 @contextmanager
 def kept(layer: nn.Linear, hidden: HiddenRows, rows: torch.Tensor | slice, logits: slice) -> Iterator[None]:
     """Inside, `hidden` gets those of the rows that `layer` is given, and only the rows `logits` go through it."""
-    given = layer.__dict__.get("forward")
-    forward = given or layer.forward
+    forward = layer.forward
 
     def keeping(states: torch.Tensor) -> Any:
         hidden.states = states[0, rows].contiguous()
         return forward(states[:, logits])
 
-    layer.__dict__["forward"] = keeping
-    try:
+    with with_forward(layer, keeping):
         yield
-    finally:
-        del layer.__dict__["forward"]
-        if given is not None:
-            layer.__dict__["forward"] = given

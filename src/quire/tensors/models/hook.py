@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -145,11 +145,11 @@ def _examine(module: nn.Module, layer_idx: object) -> int:
         raise UnsupportedModelError(f"{_name(module)} has no layer_idx, so its keys and values have no place in the cache")
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{_name(module)} is not causal")
-    config = getattr(module, "config", None)  # no keyword carries the chunk; the mask we do not build would have
+    config: Any = getattr(module, "config", None)  # no keyword carries the chunk; the mask we do not build would have
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None or layer_types[layer_idx] != "chunked_attention":
         return 0
-    return int(config.attention_chunk_size)  # type: ignore[union-attr]
+    return int(config.attention_chunk_size)
 
 
 def _refuse_call(module: nn.Module, is_causal: bool | None, attention_mask: torch.Tensor | None, query: torch.Tensor) -> None:

@@ -167,8 +167,7 @@ class CausalModel:
             input_ids, padded = (torch.cat([x, x[-1:].expand(padding)]) for x in (input_ids, positions))
         inputs: dict[str, Any] = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
         keeping: Callable[[], AbstractContextManager[None]] = nullcontext
-        wants_hidden = hidden is not None and bool(hidden.at.shape[0])
-        if hidden is not None and wants_hidden:
+        if hidden is not None and hidden.at.shape[0]:
             assert self._output_layer is not None
             if self._takes_logits_at:
                 keeping = partial(kept, self._output_layer, hidden, slice(len(logits_at), None), slice(len(logits_at)))
@@ -196,7 +195,7 @@ class CausalModel:
         ):
             if lowered is None:
                 logits = own()[0]
-            elif self.everywhere or wants_hidden:
+            elif self.everywhere or keeping is not nullcontext:
                 logits = lowered.chains.run(own)[0]
             else:
                 logits = lowered.replay.run(own, inputs)[0]

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import PackingProducts
 from quire.tensors.device import give_back
+from quire.tensors.models.facts import output_embeddings
 from quire.tensors.models.surgery import is_plain
 from quire.tensors.packed import PackedLayout, PackedWeight
 
@@ -50,7 +51,7 @@ def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization
     weights = _weights(model)
     if quantization != "none" and not weights:
         raise UnsupportedModelError(f"{model.config.model_type}: quantization={quantization!r}: none of its weights is a linear layer's")
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = output_embeddings(model)
     layouts = [weight.layout(_quantization_of(weight, head, quantization)) for weight in weights]
     sizes = [products.packed_bytes(layout) for layout in layouts]
     space = room(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedModelError
+from quire.tensors.models.facts import output_embeddings
 
 _SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +40,7 @@ def refuse_model(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError, with the reason, for a loaded model that cannot be served. It is not run."""
     kind = model.config.model_type
     refuse_config(model.config)
-    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+    if output_embeddings(model) is None:
         raise UnsupportedModelError(f"{kind}: {type(model).__name__} has no language model head")
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModelError(f"{kind}: {type(model).__name__} takes no position_ids, so sequences cannot be packed")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quire.tensors.models.calls import holding, is_foreign, is_wrapped, put_together, take_apart
+from quire.tensors.models.calls import holding, is_foreign, is_wrapped, put_together, take_apart, with_forward
 from quire.tensors.models.chain import Chains
 from quire.tensors.models.hook import current
 from quire.tensors.models.lowered_layer import LoweredLayer
@@ -63,8 +63,8 @@ class Replay:
 
     def run(self, forward: Forward, inputs: dict[str, Any]) -> torch.Tensor:
         """Logits [1, R, V]: what `forward()`, the model's own with these `inputs`, gives, within what it is given."""
-        attends = getattr(current().step, "of_programs", None) is None
-        if attends or not self._chains.held or (self._live and not self._untouched()):
+        attends_itself = getattr(current().step, "of_programs", None) is None
+        if attends_itself or not self._chains.held or (self._live and not self._untouched()):
             return self._chains.run(forward)
         if self.calls:
             return self._chains.run(lambda: self._replayed(inputs), forward)
@@ -82,12 +82,13 @@ class Replay:
         return logits
 
     def _replayed(self, inputs: dict[str, Any]) -> torch.Tensor:
-        values: list[torch.Tensor] = [inputs.get(name) for name in _INPUTS]  # type: ignore[misc]
+        values: list[Any] = [inputs.get(name) for name in _INPUTS]
         with self._surgery.installed() if self._live else nullcontext():
             for call in self.calls:
                 args, kwargs = put_together(call.skeleton, iter([values[place] for place in call.places]))
                 take_apart(call.run(*args, **kwargs), values)
-        return values[-1]
+        logits: torch.Tensor = values[-1]
+        return logits
 
     def _untouched(self) -> bool:
         return all(type(module) is kind and kind.forward is forward and not is_wrapped(module) for module, kind, forward in self._kinds)
@@ -114,9 +115,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Inside, calls of these modules are seen."""
         with ExitStack() as stack, self:
             for module in parts:
-                before = module.__dict__.get("forward")
-                module.__dict__["forward"] = self._seen(module, before or module.forward, live)
-                stack.callback(_put_back, module.__dict__, before)
+                stack.enter_context(with_forward(module, self._seen(module, module.forward, live)))
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -193,13 +192,6 @@ def _is_constant(skeleton: Any) -> bool:
     if type(skeleton) is dict:
         return all(map(_is_constant, skeleton.values()))
     return skeleton is None or type(skeleton) in (bool, str, object)  # object: where a tensor was
-
-
-def _put_back(state: dict[str, Any], forward: Callable[..., Any] | None) -> None:
-    if forward is None:
-        del state["forward"]
-    else:
-        state["forward"] = forward
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

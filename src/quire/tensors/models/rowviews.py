@@ -166,7 +166,8 @@ def collapsed(shape: tuple[int, ...], steps: list[tuple[int, ...]], along: int) 
         raise UnlowerableError("it has an operator over more than three dimensions")
     front = 3 - len(sizes)
     whole = [*(1,) * front, *sizes]
-    return (whole[0], whole[1], whole[2]), [((0,) * front + tuple(j))[:3] for j in joined]  # type: ignore[misc]
+    padded = [[0] * front + j for j in joined]
+    return (whole[0], whole[1], whole[2]), [(j[0], j[1], j[2]) for j in padded]
 
 
 def with_dimension(view: RowView, dim: int) -> RowView:

@@ -114,9 +114,10 @@ class Surgery:
                 state["training"] = True
 
     def _take_over_query_scale(self, module: nn.Module) -> None:
+        attention: Any = module
         # Llama 4 counts positions from the start of the batch, which is not the start of a sequence; the hook uses the true ones.
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not getattr(module, "use_rope", True):
-            self.query_scales[int(module.layer_idx)] = QueryScale(float(module.floor_scale), float(module.attn_scale))  # type: ignore[arg-type]
+            self.query_scales[int(attention.layer_idx)] = QueryScale(float(attention.floor_scale), float(attention.attn_scale))
             self._settings.append((module.__dict__, "attn_temperature_tuning", False))
 
 
@@ -190,19 +191,21 @@ def _is_rotary(module: nn.Module) -> bool:
 
 # Weights are read from the module at every call: a trainer may have put others in their place.
 def _linear(module: nn.Module, products: Products) -> Forward:
-    parameters, linear = module._parameters, products.linear
+    linear = products.linear
+    parameters: Any = module._parameters
 
     def forward(input: torch.Tensor) -> torch.Tensor:
-        return linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        return linear(input, parameters["weight"], parameters["bias"])
 
     return forward
 
 
 def _conv1d(module: nn.Module, products: Products) -> Forward:
-    parameters, matmul = module._parameters, products.matmul
+    matmul = products.matmul
+    parameters: Any = module._parameters
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return matmul(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        return matmul(x, parameters["weight"], parameters["bias"])
 
     return forward
 
