@@ -189,6 +189,7 @@ void layer_norm(const RowInstruction& g, float* s) {
   });
 }
 
+// While a row is read or written, the next one's place is asked for: its lines are mostly in another core's cache.
 void load_row(const RowInstruction& g, const RowBuffer& from, int64_t row, float* s) {
   const char* const p = from.rows + row * from.row_bytes;
   const int64_t n = g.n[2], whole = n / 16 * 16;
@@ -198,13 +199,19 @@ void load_row(const RowInstruction& g, const RowBuffer& from, int64_t row, float
     return;
   }
   const uint16_t* const halves = (const uint16_t*)p;
-  if (from.dtype == kBF16)
-    for (int64_t k = 0; k < whole; k += 16) store(out + k, load_bf16(halves + k));
-  else
+  const char* const next = p + from.row_bytes;
+  if (from.dtype == kBF16) {
+    for (int64_t k = 0; k < whole; k += 16) {
+      prefetch(next + 2 * k);
+      store(out + k, load_bf16(halves + k));
+    }
+  } else {
     for (int64_t k = 0; k < whole; k += 16) store(out + k, load_f16(halves + k));
+  }
   if (whole < n) store_n(out + whole, load_elements_n(from.dtype, p + 2 * whole, int(n - whole)), int(n - whole));
 }
 
+// A value's elements were rounded to its dtype when they were made.
 void store_row(const RowInstruction& g, const RowBuffer& to, int64_t row, const float* s) {
   char* const p = to.rows + row * to.row_bytes;
   const int64_t n = g.n[2], whole = n / 16 * 16;
@@ -214,10 +221,15 @@ void store_row(const RowInstruction& g, const RowBuffer& to, int64_t row, const 
     return;
   }
   uint16_t* const halves = (uint16_t*)p;
-  if (to.dtype == kBF16)
-    for (int64_t k = 0; k < whole; k += 16) store_bf16(halves + k, load(a + k));
-  else
+  const char* const next = p + to.row_bytes;
+  if (to.dtype == kBF16) {
+    for (int64_t k = 0; k < whole; k += 16) {
+      __builtin_prefetch(next + 2 * k, 1);
+      store_upper(halves + k, bits(load(a + k)));
+    }
+  } else {
     for (int64_t k = 0; k < whole; k += 16) store_f16(halves + k, load(a + k));
+  }
   if (whole < n) store_elements_n(to.dtype, p + 2 * whole, load_n(a + whole, int(n - whole)), int(n - whole));
 }
 
@@ -254,8 +266,8 @@ void run_rows(const RowsArgs* args) {
     const int32_t* const n = args->instructions[i].n;
     elements += int64_t(n[0]) * n[1] * n[2];
   }
-  // About a third of a nanosecond each; waking another thread costs microseconds.
-  const int threads = args->num_rows < 2 || elements * args->num_rows < 100000 ? 1 : args->num_threads;
+  // About a tenth of a nanosecond each; waking another thread costs a microsecond or more.
+  const int threads = args->num_rows < 2 || elements * args->num_rows < 50000 ? 1 : args->num_threads;
   parallel_for(threads, args->num_rows, [&](int64_t row, int thread) {
     float* const scratch = args->scratch + int64_t(thread) * args->scratch_floats;
     for (int64_t i = 0; i < args->num_instructions; ++i) rows::run_one(args->instructions[i], args->buffers, row, scratch);

@@ -4,7 +4,7 @@
 //   F32x16   load load_n store store_n set1 zero  add sub mul div fma fnma max min  round_nearest scale_pow2
 //   U32x16   load_u32 store_u32 set1_u32 add mul xor_ and_ or_ shl<n> shr<n> to_f32  bits(F32x16) floats(U32x16)
 //   Mask16   lt gt eq lanes_between  lanes_of(16 bits)  select(mask, if_set, if_clear)  mask_bits
-//   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  load_bf16[_n] store_bf16[_n] load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)
+//   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  load_bf16[_n] store_bf16[_n] store_upper load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)
 //   bytes    load_bytes[_n] (64, four to a lane)  load_u8[_n] (16, one to a lane)  load_int8[_n] (16, as fp32)
 //   in order sum_lanes max_lanes   exp exp2 log tanh (simd_math.h)   transpose16   dot_pair prefetch prefetch_l2
 //
@@ -59,11 +59,13 @@ QUIRE_INLINE float bf16_to_f32(uint16_t h) {
 QUIRE_INLINE F32x16 pair_low(U32x16 pairs) { return floats(shl<16>(pairs)); }
 QUIRE_INLINE F32x16 pair_high(U32x16 pairs) { return floats(and_(pairs, set1_u32(0xffff0000u))); }
 
+#if !defined(QUIRE_AVX512)
 // fp32 rounded to bf16 in the upper half of each lane; the lower half is rubbish.
 QUIRE_INLINE U32x16 round_bf16(F32x16 x) {
   const U32x16 u = bits(x), odd = and_(shr<16>(u), set1_u32(1));
   return bits(select(eq(x, x), floats(add(add(u, set1_u32(0x7fff)), odd)), floats(or_(u, set1_u32(0x400000)))));
 }
+#endif
 QUIRE_INLINE U32x16 make_pairs(F32x16 low, F32x16 high) {
   return or_(shr<16>(round_bf16(low)), and_(round_bf16(high), set1_u32(0xffff0000u)));
 }

@@ -110,14 +110,17 @@ QUIRE_INLINE float max_lanes(F32x16 x) {
 }
 
 QUIRE_INLINE __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+QUIRE_INLINE __m128i upper_halves(__m256i u) {
+  u = _mm256_srli_epi32(u, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+}
 QUIRE_INLINE __m128i narrow_bf16(__m256 x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  const __m256i wide = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  return upper_halves(_mm256_blendv_epi8(rounded, quiet, nan));
 }
 QUIRE_INLINE F32x16 load_bf16(const uint16_t* p) {
   return {widen_bf16(_mm_loadu_si128((const __m128i*)p)), widen_bf16(_mm_loadu_si128((const __m128i*)(p + 8)))};
@@ -125,6 +128,10 @@ QUIRE_INLINE F32x16 load_bf16(const uint16_t* p) {
 QUIRE_INLINE void store_bf16(uint16_t* p, F32x16 x) {
   _mm_storeu_si128((__m128i*)p, narrow_bf16(x.a));
   _mm_storeu_si128((__m128i*)(p + 8), narrow_bf16(x.b));
+}
+QUIRE_INLINE void store_upper(uint16_t* p, U32x16 u) {
+  _mm_storeu_si128((__m128i*)p, upper_halves(u.a));
+  _mm_storeu_si128((__m128i*)(p + 8), upper_halves(u.b));
 }
 QUIRE_INLINE F32x16 load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};

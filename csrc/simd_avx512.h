@@ -78,17 +78,20 @@ QUIRE_INLINE float max_lanes(F32x16 a) {
 }
 
 QUIRE_INLINE F32x16 widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
-QUIRE_INLINE __m256i narrow_bf16(F32x16 x) {
+// fp32 rounded to bf16 in the upper half of each lane; the lower half is rubbish.
+QUIRE_INLINE U32x16 round_bf16(F32x16 x) {
   const __m512i u = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i half = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), up = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  return {_mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000))};
 }
+QUIRE_INLINE __m256i upper_halves(U32x16 u) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(u.v, 16)); }
+QUIRE_INLINE __m256i narrow_bf16(F32x16 x) { return upper_halves(round_bf16(x)); }
 QUIRE_INLINE F32x16 load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 QUIRE_INLINE F32x16 load_bf16_n(const uint16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 QUIRE_INLINE void store_bf16(uint16_t* p, F32x16 x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
+// The upper half of each lane.
+QUIRE_INLINE void store_upper(uint16_t* p, U32x16 u) { _mm256_storeu_si256((__m256i*)p, upper_halves(u)); }
 QUIRE_INLINE void store_bf16_n(uint16_t* p, F32x16 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(x)); }
 QUIRE_INLINE F32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 QUIRE_INLINE F32x16 load_f16_n(const uint16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }

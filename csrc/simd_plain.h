@@ -185,6 +185,9 @@ QUIRE_INLINE void store_bf16_n(uint16_t* p, F32x16 x, int n) {
   }
 }
 QUIRE_INLINE void store_bf16(uint16_t* p, F32x16 x) { store_bf16_n(p, x, 16); }
+QUIRE_INLINE void store_upper(uint16_t* p, U32x16 u) {
+  for (int i = 0; i < 16; ++i) p[i] = uint16_t(u.v[i / 4][i % 4] >> 16);
+}
 
 // Half to single by scaling with a power of two, which mends subnormals; infinity and NaN keep an exponent of all ones.
 QUIRE_INLINE F32x16 load_f16_n(const uint16_t* p, int n) {

@@ -188,8 +188,15 @@ def _instructions(stretch: Stretch, plan: Plan, numbers: dict[int, int]) -> tupl
         else:
             operands = [_operand(operand, places) for operand in (step.out, *step.operands)]
             flat = sum(operands, ()) + _NONE * (4 - len(operands))
-            made.append(_INSTRUCTION.pack(_CODES[step.op], DTYPE_CODES[step.dtype], *step.shape, 0, step.scalar, *flat))
+            dtype = torch.float32 if _is_exact(step, plan) else step.dtype  # in scratch all is fp32: nothing to be rounded
+            made.append(_INSTRUCTION.pack(_CODES[step.op], DTYPE_CODES[dtype], *step.shape, 0, step.scalar, *flat))
     return made, floats
+
+
+def _is_exact(work: Work, plan: Plan) -> bool:
+    """Whether its results are numbers of its dtype before they are rounded."""
+    same = plan.dtypes[work.operands[0].value] == work.dtype
+    return same and (work.op in ("copy", "relu") or (work.op == "mul_scalar" and abs(work.scalar) == 1.0))
 
 
 _NONE = (0, 0, 0, 0)
