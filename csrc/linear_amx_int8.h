@@ -57,16 +57,17 @@ QUIRE_INLINE float one_byte(const uint16_t* x, int k, char* to, int64_t next) {
   return finite ? top / 127.0f : none;
 }
 
-// Rows first..last-1 of x, from row m0 on, to tiles and their scales. Rows that a last tile lacks hold anything: no other row meets them.
+// Rows first..last-1 of x, from row m0 on, to tiles and their scales. Rows that a last tile lacks have scales of 0 and any codes: no other row meets
+// them, but scales that are left over may be denormal numbers, which are slow.
 inline void codes_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* out) {
   const int64_t step = p.tile_rows * kCodeK;
-  for (int r = first; r < last && m0 + r < g.m; ++r) {
+  for (int r = first; r < last; ++r) {
     const int row = r % p.tile_rows;
     char *const tile = out + r / p.tile_rows * p.tile_bytes, *to = tile + row * kCodeK;
     auto* scale = (float*)(tile + p.tile_rows * code_bytes(g.k)) + row;
     const auto* x = (const uint16_t*)g.x + (m0 + r) * g.x_stride;
     for (int64_t k = 0; k < g.k; k += kCodeSpan, scale += p.tile_rows, to += kSpanSteps * step)
-      *scale = one_byte(x + k, int(smaller(g.k - k, kCodeSpan)), to, step);
+      *scale = m0 + r < g.m ? one_byte(x + k, int(smaller(g.k - k, kCodeSpan)), to, step) : 0.0f;
   }
 }
 
