@@ -1,4 +1,4 @@
-// Products of bf16 rows with weights of int8 codes, in integers, on AMX. The law, for any number of rows, over spans of 128 of k:
+// Products of bf16 rows with weights of int8 codes, in integers, on AMX. The law, for any number of rows, over spans of 256 of k:
 //
 //   x      is q * t: top = the span's largest magnitude, at least 2^-100; t = top / 127; q = x * (127 / top) rounded to an integer, half to even;
 //          fp32, each operation rounded once. A span that is not finite has a t of NaN
@@ -10,8 +10,9 @@
 //   one tile of x    A 4       C 0..3: four lines of columns
 //   two              A 4, 5    C 0, 1 and C 2, 3: two lines of either; the other two come after
 //
-// Sums of tiles become floats a unit (four tiles, one span) later, between the multiplications of the next: a store of tiles takes its time to be
-// seen, and vectors work while tiles do.
+// Sums of tiles become floats a unit (four tiles, one span) later, between the multiplications of the next, a tile a step: a store of tiles takes its
+// time to be seen, and vectors work while tiles do. What memory is to bring is asked for in small parts as well: many lines at once stand in the way
+// of those that are used.
 #pragma once
 #include "codes_amx.h"
 #include "linear_amx_plan.h"
@@ -23,7 +24,8 @@ namespace {
 namespace product {
 
 constexpr int kCodeSpan = PackedInt8::kSpan, kSpanSteps = kCodeSpan / kCodeK;
-constexpr int kPartRows = 16 / kSpanSteps;  // of a tile of sums, added while one step is multiplied
+constexpr int kPartRows = 4;     // of a tile of sums, added between two multiplications
+static_assert(kSpanSteps == 4);  // as many as a unit has tiles
 constexpr int kPanelStep = kCodeK * kWide, kPanelRow = 64 * kLines;  // bytes of a panel: a step's, and those of four of k
 constexpr int64_t kUnitBytes = 4 * kTileBytes;                       // sums of tiles that wait to be added
 
@@ -57,21 +59,17 @@ QUIRE_INLINE float one_byte(const uint16_t* x, int k, char* to, int64_t next) {
   return finite ? top / 127.0f : none;
 }
 
-// Rows first..last-1 of x, from row m0 on, to tiles and their scales. Codes of rows that a last tile lacks are anything, since no other row meets
-// them, but their scales are zero: sums scaled by what memory happens to hold may be denormal, which costs a CPU a hundred times as much.
+// Rows first..last-1 of x, from row m0 on, to tiles and their scales. Rows that a last tile lacks have scales of 0 and any codes: no other row meets
+// them, but scales that are left over may be denormal numbers, which are slow.
 inline void codes_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* out) {
   const int64_t step = p.tile_rows * kCodeK;
   for (int r = first; r < last; ++r) {
     const int row = r % p.tile_rows;
     char *const tile = out + r / p.tile_rows * p.tile_bytes, *to = tile + row * kCodeK;
     auto* scale = (float*)(tile + p.tile_rows * code_bytes(g.k)) + row;
-    if (m0 + r >= g.m) {
-      for (int64_t span = 0; span < spans_of(g.k); ++span) scale[span * p.tile_rows] = 0.0f;
-      continue;
-    }
     const auto* x = (const uint16_t*)g.x + (m0 + r) * g.x_stride;
     for (int64_t k = 0; k < g.k; k += kCodeSpan, scale += p.tile_rows, to += kSpanSteps * step)
-      *scale = one_byte(x + k, int(smaller(g.k - k, kCodeSpan)), to, step);
+      *scale = m0 + r < g.m ? one_byte(x + k, int(smaller(g.k - k, kCodeSpan)), to, step) : 0.0f;
   }
 }
 
@@ -94,56 +92,68 @@ QUIRE_INLINE void add_rows(const char* tile, float* sums, const float* x_scales,
   }
 }
 
-// Adds some rows of tile C of a unit.
-template <int C>
-QUIRE_INLINE void add_part(const Unit& u, int part) {
-  const int second = u.two ? C / 2 : 0, line = u.two ? C % 2 : C, begin = kPartRows * part, end = int(smaller(u.rows, begin + kPartRows));
+// Adds rows kPartRows * kQuarter and on of tile c of a unit.
+template <int kQuarter>
+QUIRE_INLINE void add_part(const Unit& u, int c) {
+  const int second = u.two ? c / 2 : 0, line = u.two ? c % 2 : c, begin = kPartRows * kQuarter, end = int(smaller(u.rows, begin + kPartRows));
   float* const sums = u.sums + second * 16 * kWide + 16 * line;
   const auto* const x_scales = (const float*)((const char*)u.x_scales + second * u.next);
-  const char* const tile = u.tiles + C * kTileBytes;
+  const char* const tile = u.tiles + c * kTileBytes;
   const F32x16 scale = load(u.scales + 16 * line);
   if (u.first) return add_rows<true>(tile, sums, x_scales, scale, begin, end);
   if (end < begin + kPartRows) return add_rows<false>(tile, sums, x_scales, scale, begin, end);
   add_rows<false>(tile, sums, x_scales, scale, begin, begin + kPartRows);
 }
 
-QUIRE_INLINE void add_from(const Unit& u, int part) {
-  for (; part < kSpanSteps; ++part) {
-    add_part<0>(u, part);
-    add_part<1>(u, part);
-    add_part<2>(u, part);
-    add_part<3>(u, part);
+QUIRE_INLINE void add_from(const Unit& u, int c) {
+  for (; c < 4; ++c) {
+    add_part<0>(u, c);
+    add_part<1>(u, c);
+    add_part<2>(u, c);
+    add_part<3>(u, c);
   }
 }
 
-// A step of 64 k: a tile of x, or two, times four lines of a panel, or two. Meanwhile a part of `before` is added, and what memory is to bring next
-// is asked for.
+// What memory is to bring next, `each` bytes at a time.
+struct Asked {
+  const char* at;
+  int64_t each;
+};
+QUIRE_INLINE void ask(Asked& next) {
+  for (const char* const end = next.at + next.each; next.at < end; next.at += 64) __builtin_prefetch(next.at, 0, 2);
+}
+
+// A step of 64 k: a tile of x, or two, times four lines of a panel, or two. Meanwhile tile c of `before` is added.
 template <bool kTwo>
-QUIRE_INLINE void code_step(const char* x, int64_t next, const char* w, const char*& ahead, int64_t share, const Unit& before, int part) {
+QUIRE_INLINE void code_step(const char* x, int64_t next, const char* w, Asked& asked, const Unit& before, int c) {
   tile_load<4>(x, kCodeK);
   if constexpr (kTwo) tile_load<5>(x + next, kCodeK);
-  for (const char* const end = ahead + share; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+  ask(asked);
   tile_load<6>(w, kPanelRow);
   tile_dot_bytes<0, 4, 6>();
-  add_part<0>(before, part);
+  add_part<0>(before, c);
   if constexpr (kTwo) {
     tile_dot_bytes<2, 5, 6>();
+    ask(asked);
     tile_load<7>(w + 64, kPanelRow);
-    add_part<1>(before, part);
+    add_part<1>(before, c);
     tile_dot_bytes<1, 4, 7>();
-    add_part<2>(before, part);
+    add_part<2>(before, c);
     tile_dot_bytes<3, 5, 7>();
   } else {
+    ask(asked);
     tile_load<7>(w + 64, kPanelRow);
     tile_dot_bytes<1, 4, 7>();
-    add_part<1>(before, part);
+    add_part<1>(before, c);
+    ask(asked);
     tile_load<6>(w + 128, kPanelRow);
     tile_dot_bytes<2, 4, 6>();
-    add_part<2>(before, part);
+    add_part<2>(before, c);
+    ask(asked);
     tile_load<7>(w + 192, kPanelRow);
     tile_dot_bytes<3, 4, 7>();
   }
-  add_part<3>(before, part);
+  add_part<3>(before, c);
 }
 
 // A span of a panel.
@@ -155,15 +165,15 @@ struct CodeSpan {
 
 // Two lines of a span for two tiles of x, or all four for one, to C 0..3.
 template <bool kTwo>
-QUIRE_INLINE void code_unit(const CodeSpan& w, int half, const char* x, int64_t step, int64_t next, const char*& ahead, int64_t share, const Unit& before) {
+QUIRE_INLINE void code_unit(const CodeSpan& w, int half, const char* x, int64_t step, int64_t next, Asked& asked, const Unit& before) {
   const char* const codes = w.codes + 128 * half;
   zero_sums();
   if (w.steps == kSpanSteps) {
-    QUIRE_UNROLL for (int s = 0; s < kSpanSteps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, ahead, share, before, s);
+    QUIRE_UNROLL for (int s = 0; s < kSpanSteps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, asked, before, s);
     return;
   }
-  for (int s = 0; s < w.steps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, ahead, share, before, s);
-  if (w.rest) code_step<kTwo>(x + w.steps * step, next, w.last_step + 128 * half, ahead, share, before, w.steps);
+  for (int s = 0; s < w.steps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, asked, before, s);
+  if (w.rest) code_step<kTwo>(x + w.steps * step, next, w.last_step + 128 * half, asked, before, w.steps);
   add_from(before, w.steps + w.rest);
 }
 
@@ -173,7 +183,7 @@ inline void panel_of_codes(const LinearArgs& g, const TilePlan& p, const char* x
   auto* const sums = (float*)(last_step + kPanelStep);
   const char* span = (const char*)g.w + panel * panel_bytes<PackedInt8>(g.k);
   const int64_t end = round_up(g.k, PackedInt8::kPad), step = p.tile_rows * kCodeK;
-  const int64_t share = round_up(ceil_div(kSpanBytes<PackedInt8>, count * kSpanSteps), 64);
+  const int64_t each = round_up(ceil_div(kSpanBytes<PackedInt8>, 4 * kSpanSteps * ceil_div(count, 2)), 64);
   alignas(64) float scales[2][kWide];
   Unit before{};
   before.scales = scales[0];
@@ -187,13 +197,13 @@ inline void panel_of_codes(const LinearArgs& g, const TilePlan& p, const char* x
       memcpy(last_step, w.codes + w.steps * kPanelStep, size_t(rest / 4 * kPanelRow));
       memset(last_step + rest / 4 * kPanelRow, 0, size_t((kCodeK - rest) / 4 * kPanelRow));
     }
-    const char* ahead = w.codes + 2 * kAhead;
+    Asked asked{w.codes + 4 * kAhead, each};
     for (int t = 0; t < count; t += 2) {
       const bool two = t + 1 < count;
       const char *const tile = x + t * p.tile_bytes, *const from = tile + k / kCodeK * step;
       const auto* const x_scales = (const float*)(tile + p.tile_rows * code_bytes(g.k)) + k / kCodeSpan * p.tile_rows;
       for (int half = 0; half < 1 + two; ++half, ++units) {
-        two ? code_unit<true>(w, half, from, step, p.tile_bytes, ahead, share, before) : code_unit<false>(w, 0, from, step, 0, ahead, share, before);
+        two ? code_unit<true>(w, half, from, step, p.tile_bytes, asked, before) : code_unit<false>(w, 0, from, step, 0, asked, before);
         char* const to = tiles + units % 2 * kUnitBytes;
         store_sums(to);
         before = {to, sums + t * p.tile_rows * kWide + 32 * half, x_scales, scale + 32 * half, p.tile_bytes, p.tile_rows, two, k == 0};

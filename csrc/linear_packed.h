@@ -1,7 +1,8 @@
 // Products with packed weights (packed_formats.h). The law is that of linear.h, with the bits of the weight as it lay before. For codes it is
 //
-//   span s of k (int8: 128, int4: 32):  s_s = fma(x[k], code[k, n], s_s) for k ascending, from 0
-//   y[m, n] = rounded((s_0 * scale[0, n] + s_1 * scale[1, n] + ...) + bias[n]),  fp32 throughout, rounded once
+//   part p of k (int8: 128, int4: 32):  s_p = fma(x[k], code[k, n], s_p) for k ascending, from 0
+//   y[m, n] = rounded((s_0 * u[0, n] + s_1 * u[1, n] + ...) + bias[n]),  u the scale of the span (int8: 256, int4: 32) that the part is of, fp32
+//   throughout, rounded once
 //
 // but for bf16 rows on AMX (linear_amx_int8.h, linear_amx.h): a code is an fp32 number, so no instruction for pairs of bf16 is used.
 //
@@ -28,8 +29,8 @@ constexpr int kAhead = 4096;  // bytes ahead of what is read, on the way to the 
 
 // One block of k of a panel, its columns from 16 * line on.
 struct FewPacked {
-  const float* x;     // cells of each row, a block apart
-  const char* block;  // of the panel
+  const float* x;   // cells of each row, a block apart
+  PartPlace place;  // of the panel
   float* sums;        // [lines, rows, 16]
   int line, k;        // k in this block, filled up
   bool first;
@@ -53,14 +54,14 @@ template <class P, int MR>
 void few_packed(const FewPacked& g) {
   constexpr int NV = kFewVectors<MR>;
   const float* x = g.x;
-  const char* span = g.block;
+  PartPlace place = g.place;
   bool first = g.first;
-  for (int k = g.k; k > 0; k -= P::kSpan) {
+  for (int k = g.k; k > 0; k -= kPart<P>) {
     F32x16 acc[NV][MR];
     QUIRE_UNROLL for (int j = 0; j < NV; ++j)
       QUIRE_UNROLL for (int i = 0; i < MR; ++i) acc[j][i] = zero();
-    const char* w = span + kScaleBytes<P> + 64 * g.line;
-    for (int units = (k < P::kSpan ? k : P::kSpan) / P::kUnit; units > 0; --units) {
+    const char* w = place.units + 64 * g.line;
+    for (int units = (k < kPart<P> ? k : kPart<P>) / P::kUnit; units > 0; --units) {
       typename P::Raw raws[NV];
       QUIRE_UNROLL for (int j = 0; j < NV; ++j) {
         __builtin_prefetch(w + kAhead + 64 * j, 0, 2);
@@ -72,10 +73,10 @@ void few_packed(const FewPacked& g) {
     }
     QUIRE_UNROLL for (int j = 0; j < NV; ++j) {
       F32x16 scale;
-      if constexpr (P::kScaled) scale = load_bf16((const uint16_t*)span + 16 * (g.line + j));
+      if constexpr (P::kScaled) scale = load_bf16((const uint16_t*)place.scales + 16 * (g.line + j));
       QUIRE_UNROLL for (int i = 0; i < MR; ++i) add_block(g.sums + (j * MR + i) * 16, P::kScaled ? mul(acc[j][i], scale) : acc[j][i], first);
     }
-    span += kSpanBytes<P>;
+    place = {place.scales + kSpanBytes<P>, place.units + kSpanBytes<P>};  // in a block are whole spans, or it is in one
     first = false;
   }
 }
@@ -133,22 +134,21 @@ void few_rows_packed(const LinearArgs& g, const float* x, float* sums, int64_t b
   const int m = int(g.m), lines = m <= 4 ? kFewVectors<1> : kFewVectors<kFewPacked>;
   const int64_t bytes = panel_bytes<P>(g.k);
   for (int64_t panel = begin; panel < end; ++panel) {
-    const char* block = (const char*)g.w + panel * bytes;
     int64_t k0 = 0;
     do {
-      FewPacked a{x + k0 / kBlock * m * kCellsOfBlock<P>, block, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0};
+      const PartPlace place = part_at<P>((const char*)g.w + panel * bytes, k0);
+      FewPacked a{x + k0 / kBlock * m * kCellsOfBlock<P>, place, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0};
       for (; a.line < kLines; a.line += lines, a.sums += lines * m * 16) FewRows<P>::rows[m](a);
-      block += kBlockBytes<P>;
       k0 += kBlock;
     } while (k0 < g.k);
     finish_as(g, sums, 16, 0, m, panel * kWide, smaller((panel + 1) * kWide, g.n));
   }
 }
 
-// kPanel columns of one span, from 16 * line on, as cells [cells, kPanel], with their scales [kPanel].
+// kPanel columns of one part, from 16 * line on, as cells [cells, kPanel], with their scales [kPanel].
 template <class P>
-void widen_span(const char* span, int line, int k, float* out, float* scales) {
-  const char* w = span + kScaleBytes<P> + 64 * line;
+void widen_part(const PartPlace& place, int line, int k, float* out, float* scales) {
+  const char* w = place.units + 64 * line;
   for (int at = 0; at < k; at += P::kUnit, w += 64 * kLines, out += kCellsOfUnit<P> * kPanel) {
     QUIRE_UNROLL for (int j = 0; j < kTileVectors; ++j) {
       F32x16 cells[kCellsOfUnit<P>];
@@ -157,23 +157,23 @@ void widen_span(const char* span, int line, int k, float* out, float* scales) {
     }
   }
   if constexpr (P::kScaled)
-    for (int j = 0; j < kTileVectors; ++j) store(scales + 16 * j, load_bf16((const uint16_t*)span + 16 * (line + j)));
+    for (int j = 0; j < kTileVectors; ++j) store(scales + 16 * j, load_bf16((const uint16_t*)place.scales + 16 * (line + j)));
 }
 
 // One block of k, kPanel columns of a panel. The tiles share among them the lines of what is wanted next.
 template <class P>
-void block_packed(const float* x, int rows, float* panel, float* sums, const char* block, int line, int k, bool first) {
-  constexpr int kSpans = kBlock / P::kSpan, kRounds = P::kSpan / P::kPerCell / 4, kShare = int(kBlockBytes<P> / 64) * kTileVectors / kLines;
+void block_packed(const float* x, int rows, float* panel, float* sums, PartPlace place, int line, int k, bool first) {
+  constexpr int kParts = kBlock / kPart<P>, kRounds = kPart<P> / P::kPerCell / 4, kShare = int(kBlockBytes<P> / 64) * kTileVectors / kLines;
   float* scales = panel + kCellsOfBlock<P> * kPanel;
-  const int tiles = int(ceil_div(rows, kTileRows)), each = int(ceil_div(kShare, tiles * kSpans));
+  const int tiles = int(ceil_div(rows, kTileRows)), each = int(ceil_div(kShare, tiles * kParts));
   const int64_t per_round = ceil_div(each, kRounds);
-  const char* ahead = block + kBlockBytes<P> + line / kTileVectors * kShare * 64;
+  const char* ahead = place.units + kBlockBytes<P> + line / kTileVectors * kShare * 64;
   TileArgs a{x, panel, sums, 0, first, ahead, 64 * per_round, {}, P::kScaled ? scales : nullptr};
   for (int u = 0; u < 4; ++u) a.ahead_lines[u] = 64 * smaller(u, per_round - 1);
   int at = 0;
   do {
-    const int here = k - at < P::kSpan ? k - at : P::kSpan;
-    widen_span<P>(block, line, here, panel, scales);
+    const int here = k - at < kPart<P> ? k - at : kPart<P>;
+    widen_part<P>(place, line, here, panel, scales);
     a.cells = here / P::kPerCell;
     for (int t = 0; t < tiles; ++t) {
       const int r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
@@ -183,8 +183,8 @@ void block_packed(const float* x, int rows, float* panel, float* sums, const cha
       a.ahead += 64 * each;
     }
     a.first = false;
-    block += kSpanBytes<P>;
-    at += P::kSpan;
+    place = {place.scales + kSpanBytes<P>, place.units + kSpanBytes<P>};
+    at += kPart<P>;
   } while (at < k);
 }
 
@@ -198,9 +198,9 @@ void many_rows_packed(const LinearArgs& g, const PackedPlan& p, const float* x, 
     do {
       const int k = int(round_up(smaller(g.k - k0, kBlock), P::kPad));
       for (int64_t at = first; at < last; ++at) {
-        const char* block = (const char*)g.w + at * bytes + k0 / kBlock * kBlockBytes<P>;
+        const PartPlace place = part_at<P>((const char*)g.w + at * bytes, k0);
         for (int line = 0; line < kLines; line += kTileVectors)
-          block_packed<P>(x + k0 / kBlock * rows * kCellsOfBlock<P>, rows, panel, sums + ((at - first) * kWide + 16 * line) * rows, block, line, k, k0 == 0);
+          block_packed<P>(x + k0 / kBlock * rows * kCellsOfBlock<P>, rows, panel, sums + ((at - first) * kWide + 16 * line) * rows, place, line, k, k0 == 0);
       }
       k0 += kBlock;
     } while (k0 < g.k);

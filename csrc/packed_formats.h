@@ -8,7 +8,8 @@
 //           fp16  2 k x 16 halves                    int4  16 lanes of 32 bits, 8 nibbles (code + 8) each, k ascending from the lowest
 //           bf16  16 pairs of k, the operand of a bf16 dot instruction; without one, a shift and a mask make two vectors of fp32
 //
-// Columns and k are filled up with zeros, k to a multiple of kPad. Codes have one scale for a column and a span of k; only they have scales.
+// Columns and k are filled up with zeros, k to a multiple of kPad. Codes have one scale for a column and a span of k, which may be
+// several blocks of it; only they have scales.
 #pragma once
 #include "kernels.h"
 #include "linear_tiles.h"
@@ -64,7 +65,7 @@ struct PackedPairs : PackedBf16 {
 #endif
 
 struct PackedInt8 {
-  static constexpr int kUnit = 4, kSpan = 128, kPad = 16, kPerCell = 1;
+  static constexpr int kUnit = 4, kSpan = 256, kPad = 16, kPerCell = 1;
   static constexpr bool kScaled = true;
 #if defined(QUIRE_AMX)
   using Raw = U32x16;
@@ -122,10 +123,22 @@ constexpr int64_t kScaleBytes = P::kScaled ? 2 * kWide : 0;
 template <class P>
 constexpr int64_t kSpanBytes = kScaleBytes<P> + P::kSpan / P::kUnit * 64 * kLines;
 template <class P>
-constexpr int64_t kBlockBytes = kBlock / P::kSpan * kSpanBytes<P>;
+constexpr int64_t kBlockBytes = kBlock * kSpanBytes<P> / P::kSpan;  // of a block of k, with its share of scales
+template <class P>
+constexpr int kPart = P::kSpan < kBlock ? P::kSpan : kBlock;  // of k, that is summed before it is scaled
+struct PartPlace {
+  const char *scales, *units;
+};
 template <class P>
 int64_t panel_bytes(int64_t k) {
   return round_up(k, P::kPad) / P::kUnit * 64 * kLines + ceil_div(k, P::kSpan) * kScaleBytes<P>;
+}
+
+// k and on, a multiple of kPart, of a panel.
+template <class P>
+QUIRE_INLINE PartPlace part_at(const char* panel, int64_t k) {
+  const char* const span = panel + k / P::kSpan * kSpanBytes<P>;
+  return {span, span + kScaleBytes<P> + k % P::kSpan / P::kUnit * 64 * kLines};
 }
 
 // f(P{}) for the struct P of a packed format.

@@ -18,6 +18,7 @@ from quire.tensors.products import SPANS, ReferenceProducts, _parts  # noqa: E40
 from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, random  # noqa: E402
 
 CODES = ["int8", "int4"]
+PARTS = {"int8": 128, "int4": 32}  # k that is summed before it is scaled, where x is taken as it is
 SHAPES = [(33, 31), (130, 129), (200, 257), (64, 640)]
 ROWS = [*range(1, 17), 29, 64, 100, 260]  # every number of few rows, whole and broken tiles, more than a scratch holds
 
@@ -87,12 +88,12 @@ def coded(quantization: str, dtype: torch.dtype, m: int, n: int, k: int) -> tupl
     out = torch.empty(reference.packed_bytes(layout), dtype=torch.uint8)
     reference.pack(weight, layout, out)
     codes, scales = (part.float() for part in _parts(out, layout))
-    total, wide, span = torch.zeros(m, n), x.float(), SPANS[quantization]
-    for start in range(0, k, span):
+    total, wide = torch.zeros(m, n), x.float()
+    for start in range(0, k, PARTS[quantization]):
         part = torch.zeros(m, n)
-        for i in range(start, min(start + span, k)):
+        for i in range(start, min(start + PARTS[quantization], k)):
             part += wide[:, i : i + 1] * codes[:, i]
-        part *= scales[:, start // span]
+        part *= scales[:, start // SPANS[quantization]]
         total = total + part if start else part
     return x, weight, total
 
@@ -118,7 +119,7 @@ def in_integers(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", CODES)
 def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -> None:
-    for n, k in ((33, 31), (130, 129), (70, 300), (64, 850)):
+    for n, k in ((33, 31), (130, 129), (70, 300), (64, 512), (20, 576), (64, 850)):
         x, weight, total = coded(quantization, dtype, 100, n, k)
         packed, bias = pack(weight, quantization), random(5, n, dtype=dtype)
         plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
@@ -246,6 +247,16 @@ def test_other_readers_are_told() -> None:
         NativeProducts(1).linear(x.double(), packed)
     with pytest.raises(TypeError, match="bias torch.float16"):
         NativeProducts(1).linear(x, packed, random(2, 70).half())
+
+
+@pytest.mark.parametrize("k", [1, 16, 31, 64, 255, 256, 257, 512, 576, 850])
+def test_packed_bytes_are_codes_and_a_scale_a_span(isa: str, k: int) -> None:
+    """Columns filled up to 64 and k to 16; two bytes for a column and a span that is begun."""
+    for n, (quantization, bits) in itertools.product((1, 64, 130), zip(CODES, (8, 4), strict=True)):
+        columns, padded = -(-n // 64) * 64, -(-k // 16) * 16
+        expected = columns * (padded * bits // 8 + 2 * -(-k // SPANS[quantization]))
+        assert NativeProducts(1).packed_bytes(PackedLayout(n, k, torch.bfloat16, quantization)) == expected
+        assert pack(random(1, n, k), quantization).packed.numel() == expected
 
 
 def test_nothing_to_multiply() -> None:

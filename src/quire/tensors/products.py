@@ -17,7 +17,7 @@ from torch.nn import functional
 from quire.tensors.packed import PackedLayout, PackedWeight, operands
 
 BLOCK_ROWS = 16
-SPANS = {"int8": 128, "int4": 32}  # k that share a scale
+SPANS = {"int8": 256, "int4": 32}  # k that share a scale
 
 
 class ReferenceProducts:
