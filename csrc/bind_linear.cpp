@@ -50,7 +50,7 @@ int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
 void multiply(LinearArgs args) {
   if (args.m == 0 || args.n == 0) return;  // the kernels want something to do
   const LinearKernels& kernels = active_kernels().linear;
-  static thread_local Kept scratch;  // 8 MiB of x and 0.3 MiB for every thread of the team at the most
+  static thread_local Kept scratch;  // of x 8 MiB or 1.5 MiB a thread, and 0.6 MiB for every thread of the team at the most
   args.scratch = reinterpret_cast<float*>(scratch.bytes(kernels.scratch_floats(&args) * int64_t(sizeof(float))));
   kernels.multiply(&args);
 }

@@ -15,7 +15,9 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int64_t kTileXBytes = 3 << 19;  // of x at once: it stays in the second cache
+constexpr int64_t kTileXBytes = 3 << 19;  // of x at once for a thread, or for all who share it: it stays in the second cache
+// Rows of x from which on a thread has them for its own, where all would be in the second cache at once, and where not; at once of all threads.
+constexpr int kOwnRows = 256, kOwnRowsMany = 160, kMostRows = 2048;
 
 struct TilePlan {
   int threads, rows, tile_rows;  // rows of x at once, and of one of its tiles
@@ -24,15 +26,18 @@ struct TilePlan {
 };
 
 // `read`: nanoseconds on one thread for an element of the weight, roughly; waking another costs microseconds. `row_bytes`: of a row of x in its
-// tile. `before`: bytes of a thread's own in front of the sums of a panel.
-inline TilePlan tile_plan(const LinearArgs& g, double read, int64_t row_bytes, int64_t before) {
+// tile. `before`: bytes of a thread's own in front of the sums of a panel. `in_place`: operands are read where the weight lies, so that each thread
+// may read all of them, where it has rows enough of its own: then nobody waits for lines that another core holds.
+inline TilePlan tile_plan(const LinearArgs& g, double read, int64_t row_bytes, int64_t before, bool in_place = false) {
   TilePlan p{};
   const double compute = 0.001 * double(g.m);
   p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
-  const int64_t fitting = kTileXBytes / (row_bytes + 1) / 32 * 32;
   p.tile_rows = int(smaller(g.m, 16));
-  p.rows = int(smaller(round_up(g.m, p.tile_rows), fitting > 32 ? fitting : 32));
-  p.by_rows = p.threads > 1 && ceil_div(g.n, kWide) < 2 * p.threads && g.m >= 32 * p.threads;
+  const int64_t unit = 32 * p.threads, fitting = kTileXBytes / (row_bytes + (row_bytes == 0)) / 32 * 32, own = g.m / p.threads;
+  const bool few_panels = ceil_div(g.n, kWide) < 2 * p.threads && own >= 32;
+  p.by_rows = p.threads > 1 && (few_panels || (in_place && own >= (g.m < fitting ? kOwnRows : kOwnRowsMany)));
+  const int64_t even = p.by_rows ? unit : 32, most = p.by_rows ? smaller(fitting * p.threads, round_up(kMostRows, unit)) : fitting;
+  p.rows = int(smaller(round_up(g.m, p.tile_rows), round_up(ceil_div(g.m, ceil_div(g.m, most > even ? most : even)), even)));
   p.tile_bytes = row_bytes * p.tile_rows;
   p.x_bytes = round_up(row_bytes * p.rows, 64);
   p.own_bytes = before + round_up(p.rows, 16) * kWide * 4;

@@ -1,6 +1,6 @@
-// How a weight gives the operands of products on AMX (linear_amx.h): `block` writes those of `steps` steps of a panel, from k0 on, to scratch
-// [step][line][1 KB], whether the weight is packed, of codes, or as the model has it. `at` is where a packed panel's bytes for k0 begin, `bytes` how
-// many a panel has.
+// How a weight gives the operands of products on AMX (linear_amx.h): a packed one of bf16 where it lies, any other through `block`, which writes those
+// of `steps` steps of a panel, from k0 on, to scratch [step][line][1 KB], whether it is of codes or as the model has it. `at` is where a packed
+// panel's bytes for k0 begin, `bytes` how many a panel has.
 #pragma once
 #include "linear_packed.h"
 #include "tiles_amx.h"
@@ -24,16 +24,10 @@ QUIRE_INLINE U32x16 brain_pairs(F32x16 low, F32x16 high) {
 }
 
 // A packed weight of bf16.
-struct Copied {
-  static constexpr bool kStreams = true;  // or may be read in place
+struct Packed {
+  static constexpr bool kStreams = true;
   QUIRE_INLINE int64_t bytes(const LinearArgs& g) { return panel_bytes<PackedBf16>(g.k); }
   QUIRE_INLINE const char* at(const LinearArgs& g, int64_t panel, int64_t k0) { return (const char*)g.w + panel * bytes(g) + k0 / kTileK * kStepBytes; }
-  static void block(const LinearArgs& g, int64_t panel, int64_t k0, int steps, char* out) {
-    const char* from = at(g, panel, k0);
-    for (int s = 0; s < steps; ++s, out += kStepBytes)
-      for (int i = 0; i < kTileK / 2; ++i, from += kInterleaved)
-        QUIRE_UNROLL for (int line = 0; line < kLines; ++line) store_u32((uint32_t*)(out + line * kTileBytes + 64 * i), load_bytes(from + 64 * line));
-  }
 };
 
 // A weight of codes.

@@ -17,7 +17,7 @@ bool with_tiles(const LinearArgs& g, const Function& f) {
   switch (g.format) {
     case kRowsNK: f(BrainProduct<AsItLies<false>>{}); return true;
     case kRowsKN: f(BrainProduct<AsItLies<true>>{}); return true;
-    case kPackedBF16: f(BrainProduct<Copied>{}); return true;
+    case kPackedBF16: f(BrainProduct<Packed>{}); return true;
     case kPackedInt8: f(CodeProduct{}); return true;
     case kPackedInt4: f(BrainProduct<Decoded<PackedInt4>>{}); return true;
     default: return false;
