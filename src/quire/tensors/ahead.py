@@ -59,9 +59,9 @@ def made_ahead(source: str, *, dtype: str, quantization: str, spare_bytes: Calla
     """Inside, memory is made for packing the model in the folder `source`, if `spare_bytes()` allows; what was not taken is gone afterwards."""
     global _now
     with contextlib.suppress(Exception):  # a folder that cannot be read is refused by name later
-        num_bytes = foreseen(Path(source).expanduser(), dtype, quantization)
-        if hasattr(mmap, "MADV_HUGEPAGE") and LEAST <= num_bytes <= spare_bytes():
-            _now = Ahead(num_bytes + num_bytes // 4, num_bytes)  # panels are padded: what is never touched costs nothing
+        num_bytes, touched = foreseen(Path(source).expanduser(), dtype, quantization)
+        if hasattr(mmap, "MADV_HUGEPAGE") and touched >= LEAST and num_bytes <= spare_bytes():
+            _now = Ahead(num_bytes + num_bytes // 4, touched)  # panels are padded: what is never touched costs nothing
     try:
         yield
     finally:
@@ -79,8 +79,9 @@ def take(num_bytes: int) -> mmap.mmap | None:
     return ahead.memory if fits else None
 
 
-def foreseen(folder: Path, dtype: str, quantization: str) -> int:
-    """Bytes that packing will take of the checkpoint in `folder`, about; 0 where that is not known or loading may need memory of its own."""
+def foreseen(folder: Path, dtype: str, quantization: str) -> tuple[int, int]:
+    """Bytes that packing will take of the checkpoint in `folder`, about, and how many of them may be touched before: with the largest weight as it
+    lies in its file, which is read meanwhile, no more than all packed ones. Both are 0 where loading may need memory of its own."""
     shapes: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -88,12 +89,13 @@ def foreseen(folder: Path, dtype: str, quantization: str) -> int:
     shapes.pop("__metadata__", None)
     stored = {entry["dtype"] for entry in shapes.values()}
     if len(stored) != 1 or any("expert" in name for name in shapes):  # experts are put together as they are read
-        return 0
+        return 0, 0
     name, item_bytes = ITEM_BYTES[stored.pop()]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if name != (dtype if dtype != "auto" else config.get("dtype", config.get("torch_dtype"))):
-        return 0  # all of it will be converted
+        return 0, 0  # all of it will be converted
     item = {"none": float(item_bytes), "int8": 1.0, "int4": 0.5}[quantization]
     untied = any(name.startswith("lm_head") for name in shapes)
     packed = [math.prod(e["shape"]) for name, e in shapes.items() if len(e["shape"]) == 2 and not (untied and "embed" in name)]
-    return int(item * sum(packed)) // mmap.PAGESIZE * mmap.PAGESIZE
+    num_bytes = int(item * sum(packed))
+    return num_bytes, max(0, num_bytes - item_bytes * max(packed, default=0)) // mmap.PAGESIZE * mmap.PAGESIZE
