@@ -23,6 +23,8 @@ from rich.text import Text
 from quire.cli.options import expand
 from quire.config import EngineConfig
 from quire.errors import ModelNotFoundError, QuireError
+from quire.tensors.ahead import made_ahead
+from quire.tensors.memory import available_bytes
 
 if TYPE_CHECKING:
     from quire import LLM
@@ -76,10 +78,17 @@ def loaded(model: str | None, config: EngineConfig) -> Iterator[LLM]:
 
 def load(source: str, config: EngineConfig, warn: Callable[[str], None] | None = None) -> LLM:
     """A new `LLM` on `source`, with a spinner on the terminal until it is ready, or with `warn` told of warnings and nothing shown."""
-    with waiting(source, warn):
+    with _made_ahead(source, config), waiting(source, warn):
         from quire import LLM
 
         return LLM(source, **asdict(config))
+
+
+def _made_ahead(source: str, config: EngineConfig) -> contextlib.AbstractContextManager[None]:
+    """Memory for the weights, made while the imports run, where packing will want it."""
+    if config.backend == "reference":  # which packs nothing
+        return contextlib.nullcontext()
+    return made_ahead(source, dtype=config.dtype, quantization=config.quantization, spare_bytes=lambda: available_bytes() - config.reserve_bytes)
 
 
 @contextlib.contextmanager

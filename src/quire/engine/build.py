@@ -26,8 +26,9 @@ from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.attention.base import AttentionBackend, PackingProducts
 from quire.tensors.attention.reference import ReferenceAttention
-from quire.tensors.device import available_bytes, give_back_freed, on_one_torch_thread
+from quire.tensors.device import give_back_freed, on_one_torch_thread
 from quire.tensors.disk import DiskStore
+from quire.tensors.memory import available_bytes
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe

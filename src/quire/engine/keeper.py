@@ -13,7 +13,7 @@ from quire.policy.lookup import find, find_miss
 from quire.policy.pins import Pin, Pins
 from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence
-from quire.tensors.device import available_bytes
+from quire.tensors.memory import available_bytes
 from quire.tensors.store import PageStore
 from quire.text.tokenizer import TextTokenizer
 

@@ -1,4 +1,4 @@
-"""The machine under the engine: memory really available, and how many threads torch's own operators take."""
+"""The machine under the engine: memory held and given back, and how many threads torch's own operators take."""
 
 from __future__ import annotations
 
@@ -14,19 +14,6 @@ import torch
 T = TypeVar("T")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def available_bytes() -> int:
-    """Memory that can be taken now without swapping: the system's figure or what the control group leaves, whichever is less."""
-    free = _meminfo("MemAvailable")
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            left = int((group / limit).read_text()) - int((group / used).read_text())
-        except (OSError, ValueError):  # no such file, or "max": no limit
-            continue
-        free = min(free, left)
-    return max(0, free)
 
 
 def resident_bytes() -> int:
@@ -86,14 +73,3 @@ def _openmp_library() -> ctypes.CDLL | None:
         if "libgomp" in path or "libiomp" in path or "libomp" in path:
             return ctypes.CDLL(path)
     return None
-
-
-def _meminfo(key: str) -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == key:
-                return int(value.split()[0]) * 1024
-    except OSError:
-        pass
-    return 4 * 2**30  # no /proc: a guess that any machine able to run a model has

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quire.errors import UnsupportedModelError
+from quire.tensors.ahead import take
 from quire.tensors.attention.base import PackingProducts
 from quire.tensors.device import give_back
 from quire.tensors.models.facts import output_embeddings
@@ -100,6 +101,8 @@ def room(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of memory not yet touched, in huge pages where the system gives them: a product walks through all of it."""
     if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
+    if (made := take(num_bytes)) is not None:
+        return torch.frombuffer(made, dtype=torch.uint8, count=num_bytes)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared, as by default, few systems give them
     with suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,0 +1,29 @@
+"""Memory really available. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def available_bytes() -> int:
+    """Memory that can be taken now without swapping: the system's figure or what the control group leaves, whichever is less."""
+    free = _meminfo("MemAvailable")
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            continue
+        free = min(free, left)
+    return max(0, free)
+
+
+def _meminfo(key: str) -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == key:
+                return int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    return 4 * 2**30  # no /proc: a guess that any machine able to run a model has
