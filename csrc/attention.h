@@ -152,9 +152,26 @@ struct ByVectors {
   static constexpr int kRows = kBlockRows;
   Scratch s;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
+  void ask(const AttendArgs&, const WorkItem&, const Heads&) {}
   void run(const AttendArgs& args, const WorkItem& work, const Heads& of) { run_item(args, work, of, s); }
   void share(const AttendArgs& args, const SharedItem& work, const Heads& of) { share_item(args, work, of, s); }
 };
+
+// Calls ask(coming) with what this thread does after i, if that is known, then run(i). Of the last few things none is taken early: another thread may
+// have nothing to do before this one comes to it.
+constexpr int64_t kNotEarly = 2;  // for each thread
+template <class Ask, class Run>
+void take_each(Next& next, int threads, const Ask& ask, const Run& run) {
+  const int64_t late = next.count - kNotEarly * threads;
+  int64_t i, coming;
+  for (bool some = next.take(i); some;) {
+    const bool early = i < late && next.take(coming);
+    if (early) ask(coming);
+    run(i);
+    some = early || next.take(coming);
+    i = coming;
+  }
+}
 
 template <class Way>
 int attend_by(const AttendArgs& args, Error* error) {
@@ -173,7 +190,9 @@ int attend_by(const AttendArgs& args, Error* error) {
     if (!ready) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
     for (int64_t i; ready && shared.take(i);) way.share(args, args.shared[i / per_item], heads_of(i));
     if (args.num_shared > 0) me.meet();  // since others' states are gone on from
-    for (int64_t i; ready && next.take(i);) way.run(args, args.items[i / per_item], heads_of(i));
+    if (!ready) return;
+    const auto ask = [&](int64_t i) { way.ask(args, args.items[i / per_item], heads_of(i)); };
+    take_each(next, me.count, ask, [&](int64_t i) { way.run(args, args.items[i / per_item], heads_of(i)); });
   });
   if (failed) snprintf(error->text, sizeof error->text, "attend: out of memory for a thread's scratch");
   return failed;

@@ -14,6 +14,8 @@
 //
 // int8 keys and values have a law in integers, which follows this one in its bases, sums and parts (attention_amx_bytes.h).
 #pragma once
+#include <optional>
+
 #include "attention_amx_block_bytes.h"
 #include "attention_amx_block_pairs.h"
 #include "attention_amx_few_bytes.h"
@@ -65,9 +67,16 @@ struct ByTiles {
   Scratch s;
   TileShapes shapes;
   FlushedSmall small;
+  std::optional<Coming> coming;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
+  void ask(const AttendArgs& args, const WorkItem& work, const Heads& of) {
+    coming.emplace(args, work, of);
+    ask_for_rows(args, work, of, coming->item);
+  }
   void run(const AttendArgs& args, const WorkItem& work, const Heads& of) {
-    work.num_tokens * of.count <= kLanes ? run_few<Format>(args, work, of, s) : run_block<Format>(args, work, of, s);
+    Coming* const next = coming ? &*coming : nullptr;
+    work.num_tokens * of.count <= kLanes ? run_few<Format>(args, work, of, s, next) : run_block<Format>(args, work, of, s);
+    coming.reset();
   }
   void share(const AttendArgs& args, const SharedItem& work, const Heads& of) {
     work.num_tokens * of.count <= kLanes ? share_few<Format>(args, work, of, s) : share_block<Format>(args, work, of, s);

@@ -15,6 +15,8 @@ struct Few {
   Scratch& s;
   int k_steps, v_dims;  // v_dims: a multiple of what outputs come in
   float factor;
+  int64_t end;     // of the item's keys
+  Coming* coming;  // null if that is not known
   Sums part, total;
 
   float* row(int r) { return s.scores + 2 * kScores + r * kTile; }
@@ -123,15 +125,27 @@ void write_rows(const Few& f) {
   }
 }
 
+// Asks for the queries of few rows, and for the states that these go on from.
+inline void ask_for_rows(const AttendArgs& args, const WorkItem& work, const Heads& of, const Item& item) {
+  if (item.rows() > kLanes) return;
+  for (int r = 0; r < item.rows(); ++r)
+    for (int at = 0; at < args.layout.k.dim * 2; at += kLine) prefetch(item.query(r) + at);
+  for (int32_t part = work.first_part; part < work.end_part; ++part) {
+    const char* const states = (const char*)beginning_of(args, work, of, part).states;
+    const int64_t bytes = states ? item.rows() * state_floats(args.layout.v.dim) * 4 : 0;
+    for (int64_t at = 0; at < bytes; at += kLine) prefetch(states + at);
+  }
+}
+
 inline void start_few(Few& f) {
   start_sums(f.item, 0, f.total);
   if (!f.total.fresh) memset(f.s.total, 0, size_t(kLanes * f.v_dims) * 4);
 }
 
 template <class Format>
-Few few_of(Item& item, Scratch& s) {
+Few few_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
   const PageLayout& at = item.args.layout;
-  Few f{item, s, steps_of<Format>(at), int(round_up(at.v.dim, Format::kOutputs)), score_factor(item.args), {}, {}};
+  Few f{item, s, steps_of<Format>(at), int(round_up(at.v.dim, Format::kOutputs)), score_factor(item.args), end, coming, {}, {}};
   Format::load_few(f);
   return f;
 }
@@ -142,9 +156,9 @@ void run_keys(Few& f, KeyRange keys) {
 }
 
 template <class Format>
-void run_few(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s) {
+void run_few(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s, Coming* coming) {
   Item item = item_of(args, work, of);
-  Few f = few_of<Format>(item, s);
+  Few f = few_of<Format>(item, s, keys_of_part(item, work.end_part - 1).end, coming);
   const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
   float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.part * work.num_parts * stride : nullptr;
   if (!partials) start_few(f);
@@ -171,9 +185,10 @@ void run_few(const AttendArgs& args, const WorkItem& work, const Heads& of, Scra
 template <class Format>
 void share_few(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
   Item item = item_of(args, work, of);
-  Few f = few_of<Format>(item, s);
+  const KeyRange keys = keys_of_part(item, work.part);
+  Few f = few_of<Format>(item, s, keys.end, nullptr);
   begin_part<Format>(f, nullptr);
-  run_keys<Format>(f, keys_of_part(item, work.part));
+  run_keys<Format>(f, keys);
   save_part<Format>(f, states_of(args, work, of));
 }
 

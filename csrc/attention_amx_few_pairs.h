@@ -154,10 +154,14 @@ inline void run_pairs_tile(Few& f, int64_t base) {
   Item& item = f.item;
   const PageLayout& at = item.args.layout;
   const char* const zeros = (const char*)f.s.zeros;
-  Rows &rows = item.tiles[base / kTile % 2], &next = item.tiles[base / kTile % 2 ^ 1];
+  Rows& rows = item.tiles[base / kTile % 2];
   if (!locate_tile(item, base, zeros, rows)) return;
   RowsAhead ahead{};
-  if (locate_tile(item, base + kTile, zeros, next)) {
+  const bool over = base + kTile >= f.end;
+  Item& then = over && f.coming ? f.coming->item : item;
+  const int64_t next_base = over && f.coming ? f.coming->first_key / kTile * kTile : base + kTile;
+  Rows& next = then.tiles[next_base / kTile % 2];
+  if ((!over || (f.coming && f.coming->first_key < f.coming->end)) && locate_tile(then, next_base, zeros, next)) {
     for (int j = 0; j < kTile; ++j)
       if (j < next.lo || j >= next.hi) next.k[j] = next.v[j] = zeros;
     ahead = {&next, at.k.bytes > at.v.bytes ? at.k.bytes : at.v.bytes};

@@ -115,6 +115,20 @@ inline KeyRange keys_of_part(const Item& item, int64_t part, int32_t begun = 0) 
   return {first > begin ? first : begin, end < part_end ? end : part_end};
 }
 
+// What a thread does after the item at hand, and the first key it meets, where states do not have all of them: lines are asked for in time.
+struct Coming {
+  Item item;
+  int64_t first_key = 0, end = 0;
+
+  Coming(const AttendArgs& args, const WorkItem& work, const Heads& of) : item(item_of(args, work, of)) {
+    for (int32_t part = work.first_part; part < work.end_part && first_key >= end; ++part) {
+      const KeyRange keys = keys_of_part(item, part, beginning_of(args, work, of, part).keys);
+      first_key = keys.begin;
+      end = keys.end;
+    }
+  }
+};
+
 // log2(e) times the score, scaled and softcapped.
 QUIRE_INLINE F32x16 shape_score(F32x16 dot, float scale, float softcap) {
   if (softcap == 0.0f) return mul(dot, set1(scale * kLog2E));

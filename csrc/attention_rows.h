@@ -34,6 +34,8 @@ struct Rows {
   int64_t base = -1;  // of the tile these are of
   int lo, hi;
   int first_token, end_token;  // of the block's query tokens, those that see the tile
+
+  Rows() {}  // clearing what is set before it is read takes a tenth of a microsecond
 };
 
 QUIRE_INLINE void add_run(Rows& rows, const char* at, int64_t bytes) { rows.runs[rows.num_runs++] = {at, at + bytes}; }
