@@ -152,24 +152,21 @@ struct ByVectors {
   static constexpr int kRows = kBlockRows;
   Scratch s;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
-  void ask(const AttendArgs&, const WorkItem&, const Heads&) {}
-  void run(const AttendArgs& args, const WorkItem& work, const Heads& of) { run_item(args, work, of, s); }
+  void run(const AttendArgs& args, const Taken& at, const Taken&) { run_item(args, *at.work, at.of, s); }
   void share(const AttendArgs& args, const SharedItem& work, const Heads& of) { share_item(args, work, of, s); }
 };
 
-// Calls ask(coming) with what this thread does after i, if that is known, then run(i). Of the last few things none is taken early: another thread may
-// have nothing to do before this one comes to it.
+// Calls run(i, coming) with each thing that a thread takes; `coming`: what it does after that, -1 where that is not known. Of the last few things none
+// is taken early: another thread may have nothing to do before this one comes to it.
 constexpr int64_t kNotEarly = 2;  // for each thread
-template <class Ask, class Run>
-void take_each(Next& next, int threads, const Ask& ask, const Run& run) {
+template <class Run>
+void take_each(Next& next, int threads, const Run& run) {
   const int64_t late = next.count - kNotEarly * threads;
   int64_t i, coming;
-  for (bool some = next.take(i); some;) {
+  for (bool some = next.take(i); some; i = coming) {
     const bool early = i < late && next.take(coming);
-    if (early) ask(coming);
-    run(i);
+    run(i, early ? coming : -1);
     some = early || next.take(coming);
-    i = coming;
   }
 }
 
@@ -191,8 +188,8 @@ int attend_by(const AttendArgs& args, Error* error) {
     for (int64_t i; ready && shared.take(i);) way.share(args, args.shared[i / per_item], heads_of(i));
     if (args.num_shared > 0) me.meet();  // since others' states are gone on from
     if (!ready) return;
-    const auto ask = [&](int64_t i) { way.ask(args, args.items[i / per_item], heads_of(i)); };
-    take_each(next, me.count, ask, [&](int64_t i) { way.run(args, args.items[i / per_item], heads_of(i)); });
+    const auto taken = [&](int64_t i) { return Taken{i < 0 ? nullptr : args.items + i / per_item, heads_of(i < 0 ? 0 : i)}; };
+    take_each(next, me.count, [&](int64_t i, int64_t coming) { way.run(args, taken(i), taken(coming)); });
   });
   if (failed) snprintf(error->text, sizeof error->text, "attend: out of memory for a thread's scratch");
   return failed;

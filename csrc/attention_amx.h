@@ -14,8 +14,6 @@
 //
 // int8 keys and values have a law in integers, which follows this one in its bases, sums and parts (attention_amx_bytes.h).
 #pragma once
-#include <optional>
-
 #include "attention_amx_block_bytes.h"
 #include "attention_amx_block_pairs.h"
 #include "attention_amx_few_bytes.h"
@@ -67,16 +65,13 @@ struct ByTiles {
   Scratch s;
   TileShapes shapes;
   FlushedSmall small;
-  std::optional<Coming> coming;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
-  void ask(const AttendArgs& args, const WorkItem& work, const Heads& of) {
-    coming.emplace(args, work, of);
-    ask_for_rows(args, work, of, coming->item);
-  }
-  void run(const AttendArgs& args, const WorkItem& work, const Heads& of) {
-    Coming* const next = coming ? &*coming : nullptr;
-    work.num_tokens * of.count <= kLanes ? run_few<Format>(args, work, of, s, next) : run_block<Format>(args, work, of, s);
-    coming.reset();
+  void run(const AttendArgs& args, const Taken& at, const Taken& then) {
+    if (at.work->num_tokens * at.of.count > kLanes) return run_block<Format>(args, *at.work, at.of, s);
+    if (!then.work) return run_few<Format>(args, *at.work, at.of, s, nullptr);
+    Coming coming(args, *then.work, then.of);
+    ask_for_rows(args, *then.work, then.of, coming.item);
+    run_few<Format>(args, *at.work, at.of, s, &coming);
   }
   void share(const AttendArgs& args, const SharedItem& work, const Heads& of) {
     work.num_tokens * of.count <= kLanes ? share_few<Format>(args, work, of, s) : share_block<Format>(args, work, of, s);

@@ -115,6 +115,12 @@ inline KeyRange keys_of_part(const Item& item, int64_t part, int32_t begun = 0) 
   return {first > begin ? first : begin, end < part_end ? end : part_end};
 }
 
+// A work item of some query heads; none where `work` is null.
+struct Taken {
+  const WorkItem* work;
+  Heads of;
+};
+
 // What a thread does after the item at hand, and the first key it meets, where states do not have all of them: lines are asked for in time.
 struct Coming {
   Item item;

@@ -26,7 +26,7 @@ from quire.server.page import STATIC, TYPES
 from tests.server.conftest import KEY, OTHER_KEY, Running, running
 
 PROMPT = "the quick brown fox jumps over the lazy dog " * 3
-LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+LONG = SamplingParams(max_tokens=1200, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
