@@ -39,7 +39,8 @@ inline void tiles_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int f
   }
 }
 
-// What is to be asked for while tiles are multiplied, so much with each step.
+// What is to be asked for while tiles are multiplied, so much with each step, a part of it before each operand: many lines at once stand in the way of
+// those that are needed now.
 struct Ahead {
   const char* at;
   int64_t each;  // bytes
@@ -72,13 +73,18 @@ QUIRE_INLINE void write_waiting(Waiting& u, int count) {
 template <int MT, int NT, bool kStreamed>
 QUIRE_INLINE void tile_steps(const char* x, int64_t next_tile, int64_t x_step, const char* lines, int64_t steps, Ahead& ahead, Waiting& waiting) {
   constexpr int kB = MT == 2 ? 6 : 5, kLine = kStreamed ? 64 : kTileBytes, kStride = kStreamed ? kInterleaved : 64;
+  const int64_t part = round_up(ahead.each / NT, 64);
+  const auto ask = [&] {
+    for (const char* const end = ahead.at + part; ahead.at < end; ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+  };
   for (int64_t s = 0; s < steps; ++s, x += x_step, lines += kStepBytes) {
     tile_load<4>(x, 64);
     if constexpr (MT == 2) tile_load<5>(x + next_tile, 64);
-    for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+    ask();
     tile_load<kB>(lines, kStride);
     tile_dot<0, 4, kB>();
     if constexpr (MT == 2) tile_dot<2, 5, kB>();
+    ask();
     tile_load<kB + 1>(lines + kLine, kStride);
     tile_dot<1, 4, kB + 1>();
     if constexpr (MT == 2) {
@@ -86,8 +92,10 @@ QUIRE_INLINE void tile_steps(const char* x, int64_t next_tile, int64_t x_step, c
       write_waiting(waiting, kRowsAStep);
     }
     if constexpr (NT == 4) {
+      ask();
       tile_load<7>(lines + 2 * kLine, kStride);
       tile_dot<2, 4, 7>();
+      ask();
       tile_load<5>(lines + 3 * kLine, kStride);
       tile_dot<3, 4, 5>();
     }
@@ -109,7 +117,7 @@ void few_tiles(const LinearArgs& g, const TilePlan& p, const char* x, int64_t pa
   zero_sums();
   if constexpr (W::kStreams) {
     const char* lines = W::at(g, panel, 0);
-    Ahead ahead{lines + 2 * kAhead, kStepBytes};
+    Ahead ahead{lines + 4 * kAhead, kStepBytes};
     tile_steps<1, 4, true>(x, 0, x_step, lines, steps, ahead, none);
   } else {
     Ahead nothing{};
