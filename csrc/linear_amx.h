@@ -39,13 +39,6 @@ inline void tiles_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int f
   }
 }
 
-// What is to be asked for while tiles are multiplied, so much with each step, a part of it before each operand: many lines at once stand in the way of
-// those that are needed now.
-struct Ahead {
-  const char* at;
-  int64_t each;  // bytes
-};
-
 // Sums of a unit, rows of two lines of columns, on their way to y.
 struct Waiting {
   const char* sums;
@@ -73,18 +66,14 @@ QUIRE_INLINE void write_waiting(Waiting& u, int count) {
 template <int MT, int NT, bool kStreamed>
 QUIRE_INLINE void tile_steps(const char* x, int64_t next_tile, int64_t x_step, const char* lines, int64_t steps, Ahead& ahead, Waiting& waiting) {
   constexpr int kB = MT == 2 ? 6 : 5, kLine = kStreamed ? 64 : kTileBytes, kStride = kStreamed ? kInterleaved : 64;
-  const int64_t part = round_up(ahead.each / NT, 64);
-  const auto ask = [&] {
-    for (const char* const end = ahead.at + part; ahead.at < end; ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
-  };
   for (int64_t s = 0; s < steps; ++s, x += x_step, lines += kStepBytes) {
     tile_load<4>(x, 64);
     if constexpr (MT == 2) tile_load<5>(x + next_tile, 64);
-    ask();
+    ask(ahead);
     tile_load<kB>(lines, kStride);
     tile_dot<0, 4, kB>();
     if constexpr (MT == 2) tile_dot<2, 5, kB>();
-    ask();
+    ask(ahead);
     tile_load<kB + 1>(lines + kLine, kStride);
     tile_dot<1, 4, kB + 1>();
     if constexpr (MT == 2) {
@@ -92,10 +81,10 @@ QUIRE_INLINE void tile_steps(const char* x, int64_t next_tile, int64_t x_step, c
       write_waiting(waiting, kRowsAStep);
     }
     if constexpr (NT == 4) {
-      ask();
+      ask(ahead);
       tile_load<7>(lines + 2 * kLine, kStride);
       tile_dot<2, 4, 7>();
-      ask();
+      ask(ahead);
       tile_load<5>(lines + 3 * kLine, kStride);
       tile_dot<3, 4, 5>();
     }
@@ -117,7 +106,7 @@ void few_tiles(const LinearArgs& g, const TilePlan& p, const char* x, int64_t pa
   zero_sums();
   if constexpr (W::kStreams) {
     const char* lines = W::at(g, panel, 0);
-    Ahead ahead{lines + 4 * kAhead, kStepBytes};
+    Ahead ahead{lines + 4 * kAhead, kStepBytes / kLines};
     tile_steps<1, 4, true>(x, 0, x_step, lines, steps, ahead, none);
   } else {
     Ahead nothing{};
@@ -175,7 +164,7 @@ void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64
     if constexpr (!W::kStreams) W::block(g, panel, s * kTileK, here, block);
     // What comes next is shared among the passes of what is here; behind the last panel nothing is ours.
     const int64_t bytes = last || here == 0 ? 0 : W::bytes(g) * here / steps;
-    const Ahead ahead{W::at(g, panel, s * kTileK) + bytes, bytes == 0 ? 0 : round_up(ceil_div(bytes, here * count), 64)};
+    const Ahead ahead{W::at(g, panel, s * kTileK) + bytes, part_ahead(bytes, here, count)};
     many_steps<W::kStreams>(g, x, m0, count, panel, lines, s, here, ahead, sums);
     s += here;
   } while (s < steps);

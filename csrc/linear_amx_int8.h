@@ -114,42 +114,33 @@ QUIRE_INLINE void add_from(const Unit& u, int c) {
   }
 }
 
-// What memory is to bring next, `each` bytes at a time.
-struct Asked {
-  const char* at;
-  int64_t each;
-};
-QUIRE_INLINE void ask(Asked& next) {
-  for (const char* const end = next.at + next.each; next.at < end; next.at += 64) __builtin_prefetch(next.at, 0, 2);
-}
-
 // A step of 64 k: a tile of x, or two, times four lines of a panel, or two. Meanwhile tile c of `before` is added.
 template <bool kTwo>
-QUIRE_INLINE void code_step(const char* x, int64_t next, const char* w, Asked& asked, const Unit& before, int c) {
+QUIRE_INLINE void code_step(const char* x, int64_t next, const char* w, Ahead& ahead, const Unit& before, int c) {
   tile_load<4>(x, kCodeK);
   if constexpr (kTwo) tile_load<5>(x + next, kCodeK);
-  ask(asked);
+  ask(ahead);
   tile_load<6>(w, kPanelRow);
   tile_dot_bytes<0, 4, 6>();
   add_part<0>(before, c);
   if constexpr (kTwo) {
     tile_dot_bytes<2, 5, 6>();
-    ask(asked);
+    ask(ahead);
     tile_load<7>(w + 64, kPanelRow);
     add_part<1>(before, c);
     tile_dot_bytes<1, 4, 7>();
     add_part<2>(before, c);
     tile_dot_bytes<3, 5, 7>();
   } else {
-    ask(asked);
+    ask(ahead);
     tile_load<7>(w + 64, kPanelRow);
     tile_dot_bytes<1, 4, 7>();
     add_part<1>(before, c);
-    ask(asked);
+    ask(ahead);
     tile_load<6>(w + 128, kPanelRow);
     tile_dot_bytes<2, 4, 6>();
     add_part<2>(before, c);
-    ask(asked);
+    ask(ahead);
     tile_load<7>(w + 192, kPanelRow);
     tile_dot_bytes<3, 4, 7>();
   }
@@ -165,15 +156,15 @@ struct CodeSpan {
 
 // Two lines of a span for two tiles of x, or all four for one, to C 0..3.
 template <bool kTwo>
-QUIRE_INLINE void code_unit(const CodeSpan& w, int half, const char* x, int64_t step, int64_t next, Asked& asked, const Unit& before) {
+QUIRE_INLINE void code_unit(const CodeSpan& w, int half, const char* x, int64_t step, int64_t next, Ahead& ahead, const Unit& before) {
   const char* const codes = w.codes + 128 * half;
   zero_sums();
   if (w.steps == kSpanSteps) {
-    QUIRE_UNROLL for (int s = 0; s < kSpanSteps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, asked, before, s);
+    QUIRE_UNROLL for (int s = 0; s < kSpanSteps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, ahead, before, s);
     return;
   }
-  for (int s = 0; s < w.steps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, asked, before, s);
-  if (w.rest) code_step<kTwo>(x + w.steps * step, next, w.last_step + 128 * half, asked, before, w.steps);
+  for (int s = 0; s < w.steps; ++s) code_step<kTwo>(x + s * step, next, codes + s * kPanelStep, ahead, before, s);
+  if (w.rest) code_step<kTwo>(x + w.steps * step, next, w.last_step + 128 * half, ahead, before, w.steps);
   add_from(before, w.steps + w.rest);
 }
 
@@ -183,7 +174,7 @@ inline void panel_of_codes(const LinearArgs& g, const TilePlan& p, const char* x
   auto* const sums = (float*)(last_step + kPanelStep);
   const char* span = (const char*)g.w + panel * panel_bytes<PackedInt8>(g.k);
   const int64_t end = round_up(g.k, PackedInt8::kPad), step = p.tile_rows * kCodeK;
-  const int64_t each = round_up(ceil_div(kSpanBytes<PackedInt8>, 4 * kSpanSteps * ceil_div(count, 2)), 64);
+  const int64_t each = part_ahead(kSpanBytes<PackedInt8>, kSpanSteps, count);
   alignas(64) float scales[2][kWide];
   Unit before{};
   before.scales = scales[0];
@@ -197,13 +188,13 @@ inline void panel_of_codes(const LinearArgs& g, const TilePlan& p, const char* x
       memcpy(last_step, w.codes + w.steps * kPanelStep, size_t(rest / 4 * kPanelRow));
       memset(last_step + rest / 4 * kPanelRow, 0, size_t((kCodeK - rest) / 4 * kPanelRow));
     }
-    Asked asked{w.codes + 4 * kAhead, each};
+    Ahead ahead{w.codes + 4 * kAhead, each};
     for (int t = 0; t < count; t += 2) {
       const bool two = t + 1 < count;
       const char *const tile = x + t * p.tile_bytes, *const from = tile + k / kCodeK * step;
       const auto* const x_scales = (const float*)(tile + p.tile_rows * code_bytes(g.k)) + k / kCodeSpan * p.tile_rows;
       for (int half = 0; half < 1 + two; ++half, ++units) {
-        two ? code_unit<true>(w, half, from, step, p.tile_bytes, asked, before) : code_unit<false>(w, 0, from, step, 0, asked, before);
+        two ? code_unit<true>(w, half, from, step, p.tile_bytes, ahead, before) : code_unit<false>(w, 0, from, step, 0, ahead, before);
         char* const to = tiles + units % 2 * kUnitBytes;
         store_sums(to);
         before = {to, sums + t * p.tile_rows * kWide + 32 * half, x_scales, scale + 32 * half, p.tile_bytes, p.tile_rows, two, k == 0};

@@ -44,6 +44,21 @@ inline TilePlan tile_plan(const LinearArgs& g, double read, int64_t row_bytes, i
   return p;
 }
 
+// What memory is to bring next: `each` bytes before each operand of a weight, since many lines asked for at once stand in the way of those that are
+// needed now.
+struct Ahead {
+  const char* at;
+  int64_t each;
+};
+QUIRE_INLINE void ask(Ahead& ahead) {
+  for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+}
+
+// Of `bytes`, while `count` tiles of x, two of them together, pass so many steps of four operands.
+inline int64_t part_ahead(int64_t bytes, int64_t steps, int64_t count) {
+  return bytes == 0 ? 0 : round_up(ceil_div(bytes, kLines * steps * ceil_div(count, 2)), 64);
+}
+
 template <class P>
 int64_t tile_scratch_floats(const LinearArgs& g) {
   const TilePlan p = P::plan(g);
