@@ -157,11 +157,12 @@ inline void run_pairs_tile(Few& f, int64_t base) {
   Rows& rows = item.tiles[base / kTile % 2];
   if (!locate_tile(item, base, zeros, rows)) return;
   RowsAhead ahead{};
-  const bool over = base + kTile >= f.end;
-  Item& then = over && f.coming ? f.coming->item : item;
-  const int64_t next_base = over && f.coming ? f.coming->first_key / kTile * kTile : base + kTile;
-  Rows& next = then.tiles[next_base / kTile % 2];
-  if ((!over || (f.coming && f.coming->first_key < f.coming->end)) && locate_tile(then, next_base, zeros, next)) {
+  // What this thread meets next: another tile of the item, or the first one of the item that is coming.
+  const bool ends = base + kTile >= f.end, some = f.coming && f.coming->first_key < f.coming->end;
+  Item* const then = !ends ? &item : some ? &f.coming->item : nullptr;
+  const int64_t next_base = ends && some ? f.coming->first_key / kTile * kTile : base + kTile;
+  if (then && locate_tile(*then, next_base, zeros, then->tiles[next_base / kTile % 2])) {
+    Rows& next = then->tiles[next_base / kTile % 2];
     for (int j = 0; j < kTile; ++j)
       if (j < next.lo || j >= next.hi) next.k[j] = next.v[j] = zeros;
     ahead = {&next, at.k.bytes > at.v.bytes ? at.k.bytes : at.v.bytes};

@@ -4,7 +4,7 @@
 //   F32x16   load load_n store store_n set1 zero  add sub mul div fma fnma max min  round_nearest scale_pow2
 //   U32x16   load_u32 store_u32 set1_u32 add mul xor_ and_ or_ shl<n> shr<n> to_f32  bits(F32x16) floats(U32x16)
 //   Mask16   lt gt eq lanes_between  lanes_of(16 bits)  select(mask, if_set, if_clear)  mask_bits
-//   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  load_bf16[_n] store_bf16[_n] store_upper load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)
+//   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  load_bf16[_n] store_bf16[_n] load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)  store_upper (the upper half of each lane)
 //   bytes    load_bytes[_n] (64, four to a lane)  load_u8[_n] (16, one to a lane)  load_int8[_n] (16, as fp32)
 //   in order sum_lanes max_lanes   exp exp2 log tanh (simd_math.h)   transpose16   dot_pair prefetch prefetch_l2
 //

@@ -161,7 +161,7 @@ def feeding(server: Running) -> feed.Feed:
 
 
 def test_an_open_page_does_not_keep_the_server(model: str) -> None:
-    with running(lambda: LLM(model, cache_bytes=2**24, num_threads=1)) as one, watching(one) as messages:
+    with running(lambda: LLM(model, cache_bytes=2**20, num_threads=1)) as one, watching(one) as messages:
         next(messages)
         began = time.monotonic()
         one.server.stop()
@@ -174,7 +174,7 @@ def test_loading_and_dead_are_said(model: str) -> None:
 
     def load() -> LLM:
         go.wait(30)
-        return LLM(model, cache_bytes=2**24, num_threads=1)
+        return LLM(model, cache_bytes=2**20, num_threads=1)
 
     with running(load, wait=False) as one, watching(one) as messages:
         assert next(messages)["status"] == "loading"

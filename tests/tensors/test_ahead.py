@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,14 @@ def checkpoint(folder: Path, dtype: str = "bfloat16", name: str = "layer.weight"
     return folder
 
 
-def resident(tensor_or_address: int) -> int:
+def resident(address: int) -> int:
     """Bytes in memory of the mapping that holds an address, 0 where there is none."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]
         if "-" in head and not head.endswith(":"):
             first, last = (int(end, 16) for end in head.split("-"))
-            inside = first <= tensor_or_address < last
+            inside = first <= address < last
         elif inside and head == "Rss:":
             return int(line.split()[1]) * 1024
     return 0
@@ -41,12 +42,12 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "LEAST", 1)
 
 
-def make(folder: Path, spare: int = 2**40) -> object:
+def make(folder: Path, spare: int = 2**40) -> AbstractContextManager[None]:
     return made_ahead(str(folder), dtype="auto", quantization="none", spare_bytes=lambda: spare)
 
 
 def test_packing_uses_what_was_made_and_the_rest_is_gone(tmp_path: Path) -> None:
-    with make(checkpoint(tmp_path)):  # type: ignore[attr-defined]
+    with make(checkpoint(tmp_path)):
         made = ahead._now
         assert made is not None
         made._thread.join()
@@ -60,7 +61,7 @@ def test_packing_uses_what_was_made_and_the_rest_is_gone(tmp_path: Path) -> None
 
 
 def test_what_nobody_takes_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(OSError), make(checkpoint(tmp_path)):  # type: ignore[attr-defined]
+    with pytest.raises(OSError), make(checkpoint(tmp_path)):
         made = ahead._now
         assert made is not None
         made._thread.join()
@@ -71,14 +72,14 @@ def test_what_nobody_takes_is_gone(tmp_path: Path) -> None:
 
 
 def test_too_little_is_not_taken(tmp_path: Path) -> None:
-    with make(checkpoint(tmp_path)):  # type: ignore[attr-defined]
+    with make(checkpoint(tmp_path)):
         assert room(64 * MIB).numel() == 64 * MIB
         assert ahead._now is None
 
 
 def test_a_failure_in_the_thread_is_none_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no libc")))
-    with make(checkpoint(tmp_path)):  # type: ignore[attr-defined]
+    with make(checkpoint(tmp_path)):
         assert int(room(4 * MIB).fill_(3)[-1]) == 3
 
 
@@ -88,7 +89,7 @@ def test_nothing_is_made(case: str, tmp_path: Path) -> None:
     if case == "broken":
         (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0nonsense")
     source = {"no folder": folder / "none", "hub id": Path("owner/name")}.get(case, folder)
-    with make(source, spare=MIB if case == "no memory" else 2**40):  # type: ignore[attr-defined]
+    with make(source, spare=MIB if case == "no memory" else 2**40):
         assert ahead._now is None
 
 

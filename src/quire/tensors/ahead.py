@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from quire.tensors.memory import mapped
+
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python's mmap does not name
 SLICE = 16 * 2**20  # what a taker waits for at most
 ITEM_BYTES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
@@ -29,9 +31,7 @@ class Ahead:
     """An area of `num_bytes` that a thread touches, slice by slice, as far as `touched` bytes."""
 
     def __init__(self, num_bytes: int, touched: int) -> None:
-        self.memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a system without huge pages
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = mapped(num_bytes)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._touch, args=(touched,), name="quire-ahead", daemon=True)
         self._thread.start()

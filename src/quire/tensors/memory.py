@@ -1,7 +1,9 @@
-"""Memory really available. Nothing here imports torch."""
+"""Memory: how much is really available, and areas of it in huge pages. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from pathlib import Path
 
 
@@ -27,3 +29,11 @@ def _meminfo(key: str) -> int:
     except OSError:
         pass
     return 4 * 2**30  # no /proc: a guess that any machine able to run a model has
+
+
+def mapped(num_bytes: int) -> mmap.mmap:
+    """`num_bytes` > 0 of memory not yet touched, in huge pages where the system gives them. Raises OSError where it gives no such memory."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared, as by default, few systems give them
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

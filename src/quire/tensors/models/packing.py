@@ -8,7 +8,6 @@ dimensions.
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from quire.errors import UnsupportedModelError
 from quire.tensors.ahead import take
 from quire.tensors.attention.base import PackingProducts
 from quire.tensors.device import give_back
+from quire.tensors.memory import mapped
 from quire.tensors.models.facts import output_embeddings
 from quire.tensors.models.surgery import is_plain
 from quire.tensors.packed import PackedLayout, PackedWeight
@@ -101,12 +101,7 @@ def room(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of memory not yet touched, in huge pages where the system gives them: a product walks through all of it."""
     if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
-    if (made := take(num_bytes)) is not None:
-        return torch.frombuffer(made, dtype=torch.uint8, count=num_bytes)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared, as by default, few systems give them
-    with suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(take(num_bytes) or mapped(num_bytes), dtype=torch.uint8, count=num_bytes)
 
 
 def _file_mappings() -> list[tuple[int, int]]:
