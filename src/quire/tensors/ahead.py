@@ -1,101 +1,133 @@
-"""Memory for packed weights, touched on an idle core while torch and transformers are imported, which takes one core seconds.
+"""Weights packed on an idle core while torch and transformers are imported, which takes one core seconds.
 
-A command says what it will load (`made_ahead`), packing takes what was made (`take`). What is not taken is given back at once. It is made only
-where loading makes no copies of its own, so that the peak is not higher: a local folder of safetensors of the dtype that is served, without experts.
-Nothing that fails here fails a command. Nothing here imports torch.
+A command says what it will load (`made_ahead`), packing says what it wants (`take`): bytes of a file, of a shape, in a form. What it does not want
+is given back at once, and what was not made it packs itself. Files are read through a mapping of our own, whose pages are dropped slice by slice, so
+that nothing is held twice. Nothing that fails here fails a command. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
-import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from quire.tensors.memory import mapped
+from quire.tensors.memory import FileMappings, mapped
 
-POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python's mmap does not name
-SLICE = 16 * 2**20  # what a taker waits for at most
-ITEM_BYTES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
+if TYPE_CHECKING:
+    from quire.tensors.foreseen import StoredWeight
+
+SLICE = 16 * 2**20  # bytes of a file: what a taker waits for at most, and what is held of a file at once
 LEAST = 64 * 2**20  # less is not worth a thread
+ALIGNMENT = 4096
 
 _now: Ahead | None = None
 
 
-class Ahead:
-    """An area of `num_bytes` that a thread touches, slice by slice, as far as `touched` bytes."""
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Packed weights in one area, and at which byte of it each begins. A weight is known by its file (`FileMapping.file`) and by what it is there."""
 
-    def __init__(self, num_bytes: int, touched: int) -> None:
-        self.memory = mapped(num_bytes)
+    memory: mmap.mmap | None = None
+    places: dict[tuple[str, StoredWeight], int] = field(default_factory=dict)
+
+
+class Ahead:
+    """A thread that packs what is foreseen of the model in `folder`, one weight after another."""
+
+    def __init__(self, folder: Path, dtype: str, quantization: str, spare_bytes: Callable[[], int]) -> None:
+        self._wanted = folder, dtype, quantization
+        self._spare_bytes = spare_bytes
+        self._memory: mmap.mmap | None = None
+        self._made: dict[tuple[str, StoredWeight], tuple[int, int]] = {}  # -> first byte, and the first that may be another's
+        self._sources: list[mmap.mmap] = []  # mapped to the end, so that no other file comes to be known as one of these
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._touch, args=(touched,), name="quire-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="quire-ahead", daemon=True)
         self._thread.start()
 
-    def _touch(self, touched: int) -> None:
-        with contextlib.suppress(Exception):  # then packing touches it, as it would have done
-            madvise = ctypes.CDLL(None).madvise  # lets go of the interpreter's lock, as mmap's own does not
-            held = ctypes.c_char.from_buffer(self.memory)
-            for offset in range(0, touched, SLICE):
-                size = min(SLICE, touched - offset)
-                if self._stop.is_set() or madvise(ctypes.c_void_p(ctypes.addressof(held) + offset), ctypes.c_size_t(size), POPULATE_WRITE):
-                    return
+    def _run(self) -> None:
+        with contextlib.suppress(Exception):  # then packing does it, and a folder that cannot be read is refused by name
+            self._pack_all()
 
-    def end(self, used: int) -> None:
-        """Touch no more, and give back all behind the first `used` bytes."""
+    def _pack_all(self) -> None:
+        from quire.tensors.foreseen import foreseen  # loads the kernels, which a command's help does not wait for
+        from quire.tensors.native_library import lib
+
+        files = foreseen(*self._wanted)
+        sizes = [-(-lib.packed_bytes(weight.format, weight.n, weight.k) // ALIGNMENT) * ALIGNMENT for _, weights in files for weight in weights]
+        if not LEAST <= sum(sizes) <= self._spare_bytes():
+            return
+        self._memory = mapped(sum(sizes))
+        place, left = 0, iter(sizes)
+        for path, weights in files:
+            with path.open("rb") as file:
+                source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # which lets its address be known
+            self._sources.append(source)
+            held = FileMappings().holding(_address(source), len(source))
+            if held is None:
+                return
+            for weight in weights:
+                if not self._pack(weight, source, place):
+                    return
+                last = place + next(left)
+                self._made[held.file, weight], place = (place, last), last
+
+    def _pack(self, weight: StoredWeight, source: mmap.mmap, place: int) -> bool:
+        """Pack a weight to byte `place` of the area, or only begin to if somebody waits for the thread's end."""
+        from quire.tensors.native_library import PANEL, lib
+
+        assert self._memory is not None
+        form, k, row_bytes = weight.format, weight.k, weight.k * (4 if weight.dtype == 0 else 2)
+        out, step = _address(self._memory) + place, max(1, SLICE // row_bytes // PANEL) * PANEL
+        for row in range(0, weight.n, step):
+            if self._stop.is_set():
+                return False
+            count, at = min(step, weight.n - row), weight.offset + row * row_bytes
+            lib.pack(form, _address(source) + at, out + (lib.packed_bytes(form, row, k) if row else 0), count, k, k, weight.dtype, 1)
+            first, last = (byte // mmap.PAGESIZE * mmap.PAGESIZE for byte in (at, at + count * row_bytes))
+            source.madvise(mmap.MADV_DONTNEED, first, last - first)
+        return True
+
+    def end(self, wanted: Collection[tuple[str, StoredWeight]]) -> Made:
+        """Pack no more; what was made of `wanted`. All else is given back."""
         self._stop.set()
         self._thread.join()
-        first = -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
-        if first < len(self.memory):
-            self.memory.madvise(mmap.MADV_DONTNEED, first, len(self.memory) - first)
+        memory, self._memory = self._memory, None
+        self._sources.clear()
+        kept = {key: self._made[key] for key in wanted if key in self._made}
+        if memory is None:
+            return Made()
+        edges = [0, *(edge for place in sorted(kept.values()) for edge in place), len(memory)]
+        for first, last in list(pairwise(edges))[::2]:
+            if first < last:
+                memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+        return Made(memory, {key: first for key, (first, _) in kept.items()})
 
 
 @contextlib.contextmanager
 def made_ahead(source: str, *, dtype: str, quantization: str, spare_bytes: Callable[[], int]) -> Iterator[None]:
-    """Inside, memory is made for packing the model in the folder `source`, if `spare_bytes()` allows; what was not taken is gone afterwards."""
+    """Inside, the model in the folder `source` is packed ahead, if `spare_bytes()` allows; what was not taken is gone afterwards."""
     global _now
-    with contextlib.suppress(Exception):  # a folder that cannot be read is refused by name later
-        num_bytes, touched = foreseen(Path(source).expanduser(), dtype, quantization)
-        if hasattr(mmap, "MADV_HUGEPAGE") and touched >= LEAST and num_bytes <= spare_bytes():
-            _now = Ahead(num_bytes + num_bytes // 4, touched)  # panels are padded: what is never touched costs nothing
+    folder = Path(source).expanduser()
+    if hasattr(mmap, "MADV_HUGEPAGE") and folder.is_dir():
+        _now = Ahead(folder, dtype, quantization, spare_bytes)
     try:
         yield
     finally:
-        take(0)
+        take(())
 
 
-def take(num_bytes: int) -> mmap.mmap | None:
-    """The area made ahead, if it has `num_bytes`, once; all it has beyond them is given back."""
+def take(wanted: Collection[tuple[str, StoredWeight]]) -> Made:
+    """What was packed ahead of `wanted`, once."""
     global _now
     ahead, _now = _now, None
-    if ahead is None:
-        return None
-    fits = 0 < num_bytes <= len(ahead.memory)
-    ahead.end(num_bytes if fits else 0)
-    return ahead.memory if fits else None
+    return Made() if ahead is None else ahead.end(wanted)
 
 
-def foreseen(folder: Path, dtype: str, quantization: str) -> tuple[int, int]:
-    """Bytes that packing will take of the checkpoint in `folder`, about, and how many of them may be touched before: with the largest weight as it
-    lies in its file, which is read meanwhile, no more than all packed ones. Both are 0 where loading may need memory of its own."""
-    shapes: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            shapes |= json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    shapes.pop("__metadata__", None)
-    stored = {entry["dtype"] for entry in shapes.values()}
-    if len(stored) != 1 or any("expert" in name for name in shapes):  # experts are put together as they are read
-        return 0, 0
-    name, item_bytes = ITEM_BYTES[stored.pop()]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if name != (dtype if dtype != "auto" else config.get("dtype", config.get("torch_dtype"))):
-        return 0, 0  # all of it will be converted
-    item = {"none": float(item_bytes), "int8": 1.0, "int4": 0.5}[quantization]
-    untied = any(name.startswith("lm_head") for name in shapes)
-    packed = [math.prod(e["shape"]) for name, e in shapes.items() if len(e["shape"]) == 2 and not (untied and "embed" in name)]
-    num_bytes = int(item * sum(packed))
-    return num_bytes, max(0, num_bytes - item_bytes * max(packed, default=0)) // mmap.PAGESIZE * mmap.PAGESIZE
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,9 +1,11 @@
-"""Memory: how much is really available, and areas of it in huge pages. Nothing here imports torch."""
+"""Memory: how much is really available, areas of it in huge pages, and which files lie in it. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+from bisect import bisect_right
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -37,3 +39,34 @@ def mapped(num_bytes: int) -> mmap.mmap:
     with contextlib.suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+@dataclass(frozen=True, slots=True)
+class FileMapping:
+    """Addresses `first` up to `last` hold `file` (its device and inode, which no other has while it is mapped) from byte `offset` on."""
+
+    first: int
+    last: int
+    offset: int
+    file: str
+
+
+class FileMappings:
+    """The files that are mapped now, none where the system does not tell."""
+
+    def __init__(self) -> None:
+        try:
+            lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+        except OSError:
+            lines = []
+        self._all: list[FileMapping] = []  # by address, as the system tells them
+        for addresses, _, offset, device, inode, *_ in lines:
+            if inode != "0":
+                first, last = (int(end, 16) for end in addresses.split("-"))
+                self._all.append(FileMapping(first, last, int(offset, 16), f"{device} {inode}"))
+        self._firsts = [mapping.first for mapping in self._all]
+
+    def holding(self, first: int, num_bytes: int) -> FileMapping | None:
+        """The one in which all of these bytes lie."""
+        place = bisect_right(self._firsts, first) - 1
+        return self._all[place] if place >= 0 and first + num_bytes <= self._all[place].last else None

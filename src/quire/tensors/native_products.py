@@ -12,11 +12,11 @@ from math import prod
 import torch
 
 from quire.tensors.native import DTYPE_CODES, lib
+from quire.tensors.native_library import packed_format
 from quire.tensors.packed import PackedLayout, PackedWeight, operands
 
 _product = lib.product
-_NK, _KN = 0, 1  # csrc/linear_args.h: weights as they lie; packed ones of elements come next, in the order of DTYPE_CODES, then codes
-_CODES = {"int8": 5, "int4": 6}
+_NK, _KN = 0, 1  # csrc/linear_args.h: weights as they lie
 
 
 class NativeProducts:
@@ -52,6 +52,10 @@ class NativeProducts:
     def packed_bytes(self, layout: PackedLayout) -> int:
         """What `pack` writes."""
         return int(lib.packed_bytes(format_code(layout), layout.n, layout.k))
+
+    def packed_format(self, layout: PackedLayout) -> tuple[int, int] | None:
+        """The kernels' numbers of a packed weight's dtype and form."""
+        return DTYPE_CODES[layout.dtype], format_code(layout)
 
     def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
         """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)]; bytes in csrc/packed_formats.h."""
@@ -132,7 +136,7 @@ class NativeProducts:
 
 def format_code(layout: PackedLayout) -> int:
     """The number by which the kernels know a packed form (csrc/linear_args.h)."""
-    return _CODES.get(layout.quantization) or 2 + DTYPE_CODES[layout.dtype]
+    return packed_format(DTYPE_CODES[layout.dtype], layout.quantization)
 
 
 def _rows_apart(x: torch.Tensor) -> tuple[torch.Tensor, int]:

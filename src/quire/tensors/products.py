@@ -53,6 +53,10 @@ class ReferenceProducts:
             return 0
         return layout.n * (layout.k + 2 * -(-layout.k // SPANS[layout.quantization]))
 
+    def packed_format(self, layout: PackedLayout) -> tuple[int, int] | None:
+        """None: the form is this class's own."""
+        return None
+
     def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
         """Write weight [N, K] to `out`, uint8 [packed_bytes(layout)]."""
         codes, scales = _parts(out, layout)

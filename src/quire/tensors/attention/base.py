@@ -145,6 +145,10 @@ class PackingProducts(Products, Protocol):
         """How many `pack` writes; 0 where such a weight is best left as it is."""
         ...
 
+    def packed_format(self, layout: PackedLayout) -> tuple[int, int] | None:
+        """The native kernels' numbers of its dtype and its packed form, None if `pack` writes another."""
+        ...
+
     def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
         """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)]."""
         ...

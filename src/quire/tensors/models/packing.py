@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,15 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quire.errors import UnsupportedModelError
-from quire.tensors.ahead import take
+from quire.tensors.ahead import ALIGNMENT, take
 from quire.tensors.attention.base import PackingProducts
 from quire.tensors.device import give_back
-from quire.tensors.memory import mapped
+from quire.tensors.foreseen import StoredWeight
+from quire.tensors.memory import FileMappings, mapped
 from quire.tensors.models.facts import output_embeddings
 from quire.tensors.models.surgery import is_plain
 from quire.tensors.packed import PackedLayout, PackedWeight
-
-_ALIGNMENT = 4096
 
 
 @dataclass(slots=True)
@@ -55,21 +53,27 @@ def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization
     head = output_embeddings(model)
     layouts = [weight.layout(_quantization_of(weight, head, quantization)) for weight in weights]
     sizes = [products.packed_bytes(layout) for layout in layouts]
-    space = room(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
-    mapped = _file_mappings()
+    mappings = FileMappings()
+    stored = [_stored(weight, layout, products, mappings) for weight, layout in zip(weights, layouts, strict=True)]
+    made = take([known for known in stored if known is not None])
+    space = room(sum(-(-size // ALIGNMENT) * ALIGNMENT for size, known in zip(sizes, stored, strict=True) if known not in made.places))
     offset = 0
     while weights:
-        weight, layout, size = weights.pop(0), layouts.pop(0), sizes.pop(0)
+        weight, layout, size, known = weights.pop(0), layouts.pop(0), sizes.pop(0), stored.pop(0)
         if size == 0:
             continue
-        out = space[offset : offset + size]
-        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
         plain = weight.tensor.detach()
-        products.pack(plain.t() if weight.transposed else plain, layout, out)
+        if known is not None and known in made.places:
+            assert made.memory is not None
+            out = torch.frombuffer(made.memory, dtype=torch.uint8, count=size, offset=made.places[known])
+        else:
+            out = space[offset : offset + size]
+            offset += -(-size // ALIGNMENT) * ALIGNMENT
+            products.pack(plain.t() if weight.transposed else plain, layout, out)
         packed = PackedWeight(out, layout, products.rows, weight.name, weight.transposed)
         for holder in weight.holders:
             holder["weight"] = packed
-        _let_go(plain, mapped)
+        _let_go(plain, mappings)
 
 
 def _quantization_of(weight: _Weight, head: nn.Module | None, quantization: str) -> str:
@@ -101,22 +105,19 @@ def room(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of memory not yet touched, in huge pages where the system gives them: a product walks through all of it."""
     if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
-    return torch.frombuffer(take(num_bytes) or mapped(num_bytes), dtype=torch.uint8, count=num_bytes)
+    return torch.frombuffer(mapped(num_bytes), dtype=torch.uint8, count=num_bytes)
 
 
-def _file_mappings() -> list[tuple[int, int]]:
-    """Where the checkpoint's files lie in memory."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    ends = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
-    return [(int(first, 16), int(last, 16)) for first, last in ends]
+def _stored(weight: _Weight, layout: PackedLayout, products: PackingProducts, mappings: FileMappings) -> tuple[str, StoredWeight] | None:
+    """What a weight is in a mapped file, if it lies there as [N, K], and the form it is to be packed in."""
+    plain, form = weight.tensor, products.packed_format(layout)
+    held = mappings.holding(plain.data_ptr(), plain.nbytes)
+    if form is None or held is None or weight.transposed or not plain.is_contiguous():
+        return None
+    return held.file, StoredWeight(held.offset + plain.data_ptr() - held.first, layout.n, layout.k, *form)
 
 
-def _let_go(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Nobody reads `tensor` again. If it is part of a mapped file, which is held as a whole, its pages leave memory now."""
-    first = tensor.data_ptr()
-    last = first + tensor.numel() * tensor.element_size()
-    if any(start <= first and last <= end for start, end in mapped):
-        give_back(first, last - first)
+def _let_go(plain: torch.Tensor, mappings: FileMappings) -> None:
+    """Nobody reads `plain` again. If it is part of a mapped file, which is held as a whole, its pages leave memory now."""
+    if mappings.holding(plain.data_ptr(), plain.nbytes) is not None:
+        give_back(plain.data_ptr(), plain.nbytes)
