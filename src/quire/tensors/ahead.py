@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import mmap
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -51,6 +53,8 @@ class Ahead:
         self._thread.start()
 
     def _run(self) -> None:
+        with contextlib.suppress(Exception):
+            _open_torch()
         with contextlib.suppress(Exception):  # then packing does it, and a folder that cannot be read is refused by name
             self._pack_all()
 
@@ -113,9 +117,8 @@ class Ahead:
 def made_ahead(source: str, *, dtype: str, quantization: str, spare_bytes: Callable[[], int]) -> Iterator[None]:
     """Inside, the model in the folder `source` is packed ahead, if `spare_bytes()` allows; what was not taken is gone afterwards."""
     global _now
-    folder = Path(source).expanduser()
-    if hasattr(mmap, "MADV_HUGEPAGE") and folder.is_dir():
-        _now = Ahead(folder, dtype, quantization, spare_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        _now = Ahead(Path(source).expanduser(), dtype, quantization, spare_bytes)
     try:
         yield
     finally:
@@ -127,6 +130,14 @@ def take(wanted: Collection[tuple[str, StoredWeight]]) -> Made:
     global _now
     ahead, _now = _now, None
     return Made() if ahead is None else ahead.end(wanted)
+
+
+def _open_torch() -> None:
+    """Load torch's largest library, whose tables the system's loader fills for a seventh of a second; importing torch then finds it there. Called
+    so, and not through `ctypes.CDLL(path)`, the loader lets go of the interpreter's lock, and transformers is imported meanwhile."""
+    spec = importlib.util.find_spec("torch")  # which imports nothing
+    if spec is not None and spec.origin is not None:
+        ctypes.CDLL(None).dlopen(os.fsencode(Path(spec.origin).parent / "lib" / "libtorch_cpu.so"), os.RTLD_NOW)
 
 
 def _address(memory: mmap.mmap) -> int:

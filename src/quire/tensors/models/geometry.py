@@ -47,6 +47,18 @@ class NoAttention:
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
 
 
+class NoProducts:
+    """`Products` of the right shapes, all zero."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] -> zeros [..., N] for a weight [N, K]."""
+        return x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] -> zeros [..., N] for a weight [K, N]."""
+        return x.new_zeros(*x.shape[:-1], weight.shape[1])
+
+
 def check_layers(layers: list[LayerGeometry], config: PreTrainedConfig) -> tuple[LayerGeometry, ...]:
     """The layers in order of layer_idx. `config` is the text model's.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
 from quire.tensors.models.form import Form
-from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, check_layers
+from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
@@ -94,7 +94,8 @@ class CausalModel:
         token, zero = torch.tensor(ordinary_tokens(model.config, 64)[:1]), torch.zeros(1, dtype=torch.long)
         self._logits_multiple = 1
         try:
-            vocab_size = self.forward(dry, token, zero, zero).shape[1]
+            with self.with_products(NoProducts()):
+                vocab_size = self.forward(dry, token, zero, zero).shape[1]
         except QuireError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -283,10 +284,15 @@ class CausalModel:
         return differing(*seen)
 
     @contextmanager
-    def with_products(self, products: Products, *, whole_vectors: bool = True) -> Iterator[None]:
-        """Inside, this model's forwards take these products, in plain layers. `whole_vectors`: see `Surgery`."""
+    def with_products(
+        self, products: Products, *, whole_vectors: bool = True, forwards: Mapping[nn.Module, Callable[..., Any]] | None = None
+    ) -> Iterator[None]:
+        """Inside, this model's forwards take these products, in plain layers. `whole_vectors`: see `Surgery`. `forwards`: of modules, in place of
+        their own."""
         (model, before), lowered = self._open(), self.lowered
         self._surgery, self.lowered = Surgery(model, products, live=self.live, whole_vectors=whole_vectors), None
+        for module, forward in (forwards or {}).items():
+            self._surgery.replace(module, forward)
         try:
             yield
         finally:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quire.tensors.attention.base import Mask
 from quire.tensors.models.facts import ordinary_tokens
-from quire.tensors.models.geometry import NoAttention
+from quire.tensors.models.geometry import NoAttention, NoProducts
 from quire.tensors.models.model import CausalModel
 
 NUM_TOKENS = 64
@@ -86,8 +86,11 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def measure(model: CausalModel) -> Workspace:
-    """The workspace of a model's forwards."""
-    with model.with_products(_NoProducts()):
+    """The workspace of a model's forwards. Of layers that are one program, in a model without code of its own, the first is watched, and the last of
+    all: what goes into the very first is held by the model, too, and would be missed."""
+    programs = model.lowered if not model.owned else None
+    alike = [(layer, forward) for layer, forward in programs.alike.items() if forward.passes] if programs is not None else []
+    with programs.first_of_each() if programs is not None else nullcontext(), model.with_products(NoProducts(), forwards=dict(alike[:-1])):
         short, long = _peak(model, NUM_TOKENS), _peak(model, 2 * NUM_TOKENS)
     per_token = -(-(long - short) // NUM_TOKENS)
     return Workspace(max(0, short - per_token * NUM_TOKENS), per_token, model.vocab_size * model.dtype.itemsize)
@@ -98,27 +101,6 @@ def _peak(model: CausalModel, num_tokens: int) -> int:
     positions = torch.arange(num_tokens) % model.context_len
     live = LiveBytes()
     with live:
-        model.forward(_Staging(), torch.full((num_tokens,), token), positions, torch.empty(0, dtype=torch.int64))
-    return live.peak
-
-
-class _Staging:
-    """An `AttentionStep` that keeps keys and values as a real one does, and computes nothing."""
-
-    def __init__(self) -> None:
-        self._staged: list[torch.Tensor] = []
-        self._no_attention = NoAttention()
-
-    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
-        self._staged += [k.clone(), v.clone()]
-        return self._no_attention.attend(layer_idx, q, k, v, mask)
-
-
-class _NoProducts:
-    """`Products` of the right shapes, all zero."""
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return x.new_zeros(*x.shape[:-1], weight.shape[0])
-
-    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return x.new_zeros(*x.shape[:-1], weight.shape[1])
+        model.forward(NoAttention(), torch.full((num_tokens,), token), positions, torch.empty(0, dtype=torch.int64))
+    staged = sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in model.layers) * model.dtype.itemsize
+    return live.peak + staged * num_tokens  # by the time that the last layer runs, all have staged
