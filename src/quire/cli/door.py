@@ -78,7 +78,7 @@ def loaded(model: str | None, config: EngineConfig) -> Iterator[LLM]:
 
 def load(source: str, config: EngineConfig, warn: Callable[[str], None] | None = None) -> LLM:
     """A new `LLM` on `source`, with a spinner on the terminal until it is ready, or with `warn` told of warnings and nothing shown."""
-    with _made_ahead(source, config), waiting(source, warn):
+    with _without_collections(), _made_ahead(source, config), waiting(source, warn):
         from quire import LLM
 
         return LLM(source, **asdict(config))

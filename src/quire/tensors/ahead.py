@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import mmap
 import os
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 SLICE = 16 * 2**20  # bytes of a file: what a taker waits for at most, and what is held of a file at once
 LEAST = 64 * 2**20  # less is not worth a thread
 ALIGNMENT = 4096
+# Extension modules that transformers imports before anything else takes long: later they would wait in line behind torch's library.
+LIBRARIES = ("unicodedata", "csv", "regex", "numpy", "yaml", "markupsafe")
 
 _now: Ahead | None = None
 
@@ -118,6 +121,9 @@ def made_ahead(source: str, *, dtype: str, quantization: str, spare_bytes: Calla
     """Inside, the model in the folder `source` is packed ahead, if `spare_bytes()` allows; what was not taken is gone afterwards."""
     global _now
     if hasattr(mmap, "MADV_HUGEPAGE"):
+        for name in LIBRARIES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
         _now = Ahead(Path(source).expanduser(), dtype, quantization, spare_bytes)
     try:
         yield
