@@ -111,14 +111,15 @@ def probe_again(model: CausalModel) -> None:
         probe(model)
 
 
-def _sequences(model: CausalModel) -> list[torch.Tensor]:
-    """Random token ids: one token, a few, and enough to leave a short window or chunk behind."""
+def _sequences(model: CausalModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random token ids: enough to leave a short window or chunk behind; one token; a few that begin with it, whose own forward gives its logits."""
     spans = [span for layer in model.layers for span in (layer.window, layer.chunk) if 0 < span <= LONGEST_WINDOW]
-    lengths = (max(spans, default=13) + 4, 1, 6)
     random = torch.Generator().manual_seed(20)
     usable = torch.tensor(ordinary_tokens(model.transformers_model.config, min(model.vocab_size, 4096)))
-    longest = model.context_len
-    return [usable[torch.randint(len(usable), (min(length, longest),), generator=random)] for length in lengths]
+    longest, few = (
+        usable[torch.randint(len(usable), (min(length, model.context_len),), generator=random)] for length in (max(spans, default=13) + 4, 6)
+    )
+    return longest, few[:1], few
 
 
 def _packed(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -142,18 +143,23 @@ def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Te
 
 def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs: LoweredLayers | None = None) -> list[torch.Tensor]:
     """Logits [len, V] of each sequence in a forward of its own, by the model as it is; with `programs`, as said above, by our products in part."""
-    logits = []
-    for number, ids in enumerate(sequences):
-        multiplied: Iterable[nn.Module] = ()
-        if programs is not None:
-            multiplied = programs.alike if number == 0 else [model.transformers_model]
+
+    def own(ids: torch.Tensor, multiplied: Iterable[nn.Module]) -> torch.Tensor:
         with model.unpatched(multiplied) as alone:
             positions = torch.arange(len(ids)).unsqueeze(0)
-            logits.append(alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0])
-    return logits
+            logits: torch.Tensor = alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0]
+        return logits
+
+    longest, _, few = sequences
+    of_longest = own(longest, () if programs is None else programs.alike)
+    of_few = own(few, () if programs is None else [model.transformers_model])
+    return [of_longest, of_few[:1], of_few]
 
 
 def _errors(packed: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> torch.Tensor:
     """For every token, the largest difference of a logit in standard deviations of its sequence's logits; infinite where not a number."""
-    parts = [(got.double() - own.double()).abs().amax(-1) / own.double().std().clamp_min(1e-12) for got, own in zip(packed, alone, strict=True)]
+    parts = []
+    for got, own in zip(packed, alone, strict=True):  # a row at a time, which stays in the cache
+        largest = torch.stack([(x.double() - y.double()).abs().amax() for x, y in zip(got, own, strict=True)])
+        parts.append(largest / own.double().std().clamp_min(1e-12))
     return torch.cat(parts).nan_to_num(nan=torch.inf)
