@@ -9,7 +9,7 @@ import torch
 
 from quire import LLM, ConfigError, SamplingParams
 from quire.tensors.models.model import CausalModel
-from quire.tensors.models.workspace import LiveBytes, Workspace
+from quire.tensors.models.workspace import LiveBytes, Workspace, measure
 from quire.tensors.store import StagedStep
 from tests.engine.conftest import Checkpoint
 
@@ -70,3 +70,15 @@ def test_live_bytes_are_counted_once_and_go() -> None:
         assert live.now == 3960
         del again
         assert live.now == 0 and live.peak == 3960
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_one_layer_of_a_program_tells_what_all_take(checkpoint: Checkpoint, family: str) -> None:
+    with LLM(checkpoint(family, torch.bfloat16, num_hidden_layers=6), backend="native") as llm:
+        model = llm._built.model
+        assert model.lowered is not None and len(model.lowered.alike) >= 3
+        few = measure(model)
+        model.owned = True  # of such a model every layer is watched
+        every = measure(model)
+    for got, expected in zip((few.fixed, few.per_token), (every.fixed, every.per_token), strict=True):
+        assert expected <= got <= 1.1 * expected + 4096, (few, every)

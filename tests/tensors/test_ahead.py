@@ -6,6 +6,8 @@ import ctypes
 import json
 import mmap
 import struct
+import subprocess
+import sys
 import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -240,3 +242,18 @@ def test_experts_and_embeddings_are_not_foreseen(tmp_path: Path) -> None:
     wanted = [shape for name, shape in shapes.items() if "expert" not in name and "embed" not in name]
     assert sorted((weight.n, weight.k) for weight in found) == sorted(wanted) and len(wanted) < len(shapes)
     assert [weight.offset for weight in found] == sorted(weight.offset for weight in found)
+
+
+def test_the_thread_needs_no_torch_and_has_its_library_loaded(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    code = f"""
+import sys
+from quire.tensors import ahead
+ahead.LEAST = 1
+with ahead.made_ahead({str(folder)!r}, dtype="auto", quantization="none", spare_bytes=lambda: 2**40):
+    now = ahead._now
+    now._thread.join()
+    assert now._made and "torch" not in sys.modules and "libtorch_cpu" in open("/proc/self/maps").read()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
