@@ -74,7 +74,9 @@ def test_live_bytes_are_counted_once_and_go() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_one_layer_of_a_program_tells_what_all_take(checkpoint: Checkpoint, family: str) -> None:
-    with LLM(checkpoint(family, torch.bfloat16, num_hidden_layers=6), backend="native") as llm:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    changes = {"layer_types": kinds} if family == "gemma3_text" else {}
+    with LLM(checkpoint(family, torch.bfloat16, num_hidden_layers=6, **changes), backend="native") as llm:
         model = llm._built.model
         assert model.lowered is not None and len(model.lowered.alike) >= 3
         few = measure(model)
