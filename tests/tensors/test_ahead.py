@@ -257,3 +257,16 @@ with ahead.made_ahead({str(folder)!r}, dtype="auto", quantization="none", spare_
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_mapping_is_known_by_its_file_and_where_it_begins_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4 * mmap.PAGESIZE))
+    with (tmp_path / "file").open("rb") as file:
+        memory = mmap.mmap(file.fileno(), mmap.PAGESIZE, access=mmap.ACCESS_COPY, offset=2 * mmap.PAGESIZE)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    held = ahead.FileMappings().holding(first + 10, 100)
+    assert held is not None and held.file.endswith(f" {(tmp_path / 'file').stat().st_ino}")
+    assert held.first == first and held.offset == 2 * mmap.PAGESIZE
+    assert ahead.FileMappings().holding(first + 10, 2**40) is None
+    anonymous = torch.zeros(10**7)
+    assert ahead.FileMappings().holding(anonymous.data_ptr(), anonymous.nbytes) is None
