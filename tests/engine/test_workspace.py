@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from quire.tensors.models.model import CausalModel
 from quire.tensors.models.workspace import LiveBytes, Workspace, measure
 from quire.tensors.store import StagedStep
 from tests.engine.conftest import Checkpoint
+from tests.tensors.checkpoints import make
 
 PROMPTS = [[3 + (i * i * 7 + n) % 150 for i in range(n)] for n in (600, 40)]
 PARAMS = SamplingParams(max_tokens=4, temperature=0.0, logprobs=1, ignore_eos=True)
@@ -72,11 +74,9 @@ def test_live_bytes_are_counted_once_and_go() -> None:
         assert live.now == 0 and live.peak == 3960
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_one_layer_of_a_program_tells_what_all_take(checkpoint: Checkpoint, family: str) -> None:
-    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    changes = {"layer_types": kinds} if family == "gemma3_text" else {}
-    with LLM(checkpoint(family, torch.bfloat16, num_hidden_layers=6, **changes), backend="native") as llm:
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_one_layer_of_a_program_tells_what_all_take(family: str, tmp_path: Path) -> None:
+    with LLM(make(tmp_path, family, torch.bfloat16, num_hidden_layers=6), backend="native") as llm:
         model = llm._built.model
         assert model.lowered is not None and len(model.lowered.alike) >= 3
         few = measure(model)
