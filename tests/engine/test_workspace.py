@@ -84,3 +84,12 @@ def test_one_layer_of_a_program_tells_what_all_take(family: str, tmp_path: Path)
         every = measure(model)
     for got, expected in zip((few.fixed, few.per_token), (every.fixed, every.per_token), strict=True):
         assert expected <= got <= 1.1 * expected + 4096, (few, every)
+
+
+def test_every_layer_adds_what_it_stages(tmp_path: Path) -> None:
+    found = {}
+    for num_layers in (4, 6):
+        with LLM(make(tmp_path, "llama", torch.bfloat16, num_hidden_layers=num_layers), backend="native") as llm:
+            found[num_layers] = measure(llm._built.model).per_token
+            layer = llm._built.model.layers[0]
+    assert found[6] - found[4] == 2 * layer.num_kv_heads * (layer.k_dim + layer.v_dim) * 2
