@@ -46,12 +46,12 @@ struct PairScores {
     const int64_t row_bytes = int64_t(k_steps) * 64;
     const char* const q = queries + s * kTileBytes;
     if (s == 0) zero_sums();
-    tile_load<4>(keys[2 * span.first] + s * 64, row_bytes);
+    tile_load_once<4>(keys[2 * span.first] + s * 64, row_bytes);
     tile_load<6>(q, 64);
     tile_dot<0, 4, 6>();
     tile_load<7>(q + k_steps * kTileBytes, 64);
     tile_dot<1, 4, 7>();
-    tile_load<5>(keys[2 * span.first + 1] + s * 64, row_bytes);
+    tile_load_once<5>(keys[2 * span.first + 1] + s * 64, row_bytes);
     tile_dot<2, 5, 6>();
     tile_dot<3, 5, 7>();
     if (++s < k_steps) return;
@@ -143,12 +143,12 @@ void output_groups(const Operands& x, Span span, const uint32_t* pairs, float* c
     }
     const uint32_t *low = x.values + (tile * kPartSteps + span.first) * kTileFloats, *p = pairs + span.first * kTileFloats;
     for (int step = span.first; step < span.end; ++step, low += kTileFloats, p += kTileFloats) {
-      tile_load<4>(low, 64);
+      tile_load_once<4>(low, 64);
       tile_load<6>(p, 64);
       tile_dot<0, 4, 6>();
       if constexpr (G == 2) tile_load<7>(p + kPartTiles * kPairs, 64);
       if constexpr (G == 2) tile_dot<1, 4, 7>();
-      tile_load<5>(low + kPartSteps * kTileFloats, 64);
+      tile_load_once<5>(low + kPartSteps * kTileFloats, 64);
       tile_dot<2, 5, 6>();
       if constexpr (G == 2) tile_dot<3, 5, 7>();
     }
