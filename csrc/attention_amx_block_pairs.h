@@ -97,7 +97,7 @@ struct PassingPairs {
       for (int g = 0; g < G; ++g) {
         probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g), [&] {
           if constexpr (G == 1) return;
-          fetch<true>(ahead.fetcher, lines / 2);
+          fetch<true>(ahead.fetcher, lines / 4);
           if (!next.over()) next.advance();
         });
       }

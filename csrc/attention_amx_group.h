@@ -32,28 +32,31 @@ struct Operands {
   int k_steps, v_tiles;  // v_tiles is even
 };
 
-// Scores of two groups and one tile's keys, [2][kTile][kLanes], four multiplications at a time, for those who have something else to do meanwhile.
+// Scores of two groups and one tile's keys, [2][kTile][kLanes], a multiplication at a time, for those who have something else to do meanwhile: with
+// some forty operations on vectors between two of them both go on, with hundreds between four each waits for the other.
 struct PairScores {
   int k_steps;
   const char* const* keys;
   Span span;  // what is left of it
   const char* queries;
   float* scores;
-  int s = 0;  // of k_steps
+  int s = 0, dot = 0;  // of k_steps, of four
 
   bool over() const { return span.first >= span.end; }
   void advance() {
     const int64_t row_bytes = int64_t(k_steps) * 64;
     const char* const q = queries + s * kTileBytes;
-    if (s == 0) zero_sums();
-    tile_load<4>(keys[2 * span.first] + s * 64, row_bytes);
-    tile_load<6>(q, 64);
-    tile_dot<0, 4, 6>();
-    tile_load<7>(q + k_steps * kTileBytes, 64);
-    tile_dot<1, 4, 7>();
-    tile_load<5>(keys[2 * span.first + 1] + s * 64, row_bytes);
-    tile_dot<2, 5, 6>();
-    tile_dot<3, 5, 7>();
+    switch (dot++) {
+      case 0:
+        if (s == 0) zero_sums();
+        tile_load_once<4>(keys[2 * span.first] + s * 64, row_bytes);
+        tile_load<6>(q, 64);
+        return tile_dot<0, 4, 6>();
+      case 1: tile_load<7>(q + k_steps * kTileBytes, 64); return tile_dot<1, 4, 7>();
+      case 2: tile_load_once<5>(keys[2 * span.first + 1] + s * 64, row_bytes); return tile_dot<2, 5, 6>();
+      default: tile_dot<3, 5, 7>();
+    }
+    dot = 0;
     if (++s < k_steps) return;
     float* const to = scores + 2 * span.first++ * kTileFloats;
     s = 0;
@@ -106,19 +109,21 @@ QUIRE_INLINE void score_one(int k_steps, const char* const* keys, Span span, con
 }
 
 // A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] grow by them, those of keys 16 apart together.
-// Calls meanwhile() eight times.
+// Calls meanwhile() eight times for each step of 32 keys.
 template <class Meanwhile>
 QUIRE_INLINE void probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, float* sums,
                                 const Meanwhile& meanwhile) {
   for (int i = 0; i < 8; ++i) {
-    meanwhile();
     F32x16 even_sum = load(sums + 2 * i * kLanes), odd_sum = load(sums + (2 * i + 1) * kLanes);
-    for (int at = 16 * span.first + i; at < 16 * span.end; at += 8) {
-      const F32x16 even = exp2_of<true>(load(scores + 2 * at * kLanes), factor, minus_base);
-      const F32x16 odd = exp2_of<true>(load(scores + (2 * at + 1) * kLanes), factor, minus_base);
-      store_u32(pairs + at * kLanes, or_(shr<16>(bits(even)), bits(odd)));
-      even_sum = add(even_sum, even);
-      odd_sum = add(odd_sum, odd);
+    for (int step = span.first; step < span.end; ++step) {
+      meanwhile();
+      for (int at = 16 * step + i; at < 16 * step + 16; at += 8) {
+        const F32x16 even = exp2_of<true>(load(scores + 2 * at * kLanes), factor, minus_base);
+        const F32x16 odd = exp2_of<true>(load(scores + (2 * at + 1) * kLanes), factor, minus_base);
+        store_u32(pairs + at * kLanes, or_(shr<16>(bits(even)), bits(odd)));
+        even_sum = add(even_sum, even);
+        odd_sum = add(odd_sum, odd);
+      }
     }
     store(sums + 2 * i * kLanes, even_sum);
     store(sums + (2 * i + 1) * kLanes, odd_sum);
@@ -143,12 +148,12 @@ void output_groups(const Operands& x, Span span, const uint32_t* pairs, float* c
     }
     const uint32_t *low = x.values + (tile * kPartSteps + span.first) * kTileFloats, *p = pairs + span.first * kTileFloats;
     for (int step = span.first; step < span.end; ++step, low += kTileFloats, p += kTileFloats) {
-      tile_load<4>(low, 64);
+      tile_load_once<4>(low, 64);
       tile_load<6>(p, 64);
       tile_dot<0, 4, 6>();
       if constexpr (G == 2) tile_load<7>(p + kPartTiles * kPairs, 64);
       if constexpr (G == 2) tile_dot<1, 4, 7>();
-      tile_load<5>(low + kPartSteps * kTileFloats, 64);
+      tile_load_once<5>(low + kPartSteps * kTileFloats, 64);
       tile_dot<2, 5, 6>();
       if constexpr (G == 2) tile_dot<3, 5, 7>();
     }

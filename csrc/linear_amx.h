@@ -67,8 +67,12 @@ template <int MT, int NT, bool kStreamed>
 QUIRE_INLINE void tile_steps(const char* x, int64_t next_tile, int64_t x_step, const char* lines, int64_t steps, Ahead& ahead, Waiting& waiting) {
   constexpr int kB = MT == 2 ? 6 : 5, kLine = kStreamed ? 64 : kTileBytes, kStride = kStreamed ? kInterleaved : 64;
   for (int64_t s = 0; s < steps; ++s, x += x_step, lines += kStepBytes) {
-    tile_load<4>(x, 64);
-    if constexpr (MT == 2) tile_load<5>(x + next_tile, 64);
+    if constexpr (MT == 2) {
+      tile_load_once<4>(x, 64);
+      tile_load_once<5>(x + next_tile, 64);
+    } else {
+      tile_load<4>(x, 64);
+    }
     ask(ahead);
     tile_load<kB>(lines, kStride);
     tile_dot<0, 4, kB>();

@@ -50,6 +50,11 @@ template <int T>
 QUIRE_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
 template <int T>
 QUIRE_INLINE void tile_load(const void* p, int64_t stride) { asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory"); }
+// The same for what passes by, and is not to take the place of what stays in the first cache.
+template <int T>
+QUIRE_INLINE void tile_load_once(const void* p, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
 template <int T>
 QUIRE_INLINE void tile_store(void* p, int64_t stride) { asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory"); }
 template <int C, int A, int B>
