@@ -75,3 +75,13 @@ def check_layers(layers: list[LayerGeometry], config: PreTrainedConfig) -> tuple
 
 def _some(indices: list[int]) -> str:
     return ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+
+
+class NoProducts:
+    """`Products` of the right shapes, all zero."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], weight.shape[1])

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire.tensors.attention.base import Mask
 from quire.tensors.models.facts import ordinary_tokens
-from quire.tensors.models.geometry import NoAttention
+from quire.tensors.models.geometry import NoAttention, NoProducts
 from quire.tensors.models.model import CausalModel
 
 NUM_TOKENS = 64
@@ -87,7 +87,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 def measure(model: CausalModel) -> Workspace:
     """The workspace of a model's forwards."""
-    with model.with_products(_NoProducts()):
+    with model.with_products(NoProducts()):
         short, long = _peak(model, NUM_TOKENS), _peak(model, 2 * NUM_TOKENS)
     per_token = -(-(long - short) // NUM_TOKENS)
     return Workspace(max(0, short - per_token * NUM_TOKENS), per_token, model.vocab_size * model.dtype.itemsize)
@@ -112,13 +112,3 @@ class _Staging:
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         self._staged += [k.clone(), v.clone()]
         return self._no_attention.attend(layer_idx, q, k, v, mask)
-
-
-class _NoProducts:
-    """`Products` of the right shapes, all zero."""
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return x.new_zeros(*x.shape[:-1], weight.shape[0])
-
-    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return x.new_zeros(*x.shape[:-1], weight.shape[1])
