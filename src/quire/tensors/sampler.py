@@ -98,5 +98,5 @@ class Sampler:
     def _check(self, logits: Tensor, num_rows: int) -> None:
         if logits.shape != (num_rows, self.vocab_size) or logits.dtype not in _DTYPES:
             raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}: must be ({num_rows}, {self.vocab_size}), one of {_DTYPES}")
-        if self.backend == "native" and logits.device.type != "cpu":
+        if not logits.is_cpu and self.backend == "native":
             raise ValueError(f"logits on {logits.device}: the native sampler reads them on the CPU")

@@ -55,12 +55,11 @@ class NativeSampler:
         return state.packed
 
     def _call(self, logits: Tensor, packed: list[bytes], num_tops: list[int | None]) -> list[Sampled]:
-        if logits.stride(1) != 1 or logits.stride(0) < self._vocab_size:
-            logits = logits.contiguous()
+        logits = logits.contiguous()
         drawn = native.lib.sample(
             native.DTYPE_CODES[logits.dtype],
             logits.data_ptr(),
-            max(logits.stride(0), self._vocab_size),
+            self._vocab_size,
             self._vocab_size,
             b"".join(packed),
             min(max((n or 0 for n in num_tops), default=0), self._vocab_size),
