@@ -200,7 +200,7 @@ def test_a_stream_that_nobody_reads_has_its_last_event_alone() -> None:
     assert stream.wait() is output and not woken
 
 
-@pytest.mark.parametrize("params", [{}, {"n": 2}, {"stop": ["x"]}, {"min_tokens": 20, "stop": ["e", "o"]}, {"best_of": 3}])
+@pytest.mark.parametrize("params", [{}, {"n": 2}, {"stop": ["x"]}, {"min_tokens": 1, "stop": ["e", "o"]}, {"best_of": 3}])
 def test_text_is_the_same_whether_its_events_are_read(llm: LLM, params: dict[str, Any]) -> None:
     """Nobody waits for the text of tokens that are not read, and several are decoded together."""
     for count in (1, 2, 15, 16, 17, 33, 50):
