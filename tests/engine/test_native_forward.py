@@ -37,8 +37,8 @@ def test_which_models_forwards_are_one_call(checkpoint: Checkpoint, family: str,
 
 
 def fresh_step(llm: LLM, num_tokens: int) -> StagedStep:
-    """A step of so many tokens, each a sequence of its own with nothing in the cache."""
-    starts, none = torch.arange(num_tokens + 1, dtype=torch.int32), torch.zeros(num_tokens + 1, dtype=torch.int32)
+    """A step of one sequence with nothing in the cache: all but its first token see others, wherever they are said to be."""
+    starts, none = torch.tensor([0, num_tokens], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     store = llm._built.engine.runner.store
     inputs = StepInputs(starts, none[1:].clone(), (TableInputs(torch.empty(0, dtype=torch.int32), none),))
     return StagedStep(store, inputs, [torch.full((num_tokens,), -1)])
