@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "bind.h"
-#include "program.h"
+#include "forward.h"
 
 namespace nb = nanobind;
 
@@ -42,6 +42,18 @@ void bind_rows(nb::module_& m) {
       .def("add", &Layers::add, nb::keep_alive<1, 2>())
       .def("set_weights", &Layers::set_weights)
       .def("run", &Layers::run, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Forward>(m, "Forward")
+      .def("__init__",
+           [](Forward* forward, Address weight, int32_t format, int64_t n, int64_t k, int32_t dtype, std::vector<int64_t> table_row_bytes,
+              const Layers& layers, std::vector<int64_t> inputs, const Program& tail, std::vector<Address> tail_weights) {
+             require(format == kRowsNK || (format >= kPackedF32 && format < kNumWeightFormats), "an embedding's format is not known");
+             new (forward) Forward({weight, format, n, k, dtype}, std::move(table_row_bytes), layers, std::move(inputs), tail, std::move(tail_weights));
+           },
+           nb::keep_alive<1, 8>(), nb::keep_alive<1, 10>())
+      .def("run", &Forward::run, nb::call_guard<nb::gil_scoped_release>())
+      .def("keep", &Forward::keep);
+  m.attr("table_positions") = Tables::kPositions;
+  m.attr("table_blocks") = Tables::kBlocks;
   nb::class_<AttendForm>(m, "AttendForm")
       .def("__init__", [](AttendForm* form, int32_t dtype, int32_t num_heads, int32_t window, int32_t chunk, float scale, float softcap) {
         require(is_dtype(dtype) && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");

@@ -55,6 +55,9 @@ class Layers {
   void add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const AttendForm& form, int32_t layer_idx);
   void set_weights(int64_t index, std::vector<Address> addresses);
   int64_t size() const { return int64_t(layers_.size()); }
+  // Of the first one, which all others have too.
+  int64_t num_inputs() const { return layers_.front().num_inputs; }
+  int64_t input_bytes(int64_t input) const { return layers_.front().program->row_bytes(layers_.front().num_weights + input); }
 
   // All of them for `num_rows` tokens, which are the step's. inputs[hidden_at]: the hidden states of the first;
   // layers before the last have one output, which goes there.

@@ -1,6 +1,6 @@
 // Sampling kernels: one call draws a token from each row of logits. Included by kernels.cpp once per instruction set.
 //
-// A row is widened to fp32 in its thread's scratch and changed there; no other row is ever read, and every sum over a row is
+// A row is widened to fp32 in its thread's scratch and changed there, unless only its highest logit is asked for; no other row is ever read, and every sum over a row is
 // taken in one order, so its result depends on nothing but itself. Meanings and order of operations: quire/params.py;
 // sampler_reference.py says the same in torch.
 #pragma once
@@ -38,19 +38,21 @@ struct FromF16 {
   static F32x16 load_some(const void* p, int64_t i, int n) { return load_f16_n((const uint16_t*)p + i, n); }
 };
 
+// Elements i to i + 15 of n, from `start` on; kNone past the end.
+template <class From>
+F32x16 widened(const void* source, int64_t start, int64_t n, int64_t i) {
+  if (i + 16 <= n) return From::load16(source, start + i);
+  return i < n ? select(lanes_between(0, int(n - i)), From::load_some(source, start + i, int(n - i)), set1(kNone)) : set1(kNone);
+}
+
 // Widens n logits, starting with element `start` of the source, into the row, which may be the source, and finds the largest.
 template <class From>
 void read_row(const void* source, int64_t start, int64_t n, Row& row) {
-  const F32x16 none = set1(kNone), inf = set1(__builtin_inff());
-  F32x16 highest = none;
+  const F32x16 inf = set1(__builtin_inff());
+  F32x16 highest = set1(kNone);
   uint32_t below_inf = 0xffff;
   for (int64_t i = 0; i < row.padded; i += 16) {
-    F32x16 x = none;
-    if (i + 16 <= n) {
-      x = From::load16(source, start + i);
-    } else if (i < n) {
-      x = select(lanes_between(0, int(n - i)), From::load_some(source, start + i, int(n - i)), none);
-    }
+    const F32x16 x = widened<From>(source, start, n, i);
     below_inf &= mask_bits(lt(x, inf));  // false for NaN
     highest = max(highest, x);
     store(row.logits + i, x);
@@ -124,8 +126,10 @@ float clamped(double logit, float before) {
   return float(logit > kMost ? kMost : logit < -kMost ? -kMost : logit);
 }
 
-// Penalties, bias and masks, in the order SamplingParams documents. Returns whether there were any.
-bool edit_logits(const SampleRow& s, Row& row) {
+bool has_edits(const SampleRow& s) { return s.num_penalised > 0 || s.num_biases > 0 || s.num_allowed >= 0 || s.num_banned > 0 || s.mask; }
+
+// Penalties, bias and masks, in the order SamplingParams documents.
+void edit_logits(const SampleRow& s, Row& row) {
   const uint32_t vocab_size = uint32_t(row.vocab_size);
   for (int32_t i = 0; i < s.num_penalised; ++i) {
     const uint32_t id = uint32_t(s.penalised_ids[i]);
@@ -160,7 +164,6 @@ bool edit_logits(const SampleRow& s, Row& row) {
       store(row.logits + i, lanes ? select(lanes_of(lanes), load(row.logits + i), none) : none);
     }
   }
-  return s.num_penalised > 0 || s.num_biases > 0 || s.num_allowed >= 0 || s.num_banned > 0 || s.mask;
 }
 
 Cut top_k_top_p(const SampleRow& s, const Row& row) {
@@ -229,9 +232,31 @@ int64_t draw(const SampleRow& s, const Row& row, Cut cut) {
   return winner;
 }
 
+// The first of the most likely tokens of a row as it is: its lines are read, and none are written.
+template <class From>
+void take_first(const void* source, int64_t start, int64_t n, SampleResult& result) {
+  const F32x16 inf = set1(__builtin_inff());
+  F32x16 highest = set1(kNone);
+  uint32_t below_inf = 0xffff;
+  for (int64_t i = 0; i < n; i += 16) {
+    const F32x16 x = widened<From>(source, start, n, i);
+    below_inf &= mask_bits(lt(x, inf));  // false for NaN
+    highest = max(highest, x);
+  }
+  const float value = max_lanes(highest);
+  result = {-1, below_inf != 0xffff ? kNotFinite : value == kNone ? kNothingLeft : kSampled, 0, 0.0f};
+  uint32_t lanes = 0;
+  for (int64_t i = 0; result.status == kSampled && !lanes; i += 16) {
+    lanes = mask_bits(eq(widened<From>(source, start, n, i), set1(value)));
+    if (lanes) result.token = int32_t(i + __builtin_ctz(lanes));
+  }
+}
+
 void sample_row(const SampleArgs& a, int64_t index, float* scratch) {
   const SampleRow& s = a.rows[index];
   SampleResult& result = a.results[index];
+  if (s.num_top < 0 && s.forced < 0 && !(s.inv_temperature > 0) && !has_edits(s))
+    return with_source(a.dtype, [&](auto source) { take_first<decltype(source)>(a.logits, index * a.row_stride, a.vocab_size, result); });
   const int64_t padded = padded_size(a.vocab_size);
   Row row = {scratch, scratch + padded, a.vocab_size, padded, kNone, false};
   const int64_t start = index * a.row_stride;
@@ -245,7 +270,10 @@ void sample_row(const SampleArgs& a, int64_t index, float* scratch) {
   if (s.num_top > 0) result.num_top = top_tokens(row, s.num_top, log_z, a.top_ids + index * a.max_top, a.top_logprobs + index * a.max_top);
   int64_t token = s.forced;
   if (token < 0) {
-    if (edit_logits(s, row)) read_row<FromF32>(row.logits, 0, row.padded, row);
+    if (has_edits(s)) {
+      edit_logits(s, row);
+      read_row<FromF32>(row.logits, 0, row.padded, row);
+    }
     if (row.max_logit == kNone) return;
     token = s.inv_temperature > 0 ? draw(s, row, top_k_top_p(s, row)) : find_equal(row, row.max_logit, 0);
   }

@@ -16,7 +16,8 @@ class Request:
     """One prompt and how to continue it. `max_tokens` and `seed` are the params' own, resolved: never None.
 
     `namespace` says whose cached pages it may use and add to; requests of higher `priority` go first.
-    `grammar` is `params.structured` compiled (text/grammar.py), of which this floor knows no more.
+    `grammar` is `params.structured` compiled (text/grammar.py), of which this floor knows no more. `read`: whether anybody reads its events, or only
+    its output.
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class Request:
     namespace: str = ""
     priority: int = 0
     grammar: Any = field(default=None, repr=False, compare=False)
+    read: bool = True
 
     @property
     def num_branches(self) -> int:

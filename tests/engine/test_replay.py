@@ -34,20 +34,27 @@ def replay_of(llm: LLM) -> Replay:
 
 def own(llm: LLM) -> LLM:
     """The same engine, whose model runs its own forward."""
-    replay_of(llm).calls, replay_of(llm)._to_watch = [], False
+    replay = replay_of(llm)
+    replay.calls, replay.native, replay._to_watch = [], None, False
     return llm
 
 
 def counted(llm: LLM) -> list[None]:
     """One for each replayed forward from now on."""
     replay, seen = replay_of(llm), []
-    replayed = replay._replayed
+    replayed, native = replay._replayed, replay.native
+
+    def counting_native(*args: Any) -> torch.Tensor:
+        seen.append(None)
+        assert native is not None
+        return native(*args)
 
     def counting(inputs: dict[str, Any]) -> torch.Tensor:
         seen.append(None)
         return replayed(inputs)
 
     replay._replayed = counting  # type: ignore[method-assign]
+    replay.native = counting_native if native is not None else None  # type: ignore[assignment]
     return seen
 
 
@@ -142,8 +149,8 @@ def test_a_hook_put_around_while_requests_run_is_met(monkeypatch: pytest.MonkeyP
     assert after[0] == after[1]
 
 
-def test_what_fails_is_run_as_the_model_runs(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM(checkpoint("llama", torch.bfloat16)) as llm:
+def test_what_fails_is_run_as_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(tiny_model("llama")) as llm:
         first = bits(llm)
         assert replay_of(llm).calls
         call = Chain.__call__
@@ -153,9 +160,11 @@ def test_what_fails_is_run_as_the_model_runs(checkpoint: Checkpoint, monkeypatch
             raise ValueError("broken")
 
         monkeypatch.setattr(Chain, "__call__", failing)
+        llm.reset_cache()
         assert bits(llm) == first and lengths(llm) == [], "layers run one by one from then on"
         monkeypatch.undo()
         forwards = counted(llm)
+        llm.reset_cache()
         assert bits(llm) == first and not forwards
 
 

@@ -73,7 +73,7 @@ def test_a_fault_changes_nothing(checkpoint: Checkpoint, where: str, monkeypatch
 
         undo: Callable[[], None] = monkeypatch.undo
         if where == "build":
-            monkeypatch.setattr("quire.engine.runner.build", fail)
+            monkeypatch.setattr("quire.engine.runner.Batches.of", fail)
         elif where == "sampler":
             monkeypatch.setattr(runner.sampler, "sample", fail)
         else:

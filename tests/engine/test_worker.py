@@ -13,6 +13,7 @@ import pytest
 
 from quire import LLM, EngineDeadError, InvalidRequestError, QueueFullError, SamplingParams, TokenEvent
 from quire.engine.stream import RequestStream
+from quire.outputs import Receipt, RequestOutput
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import VOCAB
 
@@ -186,6 +187,31 @@ def test_merging_keeps_branches_apart() -> None:
     for event in (TokenEvent("r", 0, "a", [1]), TokenEvent("r", 1, "x", [9]), TokenEvent("r", 0, "b", [2], finish_reason="length")):
         stream.put(event)
     assert [(e.index, e.text, e.token_ids, e.finish_reason) for e in stream._events] == [(1, "x", [9], None), (0, "ab", [1, 2], "length")]
+
+
+def test_a_stream_that_nobody_reads_has_its_last_event_alone() -> None:
+    woken: list[object] = []
+    stream = RequestStream("r", lambda _: None, woken.append, read=False)
+    for token in range(5):
+        stream.put(TokenEvent("r", 0, text="ab", token_ids=[token]))
+    assert stream.take() == []
+    output = RequestOutput("r", None, [1], [], Receipt())
+    stream.put(TokenEvent("r", 0, token_ids=[5], output=output))
+    assert stream.wait() is output and not woken
+
+
+@pytest.mark.parametrize("params", [{}, {"n": 2}, {"stop": ["x"]}, {"min_tokens": 1, "stop": ["e", "o"]}, {"best_of": 3}])
+def test_text_is_the_same_whether_its_events_are_read(llm: LLM, params: dict[str, Any]) -> None:
+    """Nobody waits for the text of tokens that are not read, and several are decoded together."""
+    for count in (1, 2, 15, 16, 17, 33, 50):
+        sampling = SamplingParams(max_tokens=count, seed=count, ignore_eos=True, **params)
+        whole = llm.generate([[5, 6, 7]], sampling)[0].outputs
+        assert llm.submit([5, 6, 7], sampling).wait().outputs == whole
+        if "best_of" not in params:
+            parts = ["" for _ in whole]
+            for event in llm.stream([5, 6, 7], sampling):
+                parts[event.index] += event.text
+            assert parts == [one.text for one in whole]
 
 
 def test_an_idle_engine_uses_no_processor(llm: LLM) -> None:

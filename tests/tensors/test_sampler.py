@@ -6,7 +6,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -254,9 +253,9 @@ def test_a_given_token_is_scored_with_the_bits_of_one_drawn(backend: str) -> Non
     rng = random.Random(12)
     logits = random_logits(rng, 10, 600, torch.bfloat16)
     drawn = draw(backend, logits, [row(600, seed=i, logprobs=4) for i in range(10)])
-    assert draw(backend, logits, [replace(row(600, logprobs=4), given=d.token_id) for d in drawn]) == drawn
+    assert draw(backend, logits, [row(600, logprobs=4)._replace(given=d.token_id) for d in drawn]) == drawn
     logits[0, 5], logits[1, 6] = math.nan, -math.inf
-    scored = draw(backend, logits, [replace(row(600, logprobs=0), given=6)] * 10)
+    scored = draw(backend, logits, [row(600, logprobs=0)._replace(given=6)] * 10)
     assert scored[0] == Sampled(-1, failure="not_finite") and scored[1].logprob == -math.inf and scored[1].top is None
 
 
@@ -270,7 +269,7 @@ def test_scaled_logprobs_are_those_of_the_logits_over_the_temperature(backend: s
         expected = torch.log_softmax((raw.double() - raw.max()) / (t or 1.0), dim=-1)
         assert one.logprob == pytest.approx(float(expected[one.token_id]), rel=1e-5, abs=1e-5)
         assert [top.token_id for top in one.top] == torch.sort(raw, descending=True, stable=True).indices[: len(one.top)].tolist()
-    given = [replace(one, given=token.token_id) for one, token in zip(rows, drawn, strict=True)]
+    given = [one._replace(given=token.token_id) for one, token in zip(rows, drawn, strict=True)]
     assert draw(backend, logits.flip(0), given[::-1]) == drawn[::-1]
 
 
@@ -294,7 +293,7 @@ def test_mistakes_are_named(backend: str) -> None:
     with pytest.raises(ValueError, match="vocabulary"):
         sampler.sample(torch.zeros(1, 10), [row(11)])
     with pytest.raises(ValueError, match="given"):
-        sampler.sample(torch.zeros(1, 10), [replace(row(10), given=10)])
+        sampler.sample(torch.zeros(1, 10), [row(10)._replace(given=10)])
     with pytest.raises(ValueError, match="seed"):
         row(10, seed=2**64)
     for params in ({"logit_bias": {10: 1.0}}, {"allowed_token_ids": [10]}, {"stop_token_ids": [10]}):

@@ -33,8 +33,29 @@ class Batch:
     slots: tuple[torch.Tensor, ...]
 
 
-def build(plan: StepPlan, groups: Sequence[Group]) -> Batch:
-    """The batch of a plan, on CPU."""
+class Batches:
+    """Makes the batch of each plan for these groups. One of the same shape as the last is the last one, its memory written anew: decoding goes on for
+    many steps in which nothing but the numbers changes."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = tuple(groups)
+        self._arrays: list[array[int]] = []
+        self._batch: Batch | None = None
+
+    def of(self, plan: StepPlan) -> Batch:
+        """The batch of a plan, on CPU, until the next one is made."""
+        arrays = [*_packed(plan), *(values for group in self._groups for values in _placed(plan, group))]
+        if self._batch is None or [len(values) for values in arrays] != [len(values) for values in self._arrays]:
+            self._arrays, self._batch = arrays, _batch(arrays)
+        else:
+            for kept, values in zip(self._arrays, arrays, strict=True):
+                if values:
+                    kept[:] = values
+        return self._batch
+
+
+def _packed(plan: StepPlan) -> list[array[int]]:
+    """Ids, positions, places of logits and of hidden states; query starts and committed lengths."""
     ids, positions, logits_at, hidden_at = array("q"), array("q"), array("q"), array("q")
     starts, committed = array("i", [0]), array("i")
     for work in plan.works:
@@ -47,14 +68,11 @@ def build(plan: StepPlan, groups: Sequence[Group]) -> Batch:
         committed.append(first)
         if work.draws:
             logits_at.append(len(ids) - 1)
-    placed = [_placed(plan, group) for group in groups]
-    inputs = StepInputs(_tensor(starts, torch.int32), _tensor(committed, torch.int32), tuple(table for table, _ in placed))
-    tokens, places, logits, hidden = (_tensor(values, torch.int64) for values in (ids, positions, logits_at, hidden_at))
-    return Batch(tokens, places, logits, hidden, inputs, tuple(slots for _, slots in placed))
+    return [ids, positions, logits_at, hidden_at, starts, committed]
 
 
-def _placed(plan: StepPlan, group: Group) -> tuple[TableInputs, torch.Tensor]:
-    """The page tables of one group, and its slots."""
+def _placed(plan: StepPlan, group: Group) -> list[array[int]]:
+    """The page tables of one group, where each begins, and its slots."""
     flat, starts, slots, size = array("i"), array("i", [0]), array("q"), group.page_size
     for work in plan.works:
         table, at, end = work.sequence.tables[group.group_id], work.sequence.num_committed, work.sequence.num_committed + work.num_tokens
@@ -65,8 +83,15 @@ def _placed(plan: StepPlan, group: Group) -> tuple[TableInputs, torch.Tensor]:
             first = page * size + at % size
             slots.extend(range(first, first + count) if page >= 0 else repeat(-1, count))
             at += count
-    return TableInputs(_tensor(flat, torch.int32), _tensor(starts, torch.int32)), _tensor(slots, torch.int64)
+    return [flat, starts, slots]
 
 
-def _tensor(values: array[int], dtype: torch.dtype) -> torch.Tensor:
+def _batch(arrays: Sequence[array[int]]) -> Batch:
+    ids, positions, logits_at, hidden_at, starts, committed, *placed = map(_tensor, arrays)
+    tables = tuple(TableInputs(flat, first) for flat, first in zip(placed[::3], placed[1::3], strict=True))
+    return Batch(ids, positions, logits_at, hidden_at, StepInputs(starts, committed, tables), tuple(placed[2::3]))
+
+
+def _tensor(values: array[int]) -> torch.Tensor:
+    dtype = torch.int64 if values.typecode == "q" else torch.int32
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)

@@ -33,7 +33,7 @@ class Intake:
         check_prompt(token_ids, SamplingParams(max_tokens=1), self._built.limits)
         return token_ids
 
-    def request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None) -> Request:
+    def request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None, *, read: bool) -> Request:
         """A request that can run. Raises InvalidRequestError as `LLM.submit`."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("params", params, "a SamplingParams")
@@ -50,7 +50,7 @@ class Intake:
         check_fits(num_committed, engine.scheduler.cache.pages_to_finish(num_committed), engine.keeper.num_pages_for_requests)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         grammar = self._built.grammars.compile(params.structured) if params.structured is not None else None
-        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose, grammar)
+        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose, grammar, read)
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):

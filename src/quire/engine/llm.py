@@ -106,7 +106,7 @@ class LLM:
         if len(each) != len(many):
             raise InvalidRequestError("params", f"{len(each)} SamplingParams", f"one, or one for each of the {len(many)} prompts")
         requests = [
-            self._request(prompt, one, namespace, priority) for prompt, one in zip(many, each, strict=True)
+            self._request(prompt, one, namespace, priority, read=False) for prompt, one in zip(many, each, strict=True)
         ]  # all are checked before any is submitted
         streams: list[RequestStream] = []
         try:
@@ -313,9 +313,11 @@ class LLM:
         self._forget_old_weights()
         return self._intake.token_ids(prompt)
 
-    def _request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None = None) -> Request:
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None = None, *, read: bool = True
+    ) -> Request:
         self._forget_old_weights()
-        return self._intake.request(prompt, params, namespace, priority, request_id)
+        return self._intake.request(prompt, params, namespace, priority, request_id, read=read)
 
 
 def _shut_down(worker: Worker, built: Built) -> None:

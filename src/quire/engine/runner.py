@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from quire.engine.batch import build
+from quire.engine.batch import Batches
 from quire.engine.steps import StepLog
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
@@ -22,6 +22,7 @@ class Runner:
     def __init__(self, model: CausalModel, store: PageStore, sampler: Sampler, groups: Sequence[Group]) -> None:
         self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
         self.log = StepLog()
+        self._batches = Batches(groups)
 
     def run(
         self, plan: StepPlan, rows: Sequence[Sequence[Row]], before_sampling: Callable[[], None] = lambda: None
@@ -32,7 +33,7 @@ class Runner:
         The rows' masks are read after `before_sampling` has returned; until then somebody else may still be filling them.
         """
         self.store.copy_pages(plan.copies)
-        batch = build(plan, self.groups)
+        batch = self._batches.of(plan)
         step = StagedStep(self.store, batch.inputs, batch.slots)
         hidden = HiddenRows(batch.hidden_at)
         logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at, hidden)

@@ -21,6 +21,7 @@ from quire.text.stops import StopMatcher
 from quire.text.tokenizer import TextTokenizer
 
 Sink = Callable[[TokenEvent], None]
+DECODED_TOGETHER = 16  # tokens whose text nobody waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class Branch:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._text: list[str] = []
+        self._to_decode: list[int] = []
+        self._decoded_together = 1 if request.read or params.stop_strings else DECODED_TOGETHER
         self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens) if tokenizer else None
         self._stops = StopMatcher(params.stop_strings, params.include_stop_in_output)
         if params.best_of is not None and params.logprobs is None:
@@ -84,7 +87,8 @@ class Branch:
         if token_id in self.stop_ids:
             text = self._end("stop", None if token_id in self.eos_token_ids else token_id)
         else:
-            text = self._push_text(self._detokenizer.push([token_id]) if self._detokenizer else "")
+            self._to_decode.append(token_id)
+            text = self._push_text(self._decoded()) if len(self._to_decode) >= self._decoded_together else ""
             if self.guide is not None and self.finish_reason is None:
                 self.guide.accept(token_id)
                 if self.guide.complete:
@@ -127,6 +131,10 @@ class Branch:
         """The sum of its tokens' logprobs, as far as they were asked for."""
         return math.fsum(self.logprobs)
 
+    def _decoded(self) -> str:
+        tokens, self._to_decode = self._to_decode, []
+        return self._detokenizer.push(tokens) if self._detokenizer else ""
+
     def _push_text(self, text: str) -> str:
         found = self._stops.push(text, may_stop=len(self.token_ids) >= self.request.params.min_tokens)
         if found.stop is not None:
@@ -135,7 +143,7 @@ class Branch:
         return found.text
 
     def _end(self, reason: FinishReason, stop_reason: int | None) -> str:
-        text = self._push_text(self._detokenizer.flush()) if self._detokenizer else ""
+        text = self._push_text(self._decoded() + self._detokenizer.flush()) if self._detokenizer else ""
         if self.finish_reason is None:  # the last half character may have completed a stop string
             self.finish_reason, self.stop_reason = reason, stop_reason
             held = self._stops.flush()

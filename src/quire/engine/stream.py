@@ -33,10 +33,13 @@ class RequestStream:
     """Events of one request in order; iteration ends after the event that carries `output`. One reader.
 
     `wake_later` is told who waits for what has come: whoever puts events into many streams wakes all their readers together.
+    `read`: whether anybody reads the events; if not, only the last one is kept, and nobody is woken before.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None], wake_later: Callable[[Waiter], None] | None = None) -> None:
-        self.request_id = request_id
+    def __init__(
+        self, request_id: str, cancel: Callable[[str], None], wake_later: Callable[[Waiter], None] | None = None, *, read: bool = True
+    ) -> None:
+        self.request_id, self._read = request_id, read
         self._cancel = cancel
         self._wake = wake_later if wake_later is not None else lambda waiter: wake([waiter])
         self._ready = threading.Condition()
@@ -47,6 +50,8 @@ class RequestStream:
 
     def put(self, event: TokenEvent) -> None:
         """Called by the engine's thread. Never blocks."""
+        if not self._read and event.output is None:
+            return
         with self._ready:
             self._events = _merged(self._events, event)
             if event.output is not None:

@@ -49,7 +49,7 @@ class Worker:
             QueueFullError: too many requests are open already.
             EngineDeadError: the engine has ended.
         """
-        stream = RequestStream(request.request_id, self.cancel, self._readers.append)
+        stream = RequestStream(request.request_id, self.cancel, self._readers.append, read=request.read)
 
         def sink(event: TokenEvent) -> None:
             if event.output is not None:

@@ -14,7 +14,6 @@ threads. Meanings and order of operations are those of `SamplingParams`; in part
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final, Literal, Protocol
 
 import torch
@@ -71,6 +70,8 @@ class Sampler:
             if row.mask is not None:
                 self._check_mask(row.mask)
         drawn = self._backend.run(logits, rows)
+        if not any([row.state.asks_more for row in rows]):
+            return drawn
         self._score_scaled(logits, rows, drawn)
         for i, row in enumerate(rows):
             if row.state.params.return_logits and row.given < 0:
@@ -85,7 +86,7 @@ class Sampler:
         raw = logits[places].float()
         factors = torch.tensor([rows[i].state.inverse_temperature for i in places], dtype=torch.float32, device=raw.device)
         scaled = (raw - raw.amax(dim=1, keepdim=True)) * factors[:, None]  # never above 0, however low the temperature
-        scores = self._backend.run(scaled, [replace(rows[i], given=drawn[i].token_id) for i in places])
+        scores = self._backend.run(scaled, [rows[i]._replace(given=drawn[i].token_id) for i in places])
         for i, score in zip(places, scores, strict=True):
             drawn[i] = score
 
@@ -97,5 +98,5 @@ class Sampler:
     def _check(self, logits: Tensor, num_rows: int) -> None:
         if logits.shape != (num_rows, self.vocab_size) or logits.dtype not in _DTYPES:
             raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}: must be ({num_rows}, {self.vocab_size}), one of {_DTYPES}")
-        if self.backend == "native" and logits.device.type != "cpu":
+        if not logits.is_cpu and self.backend == "native":
             raise ValueError(f"logits on {logits.device}: the native sampler reads them on the CPU")

@@ -17,6 +17,7 @@ from quire.tensors.sampler_state import Failure, Row, Sampled, SequenceState
 # struct SampleRow of csrc/sampling_args.h, in two halves.
 _OF_SEQUENCE = struct.Struct("=QQQQddddiiiiff")
 _OF_STEP = struct.Struct("=QQQQiiii")
+_NONE: array[int] = array("i")
 _FAILURES: tuple[Failure | None, ...] = (None, "not_finite", "nothing_left")
 
 
@@ -29,13 +30,13 @@ class NativeSampler:
         self._scratch = torch.empty(num_threads * native.lib.sample_scratch_floats(vocab_size), dtype=torch.float32)
 
     def run(self, logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
-        banned = [array("i", row.banned_ids) for row in rows]  # kept until the call returns
-        packed = [self._of_sequence(row.state) + _of_step(row, ids) for row, ids in zip(rows, banned, strict=True)]
+        banned = [array("i", row.banned_ids) if row.banned_ids else _NONE for row in rows]  # kept until the call returns
+        packed = [(row.state.packed or self._of_sequence(row.state)) + _of_step(row, ids) for row, ids in zip(rows, banned, strict=True)]
         return self._call(logits, packed, [row.state.params.logprobs for row in rows])
 
     def _of_sequence(self, state: SequenceState) -> bytes:
         params, allowed, num_top = state.params, state.allowed_ids, state.params.logprobs
-        return _OF_SEQUENCE.pack(
+        state.packed = _OF_SEQUENCE.pack(
             state.seed,
             _address(state.bias_ids),
             _address(state.biases),
@@ -51,14 +52,14 @@ class NativeSampler:
             state.inverse_temperature,
             state.min_relative,
         )
+        return state.packed
 
     def _call(self, logits: Tensor, packed: list[bytes], num_tops: list[int | None]) -> list[Sampled]:
-        if logits.stride(1) != 1 or logits.stride(0) < self._vocab_size:
-            logits = logits.contiguous()
+        logits = logits.contiguous()
         drawn = native.lib.sample(
             native.DTYPE_CODES[logits.dtype],
             logits.data_ptr(),
-            max(logits.stride(0), self._vocab_size),
+            self._vocab_size,
             self._vocab_size,
             b"".join(packed),
             min(max((n or 0 for n in num_tops), default=0), self._vocab_size),
@@ -71,12 +72,13 @@ class NativeSampler:
 
 def _of_step(row: Row, banned: array[int]) -> bytes:
     state = row.state
+    penalised = state.penalised_ids
     return _OF_STEP.pack(
-        _address(state.penalised_ids),
-        _address(state.output_counts),
-        _address(banned),
+        _address(penalised) if penalised else 0,
+        _address(state.output_counts) if penalised else 0,
+        _address(banned) if banned else 0,
         0 if row.mask is None else row.mask.data_ptr(),
-        len(state.penalised_ids),
+        len(penalised),
         len(banned),
         row.position,
         row.given,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,6 +43,12 @@ class SequenceState:
 
     Token counts are kept only if a penalty is used, and cost O(1) a token.
 
+    Attributes:
+        inverse_temperature: 1 / temperature, or 0 for greedy decoding. Logits are multiplied by it in float32.
+        min_relative: log(min_p), or -inf: a token survives min-p if (logit - max logit) / temperature is no lower.
+        scales_logprobs: whether logprobs are wanted of other logits than the raw ones. asks_more: whether that, or logits, are.
+        packed: what the native sampler makes of all that stays as it is, once it has.
+
     Args:
         params: validated sampling parameters.
         seed: in [0, 2**64), with the sequence's index already added.
@@ -55,14 +60,33 @@ class SequenceState:
         ValueError: the seed is out of range.
     """
 
-    __slots__ = ("_index", "allowed_ids", "bias_ids", "biases", "output_counts", "params", "penalised_ids", "seed", "vocab_size")
+    __slots__ = (
+        "_index",
+        "allowed_ids",
+        "asks_more",
+        "bias_ids",
+        "biases",
+        "inverse_temperature",
+        "min_relative",
+        "output_counts",
+        "packed",
+        "params",
+        "penalised_ids",
+        "scales_logprobs",
+        "seed",
+        "vocab_size",
+    )
 
     def __init__(self, params: SamplingParams, seed: int, vocab_size: int, prompt_ids: Sequence[int] = (), output_ids: Sequence[int] = ()) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed}: must be from 0 to 2**64 - 1")
         for field, token_id in params.token_ids_named():
             _check(field, token_id, vocab_size)
-        self.params, self.seed, self.vocab_size = params, seed, vocab_size
+        self.params, self.seed, self.vocab_size, self.packed = params, seed, vocab_size, b""
+        self.inverse_temperature = 1.0 / max(params.temperature, LOWEST_TEMPERATURE) if params.temperature > 0.0 else 0.0
+        self.min_relative = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+        self.scales_logprobs = params.scaled_logprobs and params.logprobs is not None and params.temperature not in (0.0, 1.0)
+        self.asks_more = self.scales_logprobs or params.return_logits
         bias = params.logit_bias or {}
         self.bias_ids, self.biases = array("i", bias.keys()), array("d", bias.values())
         self.allowed_ids = None if params.allowed_token_ids is None else array("i", sorted(set(params.allowed_token_ids)))
@@ -92,26 +116,8 @@ class SequenceState:
             self.output_counts.append(0)
         return place
 
-    @property
-    def inverse_temperature(self) -> float:
-        """1 / temperature, or 0 for greedy decoding. Logits are multiplied by it in float32."""
-        temperature = self.params.temperature
-        return 1.0 / max(temperature, LOWEST_TEMPERATURE) if temperature > 0.0 else 0.0
 
-    @property
-    def scales_logprobs(self) -> bool:
-        """Whether logprobs are wanted of other logits than the raw ones."""
-        params = self.params
-        return params.scaled_logprobs and params.logprobs is not None and params.temperature not in (0.0, 1.0)
-
-    @property
-    def min_relative(self) -> float:
-        """log(min_p), or -inf: a token survives min-p if (logit - max logit) / temperature is no lower."""
-        return math.log(self.params.min_p) if self.params.min_p > 0.0 else -math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row of logits to draw from: a sequence in this step.
 
     `position` is the absolute position of the token to be drawn (prompt length + tokens generated so far), in [0, 2**31). `banned_ids` must not

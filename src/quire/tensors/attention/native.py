@@ -6,12 +6,12 @@ depend on its own sequence alone: key tiles start at absolute positions and each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
 from quire.tensors.attention.base import LayerPlace, Mask, StepInputs
-from quire.tensors.attention.native_step import NativeStep, native_store
+from quire.tensors.attention.native_step import NativeSteps, native_store
 from quire.tensors.codec import RowFormat
 from quire.tensors.native import DTYPE_CODES, lib
 
@@ -29,10 +29,9 @@ class NativeAttention:
             raise ValueError(f"num_threads={num_threads}: must be at least 1")
         self.num_threads = num_threads
 
-    def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> Callable[[StepInputs, int], NativeStep]:
+    def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> NativeSteps:
         """See `AttentionBackend.program_steps`. Raises ValueError for pages and places that do not fit."""
-        store, num_threads = native_store(pages, places), self.num_threads
-        return lambda inputs, num_tokens: NativeStep(store, inputs, num_tokens, num_threads)
+        return NativeSteps(native_store(pages, places), self.num_threads)
 
     def encode(self, x: torch.Tensor, row: RowFormat) -> torch.Tensor:
         """See `AttentionBackend.encode`. Raises ValueError on a shape, dtype or stride it cannot take."""

@@ -14,19 +14,8 @@ from quire.tensors.native import lib
 class NativeStep:
     """A step of one store. `handle`: quire._native.Step, what a program attends in."""
 
-    def __init__(self, store: Any, inputs: StepInputs, num_tokens: int, num_threads: int) -> None:
-        """`store`: quire._native.Store. Raises ValueError where a table is not as `StepInputs` says."""
-        tables = [table for group in inputs.tables for table in (group.page_ids, group.page_start)]
-        for x in (inputs.query_start, inputs.num_committed, *tables):
-            if x.dtype != torch.int32 or not x.is_contiguous() or not x.is_cpu:
-                raise ValueError(f"a step's table is {x.dtype} {tuple(x.shape)} on {x.device}: must be contiguous int32 on the CPU")
-        num_seqs = inputs.num_committed.shape[0]
-        starts = (inputs.query_start, *tables[1::2])
-        if any(x.shape != (num_seqs + 1,) for x in starts):
-            raise ValueError(f"a step of {num_seqs} sequences has tables of {[x.shape[0] for x in starts]} entries: must be one more each")
-        self._inputs, self._num_threads = inputs, num_threads  # whose memory the handle reads
-        places = [(ids.data_ptr(), start.data_ptr(), ids.shape[0]) for ids, start in zip(tables[::2], tables[1::2], strict=True)]
-        self.handle = lib.Step(store, inputs.query_start.data_ptr(), inputs.num_committed.data_ptr(), num_seqs, num_tokens, places)
+    def __init__(self, handle: Any, inputs: StepInputs, num_threads: int) -> None:
+        self.handle, self._inputs, self._num_threads = handle, inputs, num_threads  # whose memory the handle reads
 
     @property
     def staged_layers(self) -> list[int]:
@@ -36,6 +25,37 @@ class NativeStep:
     def commit(self, slots: Sequence[torch.Tensor]) -> None:
         """Write them to pages; see `AttentionBackend.commit`. `slots[g]` int64 [T] of group g."""
         self.handle.commit([x.data_ptr() for x in slots], self._num_threads)
+
+
+class NativeSteps:
+    """Makes the steps of one store, quire._native.Store. Inputs are looked over once, however many steps they are given to."""
+
+    def __init__(self, store: Any, num_threads: int) -> None:
+        self._store, self._num_threads = store, num_threads
+        self._inputs: StepInputs | None = None
+        self._tables: tuple[Any, ...] = ()
+
+    def __call__(self, inputs: StepInputs, num_tokens: int) -> NativeStep:
+        """A step of so many tokens. Raises ValueError where a table is not as `StepInputs` says."""
+        if inputs is not self._inputs:
+            self._tables, self._inputs = _tables(inputs), inputs
+        query_start, num_committed, num_seqs, places = self._tables
+        handle = lib.Step(self._store, query_start, num_committed, num_seqs, num_tokens, places)
+        return NativeStep(handle, inputs, self._num_threads)
+
+
+def _tables(inputs: StepInputs) -> tuple[Any, ...]:
+    """Addresses of query starts and committed lengths, how many, and of each group's table."""
+    tables = [table for group in inputs.tables for table in (group.page_ids, group.page_start)]
+    for x in (inputs.query_start, inputs.num_committed, *tables):
+        if x.dtype != torch.int32 or not x.is_contiguous() or not x.is_cpu:
+            raise ValueError(f"a step's table is {x.dtype} {tuple(x.shape)} on {x.device}: must be contiguous int32 on the CPU")
+    num_seqs = inputs.num_committed.shape[0]
+    starts = (inputs.query_start, *tables[1::2])
+    if any(x.shape != (num_seqs + 1,) for x in starts):
+        raise ValueError(f"a step of {num_seqs} sequences has tables of {[x.shape[0] for x in starts]} entries: must be one more each")
+    places = [(ids.data_ptr(), start.data_ptr(), ids.shape[0]) for ids, start in zip(tables[::2], tables[1::2], strict=True)]
+    return inputs.query_start.data_ptr(), inputs.num_committed.data_ptr(), num_seqs, places
 
 
 def native_store(pages: torch.Tensor, places: Iterable[LayerPlace]) -> Any:

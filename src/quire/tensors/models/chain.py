@@ -36,7 +36,8 @@ PASSED = _Passed()
 class Chain:
     """Layers that one native call runs. `hidden`: the place of the hidden states among a call's arguments; `hidden_at`: among a layer's inputs.
 
-    begun: whether a forward has got as far as the first one. at: the one that is to be called next; 0 before it and after the last.
+    native: quire._native.Layers. begun: whether a forward has got as far as the first one. at: the one that is to be called next; 0 before it and
+    after the last.
     """
 
     def __init__(self, layers: Sequence[LoweredLayer], hidden: int, hidden_at: int) -> None:
@@ -44,9 +45,9 @@ class Chain:
         self._hidden, self._hidden_at = hidden, hidden_at
         self._arguments: list[Any] = []  # of the call that began it
         self._result: torch.Tensor | None = None
-        self._native = lib.Layers()
+        self.native = lib.Layers()
         for index, layer in enumerate(layers):
-            layer.add_to(self._native, index)
+            layer.add_to(self.native, index)
             layer.chain, layer.index = self, index
 
     def begin(self, arguments: list[Any], step: Any, num_tokens: int, inputs: list[int], result: torch.Tensor, num_threads: int) -> None:
@@ -55,11 +56,15 @@ class Chain:
         step: a `ProgramStep`. inputs: addresses of the first layer's inputs, `num_tokens` contiguous rows each. result: takes what the last layer
         gives. Raises RuntimeError where a table, a length or a weight is not as it must be; then no layer counts as run.
         """
-        for layer in self.layers:
-            layer.look_up()
-        self._native.run(step.handle, num_tokens, inputs, self._hidden_at, [result.data_ptr()], num_threads)
+        self.look_up()
+        self.native.run(step.handle, num_tokens, inputs, self._hidden_at, [result.data_ptr()], num_threads)
         arguments[self._hidden] = PASSED
         self._arguments, self._result, self.at, self.begun = arguments, result, 1, True
+
+    def look_up(self) -> None:
+        """Find the layers' weights, where they may have been changed."""
+        for layer in self.layers:
+            layer.look_up()
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the last layer gives where the first is called with these arguments. Raises as `begin`."""

@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 from quire.tensors.models.calls import with_forward
 from quire.tensors.models.facts import output_embeddings
 
+_NONE = torch.empty(0, 0)
+
 
 class HiddenRows:
     """Wanted of a forward: the final hidden states [H, D] of the packed tokens `at`, int64 [H]; afterwards `states`, in the model's dtype."""
 
     def __init__(self, at: torch.Tensor) -> None:
         self.at = at
-        self.states = torch.empty(0, 0)
+        self.states = _NONE
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:

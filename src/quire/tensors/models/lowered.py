@@ -131,7 +131,7 @@ def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Recor
             surgery.replace(layer, forward)
             if layer is not first:
                 alike[layer] = forward
-    replay = Replay(model, decoder_layers(model), surgery, chains, live=live)
+    replay = Replay(model, decoder_layers(model), surgery, chains, products.num_threads, live=live)
     return LoweredLayers(surgery, lowered, plain, chains, alike, replay)
 
 

@@ -29,6 +29,7 @@ class LoweredLayer:
         self, plan: Plan, program: Program, layer: nn.Module, recording: Recording, num_threads: int, *, live: bool, chains: Chains | None = None
     ) -> None:
         attend = plan.attend
+        assert attend is not None
         self.chain: Chain | None = None
         self.index = 0
         self.passing = False
@@ -59,6 +60,11 @@ class LoweredLayer:
         self._natives.append((native, index))
         if all(self._addresses):
             native.set_weights(index, self._addresses)
+
+    @property
+    def inputs(self) -> list[int]:
+        """The numbers of the call's tensors that it takes, in order."""
+        return [number for number, _, _ in self._inputs]
 
     def place_of(self, number: int) -> int:
         """Where the call's tensor `number` is among the inputs, -1 where it is none."""

@@ -24,15 +24,18 @@ _ONE_BY_ONE = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "silu", "relu": "re
 _TWO = {"add": "add", "sub": "sub", "mul": "mul", "div": "div"}
 
 
-def lower(few: Recording, more: Recording) -> Plan:
-    """The plan of a layer that was recorded with two numbers of tokens; it must be the same for both. Raises UnlowerableError with the reason."""
+def lower(few: Recording, more: Recording, *, attends: bool = True) -> Plan:
+    """The plan of a layer, or of a part that attends to nothing, recorded with two numbers of tokens; it must be the same for both.
+
+    Raises UnlowerableError with the reason.
+    """
     if few.call.skeleton != more.call.skeleton or len(few.inputs) != len(more.inputs):
         raise UnlowerableError("its arguments change from call to call in more than the number of tokens")
     axes = [_token_axis(a, b) for a, b in zip(few.inputs, more.inputs, strict=True)]
     counts = [{seen.shape[-axis] for seen, axis in zip(recording.inputs, axes, strict=True) if axis} for recording in (few, more)]
     if any(len(found) != 1 for found in counts):
         raise UnlowerableError("its arguments change from call to call in more than the number of tokens")
-    plans = [_Lowering(recording, count.pop(), axes).plan() for recording, count in zip((few, more), counts, strict=True)]
+    plans = [_Lowering(recording, count.pop(), axes, attends).plan() for recording, count in zip((few, more), counts, strict=True)]
     if plans[0] != plans[1]:
         raise UnlowerableError("it does something else for another number of tokens")
     return plans[0]
@@ -45,8 +48,8 @@ def _token_axis(a: Seen, b: Seen) -> int:
 
 
 class _Lowering:
-    def __init__(self, recording: Recording, num_tokens: int, axes: list[int]) -> None:
-        if len(recording.attended) != 1:
+    def __init__(self, recording: Recording, num_tokens: int, axes: list[int], attends: bool) -> None:
+        if len(recording.attended) != attends:
             recording.problem = recording.problem or "it does not call attention once"
         if recording.problem:
             raise UnlowerableError(recording.problem)
@@ -66,7 +69,6 @@ class _Lowering:
             if handler is None:
                 raise UnlowerableError(f"it calls {done.name}, for which there is no operator of rows")
             handler(self, done)
-        assert self._attend is not None
         outputs = tuple((self._whole(seen, fresh=True), seen.shape) for seen in self._recording.outputs)
         if len({value for value, _ in outputs}) != len(outputs):
             raise UnlowerableError("it returns a tensor twice")

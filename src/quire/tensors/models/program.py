@@ -44,7 +44,8 @@ class Program:
 
 def assemble(plan: Plan) -> Program:
     """The program of a plan."""
-    given = [value for value, _ in (*plan.weights, *plan.inputs)] + [*plan.attend.values, plan.attend.out] + [value for value, _ in plan.outputs]
+    attended = [] if plan.attend is None else [*plan.attend.values, plan.attend.out]
+    given = [value for value, _ in (*plan.weights, *plan.inputs)] + attended + [value for value, _ in plan.outputs]
     read = Counter(value for step in (*plan.before, *plan.after) for value in step.reads) + Counter(given)
     before, after = (_stretches(_scheduled(_without_copies(steps, read))) for steps in (plan.before, plan.after))
     steps = [*before, *after]

@@ -5,8 +5,8 @@
 
 One short forward is watched, operators included: nothing but the inputs and what other calls gave may reach a call, and no operator between calls may
 do more than take the rows of which logits are wanted, as far as it matters to the logits. It is then run again in this way, and must give the same
-bits. A model that does anything else (scales its embedding itself, caps its logits) keeps its own forward, and so does one whose code is its owner's
-or wrapped, outside of what is called.
+bits; as one native call where it can be (native_forward.py). A model that does anything else (scales its embedding itself, caps its logits) keeps its
+own forward, and so does one whose code is its owner's or wrapped, outside of what is called.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from quire.tensors.models.calls import holding, is_foreign, is_wrapped, put_toge
 from quire.tensors.models.chain import Chains
 from quire.tensors.models.hook import current
 from quire.tensors.models.lowered_layer import LoweredLayer
+from quire.tensors.models.native_forward import NativeForward, native_forward
 from quire.tensors.models.surgery import Surgery
 from quire.tensors.packed import PackedWeight
 
@@ -40,22 +41,31 @@ class Forward(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is called; its arguments without their tensors, and the places of these among all values: the inputs, then what calls gave."""
+    """What is called; its arguments without their tensors, and the places of these among all values: the inputs, then what calls gave.
+
+    gives: the places of what it gives. module: the one that is called, None of the rows wanted and of a chain.
+    """
 
     run: Callable[..., Any]
     skeleton: Any
     places: tuple[int, ...]
+    gives: range
+    module: nn.Module | None = None
 
 
 class Replay:
     """The replayed forward of one model, once it has been seen. `layers`: its decoder layers; `chains`: those that follow one another.
 
+    native: the whole of it as one call, of a model of our own where that can be.
+
     A live model's modules are called as such, with `surgery`'s changes installed, since weights, hooks and what else is its owner's may be others by
     then; of a model of our own, what they were seen to run.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], surgery: Surgery, chains: Chains, *, live: bool) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], surgery: Surgery, chains: Chains, num_threads: int, *, live: bool) -> None:
         self.calls: list[Call] = []
+        self.native: NativeForward | None = None
+        self._num_threads = num_threads
         self._surgery, self._chains, self._live = surgery, chains, live
         self._around, self._parts = holding(model, layers)
         self._kinds = [(module, type(module), type(module).forward) for module in self._around]
@@ -63,8 +73,8 @@ class Replay:
 
     def run(self, forward: Forward, inputs: dict[str, Any]) -> torch.Tensor:
         """Logits [1, R, V]: what `forward()`, the model's own with these `inputs`, gives, within what it is given."""
-        attends_itself = getattr(current().step, "of_programs", None) is None
-        if attends_itself or not self._chains.held or (self._live and not self._untouched()):
+        programs = getattr(current().step, "of_programs", None)
+        if programs is None or not self._chains.held or (self._live and not self._untouched()):
             return self._chains.run(forward)
         if self.calls:
             return self._chains.run(lambda: self._replayed(inputs), forward)
@@ -76,8 +86,10 @@ class Replay:
         calls = watch.calls_for(logits)
         if calls and self._chains.held:
             self.calls = calls
-            again = self._chains.run(lambda: self._replayed(inputs), forward)
-            if not _same_bits(again, logits):
+            native = None if self._live else native_forward(calls, self._num_threads)
+            if native is not None and _same_bits(native(programs, *(inputs[name].view(-1) for name in _INPUTS)), logits[0]):
+                self.native = native
+            elif not _same_bits(self._chains.run(lambda: self._replayed(inputs), forward), logits):
                 self.calls = []
         return logits
 
@@ -126,7 +138,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             places = tuple(self._places.get(id(x), -1) for x in tensors)
             rows = func is torch.ops.aten.index.Tensor and len(args[1]) == 2 and args[1][0] is None and places[1:] == (_WANTED,)
             if rows and places[0] >= len(_INPUTS):
-                self._note(Call(_rows, take_apart((tuple(tensors), {}), []), places), result)
+                self._note(_rows, take_apart((tuple(tensors), {}), []), places, result)
             elif func._schema.is_mutable:
                 held = {x.untyped_storage().data_ptr() for x in self._values if x is not None}
                 self._other |= any(x.untyped_storage().data_ptr() in held for x in tensors)
@@ -151,20 +163,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._other |= min(places, default=0) < 0 or not (layer is not None or _is_constant(skeleton))
                 run = module if live else _direct(module, forward)
                 self._other |= run is None
-                self._note(Call(run or module, skeleton, places), result)
+                self._note(run or module, skeleton, places, result, module)
             elif layer.index == 0:
                 self._other |= min(places, default=0) < 0
                 self._begun = skeleton, places
             elif layer.index == len(chain.layers) - 1 and self._begun is not None:
-                self._note(Call(chain, *self._begun), result)
+                self._note(chain, *self._begun, result)
             return result
 
         return seen
 
-    def _note(self, call: Call, result: Any) -> None:
-        self._calls.append(call)
+    def _note(self, run: Callable[..., Any], skeleton: Any, places: tuple[int, ...], result: Any, module: nn.Module | None = None) -> None:
         given: list[torch.Tensor] = []
         self._other |= not _is_constant(take_apart(result, given))
+        self._calls.append(Call(run, skeleton, places, range(len(self._values), len(self._values) + len(given)), module))
         for x in given:
             self._places[id(x)] = len(self._values)
             self._values.append(x)

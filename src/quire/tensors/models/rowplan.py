@@ -1,4 +1,4 @@
-"""What is to be done with each token's row of a layer, as data: small operators, products with weights, and one call of attention.
+"""What is to be done with each token's row of a layer, as data: small operators, products with weights, and at most one call of attention.
 
 Values are numbered: rows of one size and dtype each, of weights, of the call's tensors, or made by a step.
 """
@@ -72,11 +72,12 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A layer. `dtypes`, `sizes` [value]; `weights`, `inputs`: values, and their numbers among the layer's weights and its call's tensors;
-    `outputs`: values and shapes of what it returns, with the dimension of tokens in front."""
+    """A layer, or a part that attends to nothing, all of it `after`. `dtypes`, `sizes` [value]; `weights`, `inputs`: values, and their numbers among
+    the layer's weights and its call's tensors; `outputs`: values and shapes of what it returns, with the dimension of tokens in front.
+    """
 
     before: tuple[Work | Multiply, ...]
-    attend: Attend
+    attend: Attend | None
     after: tuple[Work | Multiply, ...]
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[int, ...]

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
@@ -44,7 +44,7 @@ class Surgery:
     Attributes: `mode`, `query_scales` (layer_idx -> Llama 4's query temperature), `chunks` (layer_idx -> chunk, filled by the first forward).
     """
 
-    def __init__(self, model: PreTrainedModel, products: Products, *, live: bool, whole_vectors: bool = True) -> None:
+    def __init__(self, model: nn.Module, products: Products, *, live: bool, whole_vectors: bool = True) -> None:
         """`whole_vectors`: whether elementwise functions are given whole vectors (see exact.py)."""
         self._products = products
         self.mode = ExactMode(products, whole_vectors=whole_vectors)
@@ -140,7 +140,7 @@ def _changed(changes: list[Change]) -> Iterator[None]:
                 state[name] = value
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Every config object that a module reads, with the configs inside it, once each. Modules may hold copies of the model's own."""
     found: dict[int, PreTrainedConfig] = {}
 
@@ -167,7 +167,7 @@ def _forward_of(module: nn.Module, products: Products, mode: ExactMode, live: bo
         return _conv1d(module, products)
     if isinstance(module, _ACTIVATIONS):
         return _activation(module)
-    if _is_rotary(module):
+    if is_rotary(module):
         return _rotary(module)
     if live and is_foreign(module):  # it may do tomorrow what it does not do today
         return _in_mode(module, mode)
@@ -182,7 +182,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and type(weight) in (nn.Parameter, torch.Tensor, PackedWeight)
 
 
-def _is_rotary(module: nn.Module) -> bool:
+def is_rotary(module: nn.Module) -> bool:
     """Whether the module makes rope's tables: frequencies in a buffer (one a layer type in some families), and forward(x, position_ids, ...)."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return False
