@@ -48,7 +48,7 @@ def held(server: Running) -> int:
 def test_a_client_that_leaves_frees_its_pages(server: Running, path: str, stream: bool) -> None:
     chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1500, "ignore_eos": True}
     body, headers = (LONG if path == "/v1/completions" else chat) | {"stream": stream}, {"authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=httpx.Timeout(60, read=60 if stream else 0.3)) as client:
+    with httpx.Client(base_url=server.url, headers=headers, timeout=httpx.Timeout(60, read=60 if stream else 0.1)) as client:
         if stream:
             with client.stream("POST", path, json=body) as answer:
                 next(answer.iter_lines())
