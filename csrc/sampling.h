@@ -1,7 +1,7 @@
 // Sampling kernels: one call draws a token from each row of logits. Included by kernels.cpp once per instruction set.
 //
-// A row is widened to fp32 in its thread's scratch and changed there, unless only its highest logit is asked for; no other row is ever read, and every sum over a row is
-// taken in one order, so its result depends on nothing but itself. Meanings and order of operations: quire/params.py;
+// A row is widened to fp32 in its thread's scratch and changed there, unless only its highest logit is asked for; no other row is ever read, and
+// every sum over a row is taken in one order, so its result depends on nothing but itself. Meanings and order of operations: quire/params.py;
 // sampler_reference.py says the same in torch.
 #pragma once
 #include "kernels.h"
@@ -45,20 +45,31 @@ F32x16 widened(const void* source, int64_t start, int64_t n, int64_t i) {
   return i < n ? select(lanes_between(0, int(n - i)), From::load_some(source, start + i, int(n - i)), set1(kNone)) : set1(kNone);
 }
 
-// Widens n logits, starting with element `start` of the source, into the row, which may be the source, and finds the largest.
-template <class From>
-void read_row(const void* source, int64_t start, int64_t n, Row& row) {
+// The largest of n logits, starting with element `start` of the source, and whether none is NaN or +inf. Calls each(i, x) with 16 of them, up to `end`.
+struct Highest {
+  float logit;
+  bool finite;
+};
+template <class From, class Each>
+Highest find_highest(const void* source, int64_t start, int64_t n, int64_t end, const Each& each) {
   const F32x16 inf = set1(__builtin_inff());
   F32x16 highest = set1(kNone);
   uint32_t below_inf = 0xffff;
-  for (int64_t i = 0; i < row.padded; i += 16) {
+  for (int64_t i = 0; i < end; i += 16) {
     const F32x16 x = widened<From>(source, start, n, i);
     below_inf &= mask_bits(lt(x, inf));  // false for NaN
     highest = max(highest, x);
-    store(row.logits + i, x);
+    each(i, x);
   }
-  row.max_logit = max_lanes(highest);
-  row.finite = below_inf == 0xffff;
+  return {max_lanes(highest), below_inf == 0xffff};
+}
+
+// Widens logits into the row, which may be the source, and finds the largest.
+template <class From>
+void read_row(const void* source, int64_t start, int64_t n, Row& row) {
+  const Highest found = find_highest<From>(source, start, n, row.padded, [&](int64_t i, F32x16 x) { store(row.logits + i, x); });
+  row.max_logit = found.logit;
+  row.finite = found.finite;
 }
 
 // Calls f with the way to read the logits.
@@ -235,16 +246,8 @@ int64_t draw(const SampleRow& s, const Row& row, Cut cut) {
 // The first of the most likely tokens of a row as it is: its lines are read, and none are written.
 template <class From>
 void take_first(const void* source, int64_t start, int64_t n, SampleResult& result) {
-  const F32x16 inf = set1(__builtin_inff());
-  F32x16 highest = set1(kNone);
-  uint32_t below_inf = 0xffff;
-  for (int64_t i = 0; i < n; i += 16) {
-    const F32x16 x = widened<From>(source, start, n, i);
-    below_inf &= mask_bits(lt(x, inf));  // false for NaN
-    highest = max(highest, x);
-  }
-  const float value = max_lanes(highest);
-  result = {-1, below_inf != 0xffff ? kNotFinite : value == kNone ? kNothingLeft : kSampled, 0, 0.0f};
+  const auto [value, finite] = find_highest<From>(source, start, n, n, [](int64_t, F32x16) {});
+  result = {-1, !finite ? kNotFinite : value == kNone ? kNothingLeft : kSampled, 0, 0.0f};
   uint32_t lanes = 0;
   for (int64_t i = 0; result.status == kSampled && !lanes; i += 16) {
     lanes = mask_bits(eq(widened<From>(source, start, n, i), set1(value)));
