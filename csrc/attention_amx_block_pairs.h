@@ -88,17 +88,17 @@ struct PassingPairs {
         const auto ask = [&] { fetch<true>(ahead.fetcher, lines / 4); };
         if (span.first < span.end) score_one(b.x.k_steps, b.x.keys + tile * (kTile / 16), span, b.queries(group), scores(0, tile), ask);
       } else {
-        while (!next.over()) next.advance();
+        next.finish();
         next = scores_of(tile + 1);
       }
       if (span.first >= span.end) continue;
       go_on(ahead);
       for (int g = 0; g < G; ++g) follow_scores(g, tile, span, at);
       for (int g = 0; g < G; ++g) {
-        probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g), [&] {
+        probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g), [&](auto dot) __attribute__((always_inline)) {
           if constexpr (G == 1) return;
-          fetch<true>(ahead.fetcher, lines / 4);
-          if (!next.over()) next.advance();
+          if (dot == 0) fetch<true>(ahead.fetcher, lines);
+          if (!next.over()) next.template dot<decltype(dot)::value>();
         });
       }
       if (part.finite >> tile & 1u) {
@@ -106,7 +106,7 @@ struct PassingPairs {
         waiting.end = tile * kSteps + span.end;
         continue;
       }
-      while (G == 2 && !next.over()) next.advance();
+      if (G == 2) next.finish();
       add_outputs();
       for (int g = 0; g < G; ++g) add_apart(g, tile, span, at);
       fresh = false;
