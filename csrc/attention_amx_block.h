@@ -27,7 +27,7 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
                            {&s.values, out * kPartSteps},
                            {&s.scores, 4 * kScores},
                            {&s.pairs, 2 * kPartTiles * kPairs},
-                           {&s.sums, 2 * kLanes * kLanes},
+                           {&s.sums, 4 * kLanes * kLanes},
                            {&s.out, 2 * out},
                            {&s.total, kGroups * out},
                            {&s.apart, out},

@@ -20,11 +20,12 @@ struct PassingPairs {
   int group;
   Ahead& ahead;
   alignas(64) float base[G][kLanes] = {}, minus_base[G][kLanes] = {};
+  int turn = 0;          // of two places for sums
   bool fresh = true;     // nothing is in the outputs yet
   Span waiting = {0, 0};  // steps whose values are still to be added to them
 
   float* out(int g) { return b.s.out + g * b.out_floats(); }
-  float* sums(int g) { return b.s.sums + g * kLanes * kLanes; }
+  float* sums(int g, int at) { return b.s.sums + (at * G + g) * kLanes * kLanes; }
   uint32_t* pairs(int g) { return (uint32_t*)b.s.pairs + g * kPartTiles * kPairs; }
 
   void add_outputs() {
@@ -39,14 +40,20 @@ struct PassingPairs {
   F32x16 factor() const { return set1(b.factor == 0.0f ? 1.0f : b.factor); }
 
   // Lets a group's base follow its scores of the part's tile `tile` at `at`; what it has so far shrinks with it.
-  void follow_scores(int g, int tile, Span span, int64_t at) {
+  bool follow_scores(int g, int tile, Span span, int64_t at) {
     const Follow now = follow(largest_scores(b, group + g, span, at, scores(g, tile)), factor(), load(base[g]));
     store(minus_base[g], sub(zero(), now.finite));
-    if (mask_bits(now.grown) == 0) return;
+    if (mask_bits(now.grown) == 0) return false;
     add_outputs();
     store(base[g], now.base);
-    for (float *to = sums(g), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+    for (float *to = sums(g, turn), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
     for (float *to = out(g), *const end = to + (fresh ? 0 : b.out_floats()); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+    return true;
+  }
+
+  // Whether a base has to follow shows in probabilities by what it was: none of 2^7, none to follow by 8.
+  bool may_wait(int g, Span span, int64_t at) const {
+    return b.factor != 0.0f && all_seen(b.item, b.groups[group + g], span, at) && mask_bits(eq(load(base[g]), set1(-__builtin_inff()))) == 0;
   }
 
   // Where some value of the tile is not finite, a row must not meet those it does not see: for each token the others are zeros.
@@ -75,12 +82,13 @@ struct PassingPairs {
   void pass(const Placed& part, int lines) {
     for (int g = 0; g < G; ++g) {
       store(base[g], set1(-__builtin_inff()));
-      memset(sums(g), 0, kLanes * kLanes * 4);
+      memset(sums(g, 0), 0, kLanes * kLanes * 4);
     }
     const auto scores_of = [&](int tile) -> PairScores {
       return {b.x.k_steps, b.x.keys + tile * (kTile / 16), span(part, tile), b.queries(group), scores(0, tile)};
     };
     PairScores next = scores_of(0);
+    bool waits[G];
     for (int tile = 0; tile < part.tiles; ++tile) {
       const int64_t at = part.base + tile * kTile;
       const Span span = this->span(part, tile);
@@ -93,14 +101,24 @@ struct PassingPairs {
       }
       if (span.first >= span.end) continue;
       go_on(ahead);
-      for (int g = 0; g < G; ++g) follow_scores(g, tile, span, at);
       for (int g = 0; g < G; ++g) {
-        probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g), [&](auto dot) __attribute__((always_inline)) {
+        waits[g] = may_wait(g, span, at);
+        if (!waits[g]) follow_scores(g, tile, span, at);
+      }
+      for (int g = 0; g < G; ++g) {
+        const auto weigh = [&](const auto& meanwhile) __attribute__((always_inline)) {
+          return probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g, turn), sums(g, turn ^ 1), meanwhile);
+        };
+        const Mask16 large = weigh([&](auto dot) __attribute__((always_inline)) {
           if constexpr (G == 1) return;
           if (dot == 0) fetch<true>(ahead.fetcher, lines);
           if (!next.over()) next.template dot<decltype(dot)::value>();
         });
+        if (!waits[g] || mask_bits(large) == 0) continue;
+        if (G == 2) next.finish();
+        if (follow_scores(g, tile, span, at)) weigh([](auto) {});
       }
+      turn ^= 1;
       if (part.finite >> tile & 1u) {
         if (waiting.first == waiting.end) waiting.first = tile * kSteps + span.first;
         waiting.end = tile * kSteps + span.end;
@@ -112,7 +130,7 @@ struct PassingPairs {
       fresh = false;
     }
     add_outputs();
-    for (int g = 0; g < G && !fresh; ++g) end_group(b, group + g, base[g], sums(g), out(g));
+    for (int g = 0; g < G && !fresh; ++g) end_group(b, group + g, base[g], sums(g, turn), out(g));
   }
 };
 

@@ -127,14 +127,15 @@ QUIRE_INLINE void score_one(int k_steps, const char* const* keys, Span span, con
 template <int D>
 using Dot = std::integral_constant<int, D>;
 
-// A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] grow by them, those of keys 16 apart together.
-// Calls meanwhile(D), D from 0 to 3 known when it is compiled, sixteen times for each tile.
+// A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] are those of before plus these, of keys 16 apart
+// together. Calls meanwhile(D), D from 0 to 3 known when it is compiled, sixteen times for each tile. The rows that may have a probability of 2^7.
 template <class Meanwhile>
-QUIRE_INLINE void probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, float* sums,
-                                const Meanwhile& meanwhile) {
-  const bool whole = span.end - span.first == kSteps;
-  const auto two_sums = [&](int i, auto first, auto second) __attribute__((always_inline)) {
-    F32x16 even_sum = load(sums + 2 * i * kLanes), odd_sum = load(sums + (2 * i + 1) * kLanes);
+QUIRE_INLINE Mask16 probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, const float* before, float* sums,
+                                  const Meanwhile& meanwhile) {
+  const F32x16 much = set1(0x1p7f);
+  __mmask16 large = 0;
+  const auto two_sums = [&](int i, auto whole, auto first, auto second) __attribute__((always_inline)) {
+    F32x16 even_sum = load(before + 2 * i * kLanes), odd_sum = load(before + (2 * i + 1) * kLanes);
     const auto pair = [&](int at) __attribute__((always_inline)) {
       const F32x16 even = exp2_of<true>(load(scores + 2 * at * kLanes), factor, minus_base);
       const F32x16 odd = exp2_of<true>(load(scores + (2 * at + 1) * kLanes), factor, minus_base);
@@ -152,13 +153,21 @@ QUIRE_INLINE void probabilities(Span span, const float* scores, F32x16 factor, F
       pair(i + 16);
       pair(i + 24);
     }
+    large |= _mm512_cmp_ps_mask(even_sum.v, much.v, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(odd_sum.v, much.v, _CMP_NLT_UQ);
     store(sums + 2 * i * kLanes, even_sum);
     store(sums + (2 * i + 1) * kLanes, odd_sum);
   };
-  for (int i = 0; i < 8; i += 2) {
-    two_sums(i, Dot<0>{}, Dot<1>{});
-    two_sums(i + 1, Dot<2>{}, Dot<3>{});
-  }
+  const auto all = [&](auto whole) __attribute__((always_inline)) {
+    for (int i = 0; i < 8; i += 2) {
+      two_sums(i, whole, Dot<0>{}, Dot<1>{});
+      two_sums(i + 1, whole, Dot<2>{}, Dot<3>{});
+    }
+  };
+  if (span.end - span.first == kSteps)
+    all(std::true_type{});
+  else
+    all(std::false_type{});
+  return {large};
 }
 
 // Adds the values of some steps of a part to the outputs [v_tiles][16 d][kLanes] of G groups, or sets them.
