@@ -43,7 +43,8 @@ struct PairScores {
   Span span;  // what is left of it
   const char* queries;
   float* scores;
-  int s = 0;  // of k_steps
+  int s = 0;            // of k_steps
+  float* last = nullptr;  // where two sums are still to be stored
 
   bool over() const { return span.first >= span.end; }
   template <int D>
@@ -52,11 +53,21 @@ struct PairScores {
     const char* const q = queries + s * kTileBytes;
     float* const to = scores + 2 * span.first * kTileFloats;
     if constexpr (D == 0) {
-      if (s == 0) zero_sums();
+      if (s == 0) {
+        if (last) tile_store<2>(last + kTileFloats, 64);
+        tile_zero<0>();
+      }
       tile_load_once<4>(keys[2 * span.first] + s * 64, row_bytes);
       tile_load<6>(q, 64);
       tile_dot<0, 4, 6>();
     } else if constexpr (D == 1) {
+      if (s == 0) {
+        if (last) tile_store<3>(last + kScores + kTileFloats, 64);
+        last = nullptr;
+        tile_zero<1>();
+        tile_zero<2>();
+        tile_zero<3>();
+      }
       tile_load<7>(q + k_steps * kTileBytes, 64);
       tile_dot<1, 4, 7>();
     } else if constexpr (D == 2) {
@@ -69,8 +80,7 @@ struct PairScores {
       s = 0;
       ++span.first;
       tile_store<1>(to + kScores, 64);
-      tile_store<2>(to + kTileFloats, 64);
-      tile_store<3>(to + kScores + kTileFloats, 64);
+      last = to;
     }
   }
   void finish() {
@@ -80,6 +90,10 @@ struct PairScores {
       dot<2>();
       dot<3>();
     }
+    if (!last) return;
+    tile_store<2>(last + kTileFloats, 64);
+    tile_store<3>(last + kScores + kTileFloats, 64);
+    last = nullptr;
   }
 };
 
