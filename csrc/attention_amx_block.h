@@ -104,6 +104,11 @@ inline F32x16 largest_scores(const Block& b, int group, Span span, int64_t base,
   return top[0];
 }
 
+// Whether a tile's largest scores may wait until sums show that a base may have to follow (kMuch): each row has a base, and sees all keys.
+inline bool may_wait(const Block& b, int group, const float* base, Span span, int64_t at) {
+  return b.factor != 0.0f && mask_bits(eq(load(base), set1(-__builtin_inff()))) == 0 && all_seen(b.item, b.groups[group], span, at);
+}
+
 // The tiles of the next part, whose lines are asked for while this one is computed.
 struct Ahead {
   Item& item;

@@ -51,11 +51,6 @@ struct PassingPairs {
     return true;
   }
 
-  // Whether a base has to follow shows in probabilities by what it was: none of 2^7, none to follow by 8.
-  bool may_wait(int g, Span span, int64_t at) const {
-    return b.factor != 0.0f && all_seen(b.item, b.groups[group + g], span, at) && mask_bits(eq(load(base[g]), set1(-__builtin_inff()))) == 0;
-  }
-
   // Where some value of the tile is not finite, a row must not meet those it does not see: for each token the others are zeros.
   void add_apart(int g, int tile, Span span, int64_t at) {
     const Group& own = b.groups[group + g];
@@ -102,7 +97,7 @@ struct PassingPairs {
       if (span.first >= span.end) continue;
       go_on(ahead);
       for (int g = 0; g < G; ++g) {
-        waits[g] = may_wait(g, span, at);
+        waits[g] = may_wait(b, group + g, base[g], span, at);
         if (!waits[g]) follow_scores(g, tile, span, at);
       }
       for (int g = 0; g < G; ++g) {

@@ -146,8 +146,7 @@ using Dot = std::integral_constant<int, D>;
 template <class Meanwhile>
 QUIRE_INLINE Mask16 probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, const float* before, float* sums,
                                   const Meanwhile& meanwhile) {
-  const F32x16 much = set1(0x1p7f);
-  __mmask16 large = 0;
+  uint32_t large = 0;
   const auto two_sums = [&](int i, auto whole, auto first, auto second) __attribute__((always_inline)) {
     F32x16 even_sum = load(before + 2 * i * kLanes), odd_sum = load(before + (2 * i + 1) * kLanes);
     const auto pair = [&](int at) __attribute__((always_inline)) {
@@ -167,7 +166,7 @@ QUIRE_INLINE Mask16 probabilities(Span span, const float* scores, F32x16 factor,
       pair(i + 16);
       pair(i + 24);
     }
-    large |= _mm512_cmp_ps_mask(even_sum.v, much.v, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(odd_sum.v, much.v, _CMP_NLT_UQ);
+    large |= mask_bits(not_below(even_sum, kMuch)) | mask_bits(not_below(odd_sum, kMuch));
     store(sums + 2 * i * kLanes, even_sum);
     store(sums + (2 * i + 1) * kLanes, odd_sum);
   };
@@ -181,7 +180,7 @@ QUIRE_INLINE Mask16 probabilities(Span span, const float* scores, F32x16 factor,
     all(std::true_type{});
   else
     all(std::false_type{});
-  return {large};
+  return lanes_of(large);
 }
 
 // Adds the values of some steps of a part to the outputs [v_tiles][16 d][kLanes] of G groups, or sets them.
