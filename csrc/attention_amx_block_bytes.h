@@ -141,12 +141,13 @@ struct PassingBytes {
         for (float *to = sums(g, turn), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
         for (float *to = out(g), *const end = to + b.out_floats(); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
       }
-      if (!waits || mask_bits(now.grown) != 0) weigh(g, value_scales, factor, sub(zero(), now.finite), [&](int key) { return load(x + key * kLanes); });
+      const auto again = [&](int key) { return load(x + key * kLanes); };
+      if (!waits || mask_bits(now.grown) != 0) weigh(g, value_scales, factor, sub(zero(), now.finite), again);
     }
     waiting = {g, tile, 0};
   }
 
-  // Of scores that score(key) gives. The rows that may have a probability of 2^7.
+  // Of scores that score(key) gives. Returns the rows with sums of kMuch.
   template <class Score>
   Mask16 weigh(int g, const float* value_scales, F32x16 factor, F32x16 minus_base, const Score& score) {
     float *const x = scores(g), *const before = sums(g, turn), *const after = sums(g, turn ^ 1);
@@ -156,7 +157,7 @@ struct PassingBytes {
       add_steps(value_steps() * (i + 1) / kLanes);
       F32x16 sum = load(before + i * kLanes);
       for (int key = i; key < kTile; key += 16) {
-        const F32x16 s = score(key), p = exp2_of<false>(s, factor, minus_base), w = weight_of(s, p, set1(value_scales[key]));
+        const F32x16 from = score(key), p = exp2_of<false>(from, factor, minus_base), w = weight_of(from, p, set1(value_scales[key]));
         sum = add(sum, p);
         most = largest(most, w);
         store(x + key * kLanes, w);

@@ -39,7 +39,7 @@ struct PassingPairs {
   float* scores(int g, int tile) { return b.s.scores + (tile % 2 * G + g) * kScores; }
   F32x16 factor() const { return set1(b.factor == 0.0f ? 1.0f : b.factor); }
 
-  // Lets a group's base follow its scores of the part's tile `tile` at `at`; what it has so far shrinks with it.
+  // Lets a group's base follow its scores of the part's tile `tile` at `at`; what it has so far shrinks with it. False if it stays.
   bool follow_scores(int g, int tile, Span span, int64_t at) {
     const Follow now = follow(largest_scores(b, group + g, span, at, scores(g, tile)), factor(), load(base[g]));
     store(minus_base[g], sub(zero(), now.finite));
@@ -73,7 +73,8 @@ struct PassingPairs {
     return tile < part.tiles ? span_of(b, group, group + G - 1, part.base + tile * kTile) : Span{0, 0};
   }
 
-  // Two groups' next scores are multiplied while probabilities are computed: these take the vector units, those the tiles.
+  // Two groups' next scores are multiplied while probabilities are computed: these take the vector units, those the tiles. Where a base may wait for
+  // probabilities by what it was, and then has to follow, they are computed again.
   void pass(const Placed& part, int lines) {
     for (int g = 0; g < G; ++g) {
       store(base[g], set1(-__builtin_inff()));
@@ -102,7 +103,8 @@ struct PassingPairs {
       }
       for (int g = 0; g < G; ++g) {
         const auto weigh = [&](const auto& meanwhile) __attribute__((always_inline)) {
-          return probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g, turn), sums(g, turn ^ 1), meanwhile);
+          return probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g, turn), sums(g, turn ^ 1),
+                               meanwhile);
         };
         const Mask16 large = weigh([&](auto dot) __attribute__((always_inline)) {
           if constexpr (G == 1) return;

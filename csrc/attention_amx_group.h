@@ -34,16 +34,17 @@ struct Operands {
   int k_steps, v_tiles;  // v_tiles is even
 };
 
-// Scores of two groups and one tile's keys, [2][kTile][kLanes], for those who have something else to do meanwhile: four multiplications are a set, of
-// which the D-th is at hand, one at a time. With some forty operations on vectors between two of them both go on, with hundreds between four each waits
-// for the other. Sums are stored one by one, too, behind multiplications that do not need them.
+// Scores of two groups and one tile's keys, [2][kTile][kLanes], for those who have something else to do meanwhile: a multiplication at a time, the
+// D-th of four. With some forty operations on vectors between two of them both go on, with hundreds between four each waits for the other; which
+// one it is must be known when it is compiled. Sums are stored behind multiplications that do not wait for them, two of them behind the next sums'
+// first ones: until finish() nobody else may use tiles.
 struct PairScores {
   int k_steps;
   const char* const* keys;
   Span span;  // what is left of it
   const char* queries;
   float* scores;
-  int s = 0;            // of k_steps
+  int s = 0;              // of k_steps
   float* last = nullptr;  // where two sums are still to be stored
 
   bool over() const { return span.first >= span.end; }
@@ -138,14 +139,15 @@ QUIRE_INLINE void score_one(int k_steps, const char* const* keys, Span span, con
     score_keys<2>(k_steps, keys + 2 * span.first, queries, scores + 2 * span.first * kTileFloats, ask);
 }
 
+// The D-th of four multiplications, for lambdas.
 template <int D>
 using Dot = std::integral_constant<int, D>;
 
-// A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] are those of before plus these, of keys 16 apart
-// together. Calls meanwhile(D), D from 0 to 3 known when it is compiled, sixteen times for each tile. The rows that may have a probability of 2^7.
+// A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] are those of `before` and these, of keys 16
+// apart together. Calls meanwhile(Dot<D>), D from 0 to 3, sixteen times. Returns the rows with sums of kMuch.
 template <class Meanwhile>
-QUIRE_INLINE Mask16 probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, const float* before, float* sums,
-                                  const Meanwhile& meanwhile) {
+QUIRE_INLINE Mask16 probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, const float* before,
+                                  float* sums, const Meanwhile& meanwhile) {
   uint32_t large = 0;
   const auto two_sums = [&](int i, auto whole, auto first, auto second) __attribute__((always_inline)) {
     F32x16 even_sum = load(before + 2 * i * kLanes), odd_sum = load(before + (2 * i + 1) * kLanes);
