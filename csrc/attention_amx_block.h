@@ -27,7 +27,7 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
                            {&s.values, out * kPartSteps},
                            {&s.scores, 4 * kScores},
                            {&s.pairs, 2 * kPartTiles * kPairs},
-                           {&s.sums, 2 * kLanes * kLanes},
+                           {&s.sums, 4 * kLanes * kLanes},
                            {&s.out, 2 * out},
                            {&s.total, kGroups * out},
                            {&s.apart, out},
@@ -102,6 +102,11 @@ inline F32x16 largest_scores(const Block& b, int group, Span span, int64_t base,
     top[0] = max(x, top[0]);
   }
   return top[0];
+}
+
+// Whether a tile's largest scores may wait until sums show that a base may have to follow (kMuch): each row has a base, and sees all keys.
+inline bool may_wait(const Block& b, int group, const float* base, Span span, int64_t at) {
+  return b.factor != 0.0f && mask_bits(eq(load(base), set1(-__builtin_inff()))) == 0 && all_seen(b.item, b.groups[group], span, at);
 }
 
 // The tiles of the next part, whose lines are asked for while this one is computed.

@@ -78,12 +78,13 @@ struct PassingBytes {
   Ahead& ahead;
   alignas(64) float base[G][kLanes] = {};
   alignas(64) float down[G][kLanes] = {};
+  int turn = 0;  // of two places for sums
   struct {
     int g, tile, step;
   } waiting = {};  // values still to be added, while lanes are busy with another group
 
   float* out(int g) { return b.s.out + g * b.out_floats(); }
-  float* sums(int g) { return b.s.sums + g * kLanes * kLanes; }
+  float* sums(int g, int at) { return b.s.sums + (at * G + g) * kLanes * kLanes; }
   float* scores(int g) { return b.s.scores + g * kScores; }
   float* integers(int g) { return b.s.integers + g * 2 * kScores; }                // [high, low][kTile][kLanes]
   float* value_sums(int t) { return b.s.integers + 4 * kScores + t / 2 % 2 * 4 * kTileFloats; }
@@ -113,39 +114,56 @@ struct PassingBytes {
     }
   }
 
-  // Sums to scores, to weights in their place, to integers in tiles. Where a base has to follow the scores, what its row has so far shrinks.
+  // A tile's scores from the sums of its products.
+  struct FromSums {
+    const float *sums, *key_scales;
+    F32x16 query_scale;
+    F32x16 operator()(int key) const {
+      const float* const from = sums + key * kLanes;
+      return score_of(bits(load(from)), bits(load(from + kScores)), set1(key_scales[key]), query_scale);
+    }
+  };
+
+  // Sums to scores, to weights, to integers in tiles. Where a base has to follow the scores, what its row has so far shrinks; weights by what it was
+  // show whether it may have to.
   void settle(int g, int tile, int64_t at) {
-    float* const x = scores(g);
-    const float* const key_scales = b.s.key_scales + tile * kTile;
-    const F32x16 query_scale = load(b.s.query_scales + (group + g) * kLanes), factor = set1(b.factor == 0.0f ? 1.0f : b.factor);
-    for (int key = 0; key < kTile; ++key) {
-      const float* const from = integers(g) + key * kLanes;
-      store(x + key * kLanes, score_of(bits(load(from)), bits(load(from + kScores)), set1(key_scales[key]), query_scale));
+    const float* const value_scales = b.s.value_scales + tile * kTile;
+    const FromSums score{integers(g), b.s.key_scales + tile * kTile, load(b.s.query_scales + (group + g) * kLanes)};
+    const F32x16 factor = set1(b.factor == 0.0f ? 1.0f : b.factor);
+    const bool waits = may_wait(b, group + g, base[g], {0, kSteps}, at);
+    if (!waits || mask_bits(weigh(g, value_scales, factor, sub(zero(), load(base[g])), score)) != 0) {
+      float* const x = scores(g);
+      for (int key = 0; key < kTile; ++key) store(x + key * kLanes, score(key));
+      if (G == 1) add_steps(value_steps());
+      const Follow now = follow(largest_scores(b, group + g, {0, kSteps}, at, x), factor, load(base[g]));
+      if (mask_bits(now.grown) != 0) {
+        store(base[g], now.base);
+        for (float *to = sums(g, turn), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+        for (float *to = out(g), *const end = to + b.out_floats(); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+      }
+      const auto again = [&](int key) { return load(x + key * kLanes); };
+      if (!waits || mask_bits(now.grown) != 0) weigh(g, value_scales, factor, sub(zero(), now.finite), again);
     }
-    if (G == 1) add_steps(value_steps());
-    const Follow now = follow(largest_scores(b, group + g, {0, kSteps}, at, x), factor, load(base[g]));
-    if (mask_bits(now.grown) != 0) {
-      store(base[g], now.base);
-      for (float *to = sums(g), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
-      for (float *to = out(g), *const end = to + b.out_floats(); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
-    }
-    weigh(g, b.s.value_scales + tile * kTile, factor, sub(zero(), now.finite));
     waiting = {g, tile, 0};
   }
 
-  void weigh(int g, const float* value_scales, F32x16 factor, F32x16 minus_base) {
-    float* const x = scores(g);
+  // Of scores that score(key) gives. Returns the rows with sums of kMuch.
+  template <class Score>
+  Mask16 weigh(int g, const float* value_scales, F32x16 factor, F32x16 minus_base, const Score& score) {
+    float *const x = scores(g), *const before = sums(g, turn), *const after = sums(g, turn ^ 1);
     U32x16 most = set1_u32(0);
+    uint32_t large = 0;
     for (int i = 0; i < kLanes; ++i) {
       add_steps(value_steps() * (i + 1) / kLanes);
-      F32x16 sum = load(sums(g) + i * kLanes);
+      F32x16 sum = load(before + i * kLanes);
       for (int key = i; key < kTile; key += 16) {
-        const F32x16 score = load(x + key * kLanes), p = exp2_of<false>(score, factor, minus_base), w = weight_of(score, p, set1(value_scales[key]));
+        const F32x16 from = score(key), p = exp2_of<false>(from, factor, minus_base), w = weight_of(from, p, set1(value_scales[key]));
         sum = add(sum, p);
         most = largest(most, w);
         store(x + key * kLanes, w);
       }
-      store(sums(g) + i * kLanes, sum);
+      store(after + i * kLanes, sum);
+      large |= mask_bits(not_below(sum, kMuch));
     }
     const Grid grid = grid_of(most);
     store(down[g], grid.down);
@@ -160,6 +178,7 @@ struct PassingBytes {
       store_u32(to, four(m[0].high, m[1].high, m[2].high, m[3].high));
       store_u32(to + kTileFloats, four(m[0].whole, m[1].whole, m[2].whole, m[3].whole));
     }
+    return lanes_of(large);
   }
 
   // One step of adding a tile's values to a group's outputs: 32 dimensions are multiplied, and sums of those before are added.
@@ -200,7 +219,7 @@ struct PassingBytes {
     bool fresh = true;
     for (int g = 0; g < G; ++g) {
       store(base[g], set1(-__builtin_inff()));
-      memset(sums(g), 0, kLanes * kLanes * 4);
+      memset(sums(g, 0), 0, kLanes * kLanes * 4);
       memset(out(g), 0, size_t(b.out_floats()) * 4);
     }
     waiting.step = value_steps();
@@ -212,9 +231,10 @@ struct PassingBytes {
       fresh = false;
       for (int g = 0; g < G; ++g) multiply_keys(g, b.x.keys + tile * kSixteens, lines);
       for (int g = 0; g < G; ++g) settle(g, tile, at);
+      turn ^= 1;
     }
     add_steps(value_steps());
-    for (int g = 0; g < G && !fresh; ++g) end_group(b, group + g, base[g], sums(g), out(g));
+    for (int g = 0; g < G && !fresh; ++g) end_group(b, group + g, base[g], sums(g, turn), out(g));
   }
 };
 

@@ -20,11 +20,12 @@ struct PassingPairs {
   int group;
   Ahead& ahead;
   alignas(64) float base[G][kLanes] = {}, minus_base[G][kLanes] = {};
+  int turn = 0;          // of two places for sums
   bool fresh = true;     // nothing is in the outputs yet
   Span waiting = {0, 0};  // steps whose values are still to be added to them
 
   float* out(int g) { return b.s.out + g * b.out_floats(); }
-  float* sums(int g) { return b.s.sums + g * kLanes * kLanes; }
+  float* sums(int g, int at) { return b.s.sums + (at * G + g) * kLanes * kLanes; }
   uint32_t* pairs(int g) { return (uint32_t*)b.s.pairs + g * kPartTiles * kPairs; }
 
   void add_outputs() {
@@ -38,15 +39,16 @@ struct PassingPairs {
   float* scores(int g, int tile) { return b.s.scores + (tile % 2 * G + g) * kScores; }
   F32x16 factor() const { return set1(b.factor == 0.0f ? 1.0f : b.factor); }
 
-  // Lets a group's base follow its scores of the part's tile `tile` at `at`; what it has so far shrinks with it.
-  void follow_scores(int g, int tile, Span span, int64_t at) {
+  // Lets a group's base follow its scores of the part's tile `tile` at `at`; what it has so far shrinks with it. False if it stays.
+  bool follow_scores(int g, int tile, Span span, int64_t at) {
     const Follow now = follow(largest_scores(b, group + g, span, at, scores(g, tile)), factor(), load(base[g]));
     store(minus_base[g], sub(zero(), now.finite));
-    if (mask_bits(now.grown) == 0) return;
+    if (mask_bits(now.grown) == 0) return false;
     add_outputs();
     store(base[g], now.base);
-    for (float *to = sums(g), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+    for (float *to = sums(g, turn), *const end = to + kLanes * kLanes; to < end; to += kLanes) store(to, mul(load(to), now.shrink));
     for (float *to = out(g), *const end = to + (fresh ? 0 : b.out_floats()); to < end; to += kLanes) store(to, mul(load(to), now.shrink));
+    return true;
   }
 
   // Where some value of the tile is not finite, a row must not meet those it does not see: for each token the others are zeros.
@@ -71,16 +73,18 @@ struct PassingPairs {
     return tile < part.tiles ? span_of(b, group, group + G - 1, part.base + tile * kTile) : Span{0, 0};
   }
 
-  // Two groups' next scores are multiplied while probabilities are computed: these take the vector units, those the tiles.
+  // Two groups' next scores are multiplied while probabilities are computed: these take the vector units, those the tiles. Where a base may wait for
+  // probabilities by what it was, and then has to follow, they are computed again.
   void pass(const Placed& part, int lines) {
     for (int g = 0; g < G; ++g) {
       store(base[g], set1(-__builtin_inff()));
-      memset(sums(g), 0, kLanes * kLanes * 4);
+      memset(sums(g, 0), 0, kLanes * kLanes * 4);
     }
     const auto scores_of = [&](int tile) -> PairScores {
       return {b.x.k_steps, b.x.keys + tile * (kTile / 16), span(part, tile), b.queries(group), scores(0, tile)};
     };
     PairScores next = scores_of(0);
+    bool waits[G];
     for (int tile = 0; tile < part.tiles; ++tile) {
       const int64_t at = part.base + tile * kTile;
       const Span span = this->span(part, tile);
@@ -88,31 +92,42 @@ struct PassingPairs {
         const auto ask = [&] { fetch<true>(ahead.fetcher, lines / 4); };
         if (span.first < span.end) score_one(b.x.k_steps, b.x.keys + tile * (kTile / 16), span, b.queries(group), scores(0, tile), ask);
       } else {
-        while (!next.over()) next.advance();
+        next.finish();
         next = scores_of(tile + 1);
       }
       if (span.first >= span.end) continue;
       go_on(ahead);
-      for (int g = 0; g < G; ++g) follow_scores(g, tile, span, at);
       for (int g = 0; g < G; ++g) {
-        probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g), [&] {
-          if constexpr (G == 1) return;
-          fetch<true>(ahead.fetcher, lines / 4);
-          if (!next.over()) next.advance();
-        });
+        waits[g] = may_wait(b, group + g, base[g], span, at);
+        if (!waits[g]) follow_scores(g, tile, span, at);
       }
+      for (int g = 0; g < G; ++g) {
+        const auto weigh = [&](const auto& meanwhile) __attribute__((always_inline)) {
+          return probabilities(span, scores(g, tile), factor(), load(minus_base[g]), pairs(g) + tile * kPairs, sums(g, turn), sums(g, turn ^ 1),
+                               meanwhile);
+        };
+        const Mask16 large = weigh([&](auto dot) __attribute__((always_inline)) {
+          if constexpr (G == 1) return;
+          if (dot == 0) fetch<true>(ahead.fetcher, lines);
+          if (!next.over()) next.template dot<decltype(dot)::value>();
+        });
+        if (!waits[g] || mask_bits(large) == 0) continue;
+        if (G == 2) next.finish();
+        if (follow_scores(g, tile, span, at)) weigh([](auto) {});
+      }
+      turn ^= 1;
       if (part.finite >> tile & 1u) {
         if (waiting.first == waiting.end) waiting.first = tile * kSteps + span.first;
         waiting.end = tile * kSteps + span.end;
         continue;
       }
-      while (G == 2 && !next.over()) next.advance();
+      if (G == 2) next.finish();
       add_outputs();
       for (int g = 0; g < G; ++g) add_apart(g, tile, span, at);
       fresh = false;
     }
     add_outputs();
-    for (int g = 0; g < G && !fresh; ++g) end_group(b, group + g, base[g], sums(g), out(g));
+    for (int g = 0; g < G && !fresh; ++g) end_group(b, group + g, base[g], sums(g, turn), out(g));
   }
 };
 

@@ -8,6 +8,8 @@
 //   16 keys A 4 | C 0   C 1    16 d  A 4 | C 0   C 1      long as multiplying two.
 //   16 keys A 5 | C 2   C 3    16 d  A 5 | C 2   C 3
 #pragma once
+#include <type_traits>
+
 #include "attention_amx_law.h"
 
 #if defined(QUIRE_AMX)
@@ -32,38 +34,67 @@ struct Operands {
   int k_steps, v_tiles;  // v_tiles is even
 };
 
-// Scores of two groups and one tile's keys, [2][kTile][kLanes], a multiplication at a time, for those who have something else to do meanwhile: with
-// some forty operations on vectors between two of them both go on, with hundreds between four each waits for the other.
+// Scores of two groups and one tile's keys, [2][kTile][kLanes], for those who have something else to do meanwhile: a multiplication at a time, the
+// D-th of four. With some forty operations on vectors between two of them both go on, with hundreds between four each waits for the other; which
+// one it is must be known when it is compiled. Sums are stored behind multiplications that do not wait for them, two of them behind the next sums'
+// first ones: until finish() nobody else may use tiles.
 struct PairScores {
   int k_steps;
   const char* const* keys;
   Span span;  // what is left of it
   const char* queries;
   float* scores;
-  int s = 0, dot = 0;  // of k_steps, of four
+  int s = 0;              // of k_steps
+  float* last = nullptr;  // where two sums are still to be stored
 
   bool over() const { return span.first >= span.end; }
-  void advance() {
+  template <int D>
+  __attribute__((always_inline)) void dot() {
     const int64_t row_bytes = int64_t(k_steps) * 64;
     const char* const q = queries + s * kTileBytes;
-    switch (dot++) {
-      case 0:
-        if (s == 0) zero_sums();
-        tile_load_once<4>(keys[2 * span.first] + s * 64, row_bytes);
-        tile_load<6>(q, 64);
-        return tile_dot<0, 4, 6>();
-      case 1: tile_load<7>(q + k_steps * kTileBytes, 64); return tile_dot<1, 4, 7>();
-      case 2: tile_load_once<5>(keys[2 * span.first + 1] + s * 64, row_bytes); return tile_dot<2, 5, 6>();
-      default: tile_dot<3, 5, 7>();
+    float* const to = scores + 2 * span.first * kTileFloats;
+    if constexpr (D == 0) {
+      if (s == 0) {
+        if (last) tile_store<2>(last + kTileFloats, 64);
+        tile_zero<0>();
+      }
+      tile_load_once<4>(keys[2 * span.first] + s * 64, row_bytes);
+      tile_load<6>(q, 64);
+      tile_dot<0, 4, 6>();
+    } else if constexpr (D == 1) {
+      if (s == 0) {
+        if (last) tile_store<3>(last + kScores + kTileFloats, 64);
+        last = nullptr;
+        tile_zero<1>();
+        tile_zero<2>();
+        tile_zero<3>();
+      }
+      tile_load<7>(q + k_steps * kTileBytes, 64);
+      tile_dot<1, 4, 7>();
+    } else if constexpr (D == 2) {
+      tile_load_once<5>(keys[2 * span.first + 1] + s * 64, row_bytes);
+      tile_dot<2, 5, 6>();
+      if (s == k_steps - 1) tile_store<0>(to, 64);
+    } else {
+      tile_dot<3, 5, 7>();
+      if (++s < k_steps) return;
+      s = 0;
+      ++span.first;
+      tile_store<1>(to + kScores, 64);
+      last = to;
     }
-    dot = 0;
-    if (++s < k_steps) return;
-    float* const to = scores + 2 * span.first++ * kTileFloats;
-    s = 0;
-    tile_store<0>(to, 64);
-    tile_store<1>(to + kScores, 64);
-    tile_store<2>(to + kTileFloats, 64);
-    tile_store<3>(to + kScores + kTileFloats, 64);
+  }
+  void finish() {
+    while (!over()) {
+      dot<0>();
+      dot<1>();
+      dot<2>();
+      dot<3>();
+    }
+    if (!last) return;
+    tile_store<2>(last + kTileFloats, 64);
+    tile_store<3>(last + kScores + kTileFloats, 64);
+    last = nullptr;
   }
 };
 
@@ -108,26 +139,50 @@ QUIRE_INLINE void score_one(int k_steps, const char* const* keys, Span span, con
     score_keys<2>(k_steps, keys + 2 * span.first, queries, scores + 2 * span.first * kTileFloats, ask);
 }
 
-// A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] grow by them, those of keys 16 apart together.
-// Calls meanwhile() eight times for each step of 32 keys.
+// The D-th of four multiplications, for lambdas.
+template <int D>
+using Dot = std::integral_constant<int, D>;
+
+// A group's probabilities of a tile's keys in pairs of bf16, [kTile / 2][kLanes]; `sums` [16][kLanes] are those of `before` and these, of keys 16
+// apart together. Calls meanwhile(Dot<D>), D from 0 to 3, sixteen times. Returns the rows with sums of kMuch.
 template <class Meanwhile>
-QUIRE_INLINE void probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, float* sums,
-                                const Meanwhile& meanwhile) {
-  for (int i = 0; i < 8; ++i) {
-    F32x16 even_sum = load(sums + 2 * i * kLanes), odd_sum = load(sums + (2 * i + 1) * kLanes);
-    for (int step = span.first; step < span.end; ++step) {
-      meanwhile();
-      for (int at = 16 * step + i; at < 16 * step + 16; at += 8) {
-        const F32x16 even = exp2_of<true>(load(scores + 2 * at * kLanes), factor, minus_base);
-        const F32x16 odd = exp2_of<true>(load(scores + (2 * at + 1) * kLanes), factor, minus_base);
-        store_u32(pairs + at * kLanes, or_(shr<16>(bits(even)), bits(odd)));
-        even_sum = add(even_sum, even);
-        odd_sum = add(odd_sum, odd);
-      }
+QUIRE_INLINE Mask16 probabilities(Span span, const float* scores, F32x16 factor, F32x16 minus_base, uint32_t* pairs, const float* before,
+                                  float* sums, const Meanwhile& meanwhile) {
+  uint32_t large = 0;
+  const auto two_sums = [&](int i, auto whole, auto first, auto second) __attribute__((always_inline)) {
+    F32x16 even_sum = load(before + 2 * i * kLanes), odd_sum = load(before + (2 * i + 1) * kLanes);
+    const auto pair = [&](int at) __attribute__((always_inline)) {
+      const F32x16 even = exp2_of<true>(load(scores + 2 * at * kLanes), factor, minus_base);
+      const F32x16 odd = exp2_of<true>(load(scores + (2 * at + 1) * kLanes), factor, minus_base);
+      store_u32(pairs + at * kLanes, or_(shr<16>(bits(even)), bits(odd)));
+      even_sum = add(even_sum, even);
+      odd_sum = add(odd_sum, odd);
+    };
+    meanwhile(first);
+    if (whole || span.first == 0) {
+      pair(i);
+      pair(i + 8);
     }
+    meanwhile(second);
+    if (whole || span.first == 1) {
+      pair(i + 16);
+      pair(i + 24);
+    }
+    large |= mask_bits(not_below(even_sum, kMuch)) | mask_bits(not_below(odd_sum, kMuch));
     store(sums + 2 * i * kLanes, even_sum);
     store(sums + (2 * i + 1) * kLanes, odd_sum);
-  }
+  };
+  const auto all = [&](auto whole) __attribute__((always_inline)) {
+    for (int i = 0; i < 8; i += 2) {
+      two_sums(i, whole, Dot<0>{}, Dot<1>{});
+      two_sums(i + 1, whole, Dot<2>{}, Dot<3>{});
+    }
+  };
+  if (span.end - span.first == kSteps)
+    all(std::true_type{});
+  else
+    all(std::false_type{});
+  return lanes_of(large);
 }
 
 // Adds the values of some steps of a part to the outputs [v_tiles][16 d][kLanes] of G groups, or sets them.

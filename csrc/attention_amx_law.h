@@ -55,6 +55,11 @@ QUIRE_INLINE Follow follow(F32x16 top, F32x16 factor, F32x16 before) {
   return {base, finite, select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f)), grown};
 }
 
+// Where a base has to follow, its row has a probability of nearly 2^8 by what the base was before, and sums that it goes into are not below this. So
+// sums, which are there anyway, show where to look; where they are not below it for other reasons, looking shows that, too.
+constexpr float kMuch = 0x1p7f;
+QUIRE_INLINE Mask16 not_below(F32x16 sum, float much) { return {_mm512_cmp_ps_mask(sum.v, set1(much).v, _CMP_NLT_UQ)}; }  // NaN is not
+
 // The sum of sixteen vectors, lane by lane in the order of sum_lanes.
 inline F32x16 sum_vectors(const float* from) {
   F32x16 x[8];

@@ -66,6 +66,20 @@ def test_bits_where_scores_keep_growing(isa: str, options: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
+def test_bits_where_one_score_is_just_high_enough(isa: str, codec: tuple[str | None, str | None]) -> None:
+    """One key's score is 7.3 to 9.8 binary orders above all others, so that bases follow it in some rows: in the same ones on every path."""
+    geometry = Geometry(8, 1, 32, 64, codec=codec)
+    sequence = make_sequence(geometry, 600, seed=14)
+    sequence.q[:] = 0.0
+    sequence.q[:, :, 0] = torch.linspace(3.6, 4.8, 600 * 8).reshape(600, 8).to(geometry.dtype)
+    sequence.k[:] = 0.0
+    sequence.k[64:, :, 0] = -8.0
+    sequence.k[69, :, 0] = 8.0
+    whole = compute_alone(geometry, sequence, [600], page_size=16, num_threads=2)
+    assert torch.equal(whole, compute_alone(geometry, sequence, [2] * 300, page_size=16, num_threads=2))
+
+
+@pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
 def test_bits_of_a_million_results(isa: str, codec: tuple[str | None, str | None]) -> None:
     """A sum of probabilities that is off by its last bit shows in one of some ten thousand results in bf16, so it takes many to see it, of
     scores so far apart that such sums are rounded."""
