@@ -93,6 +93,22 @@ class OfTransformers(LlamaMLP):
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_layers_that_do_something_else_with_one_token_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are recorded with three and five tokens, so only the model's own forward of one takes the branch."""
+    forward = LlamaMLP.forward
+
+    def branching(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        given: torch.Tensor = forward(self, x)
+        return given if x.shape[-2] > 1 else given + 1.0
+
+    monkeypatch.setattr(LlamaMLP, "forward", branching)
+    model = served(tiny_model("llama"))
+    assert model.lowered is not None and len(model.lowered.alike) == 2
+    with pytest.raises(ProbeMismatchError):
+        probe(model)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("at", range(3))
 def test_an_operator_that_depends_on_the_batch_is_caught_in_any_one_layer(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def model() -> CausalModel:

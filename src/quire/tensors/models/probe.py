@@ -112,7 +112,7 @@ def probe_again(model: CausalModel) -> None:
 
 
 def _sequences(model: CausalModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random token ids: enough to leave a short window or chunk behind; one token; a few that begin with it, whose own forward gives its logits."""
+    """Random token ids: enough to leave a short window or chunk behind; one token, for which code may branch; a few that begin with it."""
     spans = [span for layer in model.layers for span in (layer.window, layer.chunk) if 0 < span <= LONGEST_WINDOW]
     random = torch.Generator().manual_seed(20)
     usable = torch.tensor(ordinary_tokens(model.transformers_model.config, min(model.vocab_size, 4096)))
@@ -150,10 +150,9 @@ def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs:
             logits: torch.Tensor = alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0]
         return logits
 
-    longest, _, few = sequences
+    longest, *others = sequences
     of_longest = own(longest, () if programs is None else programs.alike)
-    of_few = own(few, () if programs is None else [model.transformers_model])
-    return [of_longest, of_few[:1], of_few]
+    return [of_longest, *(own(ids, () if programs is None else [model.transformers_model]) for ids in others)]
 
 
 def _errors(packed: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> torch.Tensor:
