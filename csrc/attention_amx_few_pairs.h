@@ -37,7 +37,7 @@ QUIRE_INLINE void ask(RowsAhead& a) {
   a.at = 0;
   if (++a.row % 16 != 0) return;
   a.row += 16;
-  if (a.row == 48) a.rows = nullptr;
+  if (a.row == kTile) a.rows = nullptr;
 }
 
 // [keys][kLanes] of a tile's steps, to a row of kTile for each query row.

@@ -8,7 +8,7 @@
 //
 // A panel of 64 columns is made of lines of pairs (packed_formats.h); a step of a line is one operand, B. Up to 16 rows of x pass a panel once;
 // more of them, in pairs of tiles of 16, pass one block of k after another, which stays in the first cache; their sums wait in scratch meanwhile.
-// A packed bf16 weight is read where it is, up to kStreamRows rows without blocks, any other decoded or transposed, operand by operand. The last
+// A packed bf16 weight is read where it is, up to kStreamRows rows in longer blocks, any other decoded or transposed, operand by operand. The last
 // sums of two tiles times two lines are rounded and written to y between the multiplications of the next: vectors work while tiles do.
 //
 //            B 6  B 7            x is copied to tiles: [tile of rows][step][rows of the tile][64 bytes]
@@ -24,7 +24,7 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kBlockSteps = 8, kRowsAStep = 32 / kBlockSteps, kStreamRows = 64, kBlockScratch = kBlockSteps * kStepBytes;
+constexpr int kBlockSteps = 8, kRowsAStep = 32 / kBlockSteps, kStreamRows = 64, kStreamSteps = 64, kBlockScratch = kBlockSteps * kStepBytes;
 
 // Rows first..last-1 of x, from row m0 on, to tiles; what is missing from a last tile is zero.
 inline void tiles_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* out) {
@@ -159,7 +159,8 @@ void many_steps(const LinearArgs& g, const char* x, int64_t m0, int count, int64
 
 template <class W>
 void many_tiles(const LinearArgs& g, const char* x, int64_t m0, int count, int64_t panel, bool last, char* block) {
-  const int64_t steps = steps_of(g.k), each = W::kStreams && 16 * count <= kStreamRows ? steps : kBlockSteps;
+  const int64_t steps = steps_of(g.k), parts = ceil_div(steps, kStreamSteps);
+  const int64_t each = W::kStreams && 16 * count <= kStreamRows && steps ? ceil_div(steps, parts) : kBlockSteps;
   char* const sums = block + kBlockScratch;
   int64_t s = 0;
   do {  // once where there is no k

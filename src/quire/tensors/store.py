@@ -6,6 +6,7 @@ succeeded `StagedStep.commit` writes all layers at once. A step that fails is si
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,10 @@ class PageStore:
 
     def __init__(self, places: Iterable[LayerPlace], num_pages: int, page_bytes: int, backend: AttentionBackend) -> None:
         self.places = {place.layer_idx: place for place in places}
-        self.pages = torch.empty(num_pages, page_bytes, dtype=torch.uint8)
+        size = num_pages * page_bytes
+        memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+        first = -memory.data_ptr() % mmap.PAGESIZE  # so that rows which fill a page of the system lie in one, not in two
+        self.pages = memory[first : first + size].view(num_pages, page_bytes)
         self.backend = backend
         self.program_steps = backend.program_steps(self.pages, self.places.values())
 
