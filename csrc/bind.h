@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include <stdexcept>
+#include <vector>
 
 #include "kernels.h"
 
@@ -16,6 +17,8 @@ void bind_sampling(nanobind::module_& m);
 
 // x W through the kernels in use; `args.scratch` is filled in here. The caller may have let go of the interpreter.
 void multiply(LinearArgs args);
+// Products as kernels.linear.multiply has them, but for their scratch.
+void multiply(std::vector<LinearArgs>& products);
 
 // One layer's place in pages, from what Python knows of it. Throws std::invalid_argument naming what does not fit.
 PageLayout layout_of(uintptr_t pages, int64_t num_pages, int64_t page_bytes, int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim,

@@ -1,6 +1,9 @@
 // Python bindings of the linear kernels.
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "bind.h"
 #include "kept.h"
 
@@ -48,11 +51,22 @@ int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
 }  // namespace
 
 void multiply(LinearArgs args) {
-  if (args.m == 0 || args.n == 0) return;  // the kernels want something to do
+  static thread_local std::vector<LinearArgs> one;
+  one.assign(1, args);
+  multiply(one);
+}
+
+void multiply(std::vector<LinearArgs>& products) {
   const LinearKernels& kernels = active_kernels().linear;
   static thread_local Kept scratch;  // of x 8 MiB or 1.5 MiB a thread, and 0.6 MiB for every thread of the team at the most
-  args.scratch = reinterpret_cast<float*>(scratch.bytes(kernels.scratch_floats(&args) * int64_t(sizeof(float))));
-  kernels.multiply(&args);
+  // The kernels want something to do.
+  products.erase(std::remove_if(products.begin(), products.end(), [](const LinearArgs& g) { return g.m == 0 || g.n == 0; }), products.end());
+  if (products.empty()) return;
+  int64_t floats = 0;
+  for (const LinearArgs& g : products) floats = std::max(floats, kernels.scratch_floats(&g));
+  auto* const memory = reinterpret_cast<float*>(scratch.bytes(floats * int64_t(sizeof(float))));
+  for (LinearArgs& g : products) g.scratch = memory;
+  kernels.multiply(products.data(), int64_t(products.size()));
 }
 
 void bind_linear(nb::module_& m) {

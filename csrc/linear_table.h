@@ -1,6 +1,7 @@
 // Which kernel a product goes to, by its dtype and by how its weight lies, and the table of them all.
 #pragma once
 #include "linear_amx.h"
+#include "linear_amx_few.h"
 #include "linear_amx_int8.h"
 #include "linear_pack.h"
 
@@ -28,7 +29,10 @@ bool with_tiles(const LinearArgs& g, const Function& f) {
 inline int64_t scratch_floats_for(const LinearArgs* g) {
   int64_t floats = 0;
 #if defined(QUIRE_AMX)
-  if (with_tiles(*g, [&](auto product) { floats = tile_scratch_floats<decltype(product)>(*g); })) return floats;
+  const auto tiles = [&](auto product) {
+    floats = g->m <= kFewTileRows ? few_scratch_floats<decltype(product)>(*g) : tile_scratch_floats<decltype(product)>(*g);
+  };
+  if (with_tiles(*g, tiles)) return floats;
 #endif
   if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
   if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
@@ -39,7 +43,7 @@ inline int64_t scratch_floats_for(const LinearArgs* g) {
   return floats;
 }
 
-inline void multiply_any(const LinearArgs* g) {
+inline void multiply_one(const LinearArgs* g) {
 #if defined(QUIRE_AMX)
   if (with_tiles(*g, [&](auto product) { run_tiles<decltype(product)>(*g); })) return;
 #endif
@@ -48,9 +52,16 @@ inline void multiply_any(const LinearArgs* g) {
   with_operand(*g, [&](auto operand) { run_packed<decltype(operand)>(*g); });
 }
 
+inline void multiply_all(const LinearArgs* products, int64_t count) {
+#if defined(QUIRE_AMX)
+  if (products->m <= kFewTileRows && with_tiles(*products, [&](auto product) { run_few<decltype(product)>(products, count); })) return;
+#endif
+  for (int64_t i = 0; i < count; ++i) multiply_one(products + i);
+}
+
 }  // namespace product
 
-constexpr LinearKernels linear_kernels = {&product::scratch_floats_for, &product::multiply_any, &product::pack, &product::rows, &product::packed_bytes};
+constexpr LinearKernels linear_kernels = {&product::scratch_floats_for, &product::multiply_all, &product::pack, &product::rows, &product::packed_bytes};
 
 }  // namespace
 }  // namespace QUIRE_ISA

@@ -6,6 +6,14 @@
 #include "kept.h"
 
 namespace quire {
+namespace {
+
+// Whether two products have the same rows of x, and weights of one form: they are one call.
+bool one_x(const PlannedStep& a, const PlannedStep& b) {
+  return a.product == b.product && a.x == b.x && a.x_at == b.x_at && a.m == b.m && a.k == b.k && a.x_stride == b.x_stride;
+}
+
+}  // namespace
 
 Program::Program(std::vector<RowInstruction> instructions, std::vector<BufferForm> buffers, std::vector<PlannedStep> steps, int64_t scratch_floats,
                  int64_t arena_bytes)
@@ -54,13 +62,18 @@ void Program::run(int64_t first, int64_t end, int64_t num_rows, const std::vecto
   require(first >= 0 && first <= end && end <= num_steps(), "steps are out of range");
   require(num_rows >= 0 && num_threads > 0, "num_rows must not be negative and num_threads must be positive");
   static thread_local Kept scratch;
+  static thread_local std::vector<LinearArgs> products;
+  products.clear();
   for (int64_t i = first; i < end; ++i) {
     const PlannedStep& s = steps_[size_t(i)];
     if (s.product) {
       const RowBuffer &x = buffers[size_t(s.x)], &y = buffers[size_t(s.y)];
       const int64_t element = x.dtype == kF32 ? 4 : 2;
-      multiply({x.rows + s.x_at * element, buffers[size_t(s.weight)].rows, s.bias < 0 ? nullptr : buffers[size_t(s.bias)].rows, y.rows,
-                num_rows * s.m, s.n, s.k, s.x_stride, s.weight_stride, x.dtype, int32_t(s.product - 1), num_threads, nullptr});
+      products.push_back({x.rows + s.x_at * element, buffers[size_t(s.weight)].rows, s.bias < 0 ? nullptr : buffers[size_t(s.bias)].rows, y.rows,
+                          num_rows * s.m, s.n, s.k, s.x_stride, s.weight_stride, x.dtype, int32_t(s.product - 1), num_threads, nullptr});
+      if (i + 1 < end && one_x(s, steps_[size_t(i + 1)])) continue;
+      multiply(products);
+      products.clear();
     } else {
       auto* const floats = reinterpret_cast<float*>(scratch.bytes(scratch_floats_ * num_threads * int64_t(sizeof(float))));
       const RowsArgs args{instructions_.data() + s.first, s.count, buffers.data(), num_rows, floats, scratch_floats_, num_threads};

@@ -136,6 +136,17 @@ def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -
             assert_same_bits(products.linear(x[:m], packed, bias), biased[:m])
 
 
+@pytest.mark.parametrize("num_threads", [2, 3, 5])
+@pytest.mark.parametrize("quantization", ["none", *CODES])
+def test_threads_take_from_each_other(isa: str, quantization: str, num_threads: int) -> None:
+    """Who computes what is left to chance, above all with more threads than cores: every column is there, once, with the bits of one thread."""
+    packed, x = pack(random(1, 64 * 13 + 5, 200, dtype=torch.bfloat16), quantization), random(0, 16, 200, dtype=torch.bfloat16)
+    for m in (1, 5, 16):
+        alone = NativeProducts(1).linear(x[:m], packed)
+        for _ in range(20):
+            assert_same_bits(NativeProducts(num_threads).linear(x[:m], packed), alone)
+
+
 @pytest.mark.parametrize("quantization", CODES)
 def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> None:
     """Rows of large, tiny, mixed and no magnitudes, and some that are not finite, beside plain ones: each as alone, and near fp64."""
