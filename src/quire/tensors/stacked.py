@@ -40,6 +40,6 @@ def stacked_view(store: PageStore, slots: dict[tuple[str, int], tuple[int, int]]
 
     def view(offset: int, dim: int) -> torch.Tensor:
         size = (len(places), pages.shape[0], first.num_kv_heads, first.page_size, dim)
-        return pages.as_strided(size, (layer_step, pages.stride(0), first.page_size * dim, dim, 1), offset // dtype.itemsize)
+        return pages.as_strided(size, (layer_step, pages.stride(0), first.page_size * dim, dim, 1), pages.storage_offset() + offset // dtype.itemsize)
 
     return StackedView(view(first.k_offset, first.k.dim), view(first.v_offset, first.v.dim), slots)
