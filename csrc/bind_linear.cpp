@@ -51,8 +51,7 @@ int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
 }  // namespace
 
 void multiply(LinearArgs args) {
-  static thread_local std::vector<LinearArgs> one;
-  one.assign(1, args);
+  std::vector<LinearArgs> one{args};
   multiply(one);
 }
 

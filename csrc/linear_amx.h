@@ -182,7 +182,7 @@ struct BrainProduct {
   static TileShapes shapes(const TilePlan& p) { return TileShapes(p.tile_rows, 0x1f); }  // all of C and A
   static void place(const LinearArgs& g, const TilePlan& p, int64_t m0, int first, int last, char* x) { tiles_of_x(g, p, m0, first, last, x); }
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool last, char* own) {
-    g.m <= 16 ? few_tiles<W>(g, p, x, panel, own) : many_tiles<W>(g, x, m, count, panel, last, own);
+    g.m <= kFewTileRows ? few_tiles<W>(g, p, x, panel, own) : many_tiles<W>(g, x, m, count, panel, last, own);
   }
 };
 

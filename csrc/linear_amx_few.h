@@ -13,8 +13,6 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kFewTileRows = 16;  // of one tile
-
 // A thread's own panels: it takes them from the first one on, others from the last.
 struct alignas(64) Stretch {
   int64_t taken, by_others;

@@ -15,6 +15,7 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
+constexpr int kFewTileRows = 16;  // of one tile: up to so many rows threads share panels in another way (linear_amx_few.h)
 constexpr int64_t kTileXBytes = 3 << 19;  // of x at once for a thread, or for all who share it: it stays in the second cache
 // Rows of x from which on a thread has them for its own, where all would be in the second cache at once, and where not; at once of all threads.
 constexpr int kOwnRows = 256, kOwnRowsMany = 160, kMostRows = 2048;
@@ -32,7 +33,7 @@ inline TilePlan tile_plan(const LinearArgs& g, double read, int64_t row_bytes, i
   TilePlan p{};
   const double compute = 0.001 * double(g.m);
   p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
-  p.tile_rows = int(smaller(g.m, 16));
+  p.tile_rows = int(smaller(g.m, kFewTileRows));
   const int64_t unit = 32 * p.threads, fitting = kTileXBytes / (row_bytes + (row_bytes == 0)) / 32 * 32, own = g.m / p.threads;
   const bool few_panels = ceil_div(g.n, kWide) < 2 * p.threads && own >= 32;
   p.by_rows = p.threads > 1 && (few_panels || (in_place && own >= (g.m < fitting ? kOwnRows : kOwnRowsMany)));

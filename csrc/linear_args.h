@@ -36,7 +36,8 @@ struct UnpackArgs {
 
 struct LinearKernels {
   int64_t (*scratch_floats)(const LinearArgs*);
-  // Products of one x with weights of one form: of these x, m, k, x_stride, dtype, format, num_threads and scratch (as much as the one that wants most) are the same.
+  // Products of one x with weights of one form: x, m, k, x_stride, dtype, format, num_threads and scratch, as much as one of them wants at the most,
+  // are the same of all.
   void (*multiply)(const LinearArgs* products, int64_t count);
   void (*pack)(const PackArgs*);
   void (*rows)(const UnpackArgs*);

@@ -8,7 +8,7 @@
 namespace quire {
 namespace {
 
-// Whether two products have the same rows of x, and weights of one form: they are one call.
+// Whether two products have the same rows of x, and weights of one form: they are one call. No result lies over x, which the last reads, too.
 bool one_x(const PlannedStep& a, const PlannedStep& b) {
   return a.product == b.product && a.x == b.x && a.x_at == b.x_at && a.m == b.m && a.k == b.k && a.x_stride == b.x_stride;
 }
