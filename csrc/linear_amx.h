@@ -15,7 +15,7 @@
 //      A 4 | C 0  C 1
 //      A 5 | C 2  C 3            while they pass, what will be read next is asked for, evenly
 #pragma once
-#include "linear_amx_plan.h"
+#include "linear_panels.h"
 #include "linear_amx_weights.h"
 
 #if defined(QUIRE_AMX)

@@ -57,7 +57,7 @@ void encode_span(const float* cells, int k, char* scales, char* out) {
       if constexpr (P::kUnit == 4) {
         float all[16];
         store(all, clamped(code, -127, 127));
-        for (int j = 0; j < 16; ++j) out[P::place(j, i)] = char(int8_t(all[j]));
+        for (int j = 0; j < 16; ++j) out[P::place(j, i)] = char(int8_t(all[j]) ^ P::kFlipped);
       } else {
         nibbles = or_(shl<4>(nibbles), and_(bits(add(clamped(code, -8, 7), set1(0x1p23f + 8))), set1_u32(0xf)));
       }

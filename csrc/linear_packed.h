@@ -4,7 +4,8 @@
 //   y[m, n] = rounded((s_0 * u[0, n] + s_1 * u[1, n] + ...) + bias[n]),  u the scale of the span (int8: 256, int4: 32) that the part is of, fp32
 //   throughout, rounded once
 //
-// but for bf16 rows on AMX (linear_amx_int8.h, linear_amx.h): a code is an fp32 number, so no instruction for pairs of bf16 is used.
+// but for bf16 rows where the CPU multiplies bytes (linear_codes.h), or int4 and bf16 on AMX (linear_amx.h): a code is an fp32 number here, so no
+// instruction for pairs of bf16 is used.
 //
 // Few rows of x widen W in registers, as it streams by. For more, 16 or 32 columns of one block of k are widened to a scratch in L1 and
 // register tiles go over it.
@@ -39,12 +40,12 @@ struct FewPacked {
 // One unit of k: each cell is made when it is multiplied, so that sums and not weights fill the registers.
 template <class P, int MR, int NV, int I = 0>
 QUIRE_INLINE void few_unit(F32x16 (&acc)[NV][MR], const typename P::Raw* raws, const float* x) {
-  if constexpr (I < kCellsOfUnit<P>) {
+  if constexpr (I < P::kUnit) {
     F32x16 cells[NV];
     QUIRE_UNROLL for (int j = 0; j < NV; ++j) cells[j] = P::template cell<I>(raws[j]);
     QUIRE_UNROLL for (int i = 0; i < MR; ++i) {
-      const F32x16 xi = set1(x[i * (kBlock / P::kPerCell) + I]);
-      QUIRE_UNROLL for (int j = 0; j < NV; ++j) acc[j][i] = madd<P::kPerCell>(xi, cells[j], acc[j][i]);
+      const F32x16 xi = set1(x[i * kBlock + I]);
+      QUIRE_UNROLL for (int j = 0; j < NV; ++j) acc[j][i] = fma(xi, cells[j], acc[j][i]);
     }
     few_unit<P, MR, NV, I + 1>(acc, raws, x);
   }
@@ -68,7 +69,7 @@ void few_packed(const FewPacked& g) {
         raws[j] = P::raw(w + 64 * j);
       }
       few_unit<P, MR, NV>(acc, raws, x);
-      x += kCellsOfUnit<P>;
+      x += P::kUnit;
       w += 64 * kLines;
     }
     QUIRE_UNROLL for (int j = 0; j < NV; ++j) {
@@ -92,9 +93,6 @@ struct FewRows {
   static constexpr Few rows[] = {nullptr, of<1>(), of<2>(), of<3>(), of<4>(), of<5>(), of<6>(), of<7>(), of<8>()};
 };
 
-template <class P>
-constexpr int kCellsOfBlock = kBlock / P::kPerCell;
-
 struct PackedPlan {
   bool few;
   int threads, rows, panels;
@@ -104,7 +102,7 @@ struct PackedPlan {
 template <class P>
 PackedPlan packed_plan(const LinearArgs& g) {
   PackedPlan p{};
-  const int64_t x_row = ceil_div(g.k, kBlock) * kCellsOfBlock<P>;
+  const int64_t x_row = round_up(g.k, kBlock);
   const double read = 0.1 * double(kBlockBytes<P>) / (kWide * kBlock), compute = 0.02 * double(g.m);
   p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
   p.few = g.m <= kFewPacked;
@@ -112,7 +110,7 @@ PackedPlan packed_plan(const LinearArgs& g) {
   p.rows = p.few ? int(g.m) : int(smaller(g.m, round_up(ceil_div(g.m, ceil_div(g.m, most)), kTileRows)));
   p.panels = g.m <= 64 ? 1 : kGroupColumns / kWide;
   p.x_floats = smaller(g.m, most) * x_row;
-  p.thread_floats = p.few ? g.m * kWide : (kCellsOfBlock<P> + 1 + smaller(g.m, most) * p.panels * kWide / kPanel) * kPanel;
+  p.thread_floats = p.few ? g.m * kWide : (kBlock + 1 + smaller(g.m, most) * p.panels * kWide / kPanel) * kPanel;
   return p;
 }
 
@@ -124,7 +122,6 @@ inline void finish_as(const LinearArgs& g, const float* sums, int width, int64_t
 
 template <class P>
 void pack_x_as(const LinearArgs& g, int64_t m0, int rows, int first, int last, float* out) {
-  if constexpr (P::kPerCell == 2) return pack_x<Bf16>(g, m0, rows, first, last, out, P::kPad);
   if (g.dtype == kF32) return pack_x<Fp32>(g, m0, rows, first, last, out, P::kPad);
   g.dtype == kBF16 ? pack_x<WideBf16>(g, m0, rows, first, last, out, P::kPad) : pack_x<Fp16>(g, m0, rows, first, last, out, P::kPad);
 }
@@ -137,7 +134,7 @@ void few_rows_packed(const LinearArgs& g, const float* x, float* sums, int64_t b
     int64_t k0 = 0;
     do {
       const PartPlace place = part_at<P>((const char*)g.w + panel * bytes, k0);
-      FewPacked a{x + k0 / kBlock * m * kCellsOfBlock<P>, place, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0};
+      FewPacked a{x + k0 / kBlock * m * kBlock, place, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0};
       for (; a.line < kLines; a.line += lines, a.sums += lines * m * 16) FewRows<P>::rows[m](a);
       k0 += kBlock;
     } while (k0 < g.k);
@@ -149,11 +146,11 @@ void few_rows_packed(const LinearArgs& g, const float* x, float* sums, int64_t b
 template <class P>
 void widen_part(const PartPlace& place, int line, int k, float* out, float* scales) {
   const char* w = place.units + 64 * line;
-  for (int at = 0; at < k; at += P::kUnit, w += 64 * kLines, out += kCellsOfUnit<P> * kPanel) {
+  for (int at = 0; at < k; at += P::kUnit, w += 64 * kLines, out += P::kUnit * kPanel) {
     QUIRE_UNROLL for (int j = 0; j < kTileVectors; ++j) {
-      F32x16 cells[kCellsOfUnit<P>];
+      F32x16 cells[P::kUnit];
       decode<P>(P::raw(w + 64 * j), cells);
-      QUIRE_UNROLL for (int c = 0; c < kCellsOfUnit<P>; ++c) store(out + c * kPanel + 16 * j, cells[c]);
+      QUIRE_UNROLL for (int c = 0; c < P::kUnit; ++c) store(out + c * kPanel + 16 * j, cells[c]);
     }
   }
   if constexpr (P::kScaled)
@@ -163,8 +160,8 @@ void widen_part(const PartPlace& place, int line, int k, float* out, float* scal
 // One block of k, kPanel columns of a panel. The tiles share among them the lines of what is wanted next.
 template <class P>
 void block_packed(const float* x, int rows, float* panel, float* sums, PartPlace place, int line, int k, bool first) {
-  constexpr int kParts = kBlock / kPart<P>, kRounds = kPart<P> / P::kPerCell / 4, kShare = int(kBlockBytes<P> / 64) * kTileVectors / kLines;
-  float* scales = panel + kCellsOfBlock<P> * kPanel;
+  constexpr int kParts = kBlock / kPart<P>, kRounds = kPart<P> / 4, kShare = int(kBlockBytes<P> / 64) * kTileVectors / kLines;
+  float* scales = panel + kBlock * kPanel;
   const int tiles = int(ceil_div(rows, kTileRows)), each = int(ceil_div(kShare, tiles * kParts));
   const int64_t per_round = ceil_div(each, kRounds);
   const char* ahead = place.units + kBlockBytes<P> + line / kTileVectors * kShare * 64;
@@ -174,12 +171,12 @@ void block_packed(const float* x, int rows, float* panel, float* sums, PartPlace
   do {
     const int here = k - at < kPart<P> ? k - at : kPart<P>;
     widen_part<P>(place, line, here, panel, scales);
-    a.cells = here / P::kPerCell;
+    a.cells = here;
     for (int t = 0; t < tiles; ++t) {
       const int r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-      a.x = x + r0 * kCellsOfBlock<P> + at / P::kPerCell;
+      a.x = x + r0 * kBlock + at;
       a.sums = sums + r0 * kPanel;
-      Tiles<P::kPerCell>::rows[r1 - r0](a);
+      Tiles<1>::rows[r1 - r0](a);
       a.ahead += 64 * each;
     }
     a.first = false;
@@ -190,7 +187,7 @@ void block_packed(const float* x, int rows, float* panel, float* sums, PartPlace
 
 template <class P>
 void many_rows_packed(const LinearArgs& g, const PackedPlan& p, const float* x, int64_t m0, int rows, float* scratch, int64_t begin, int64_t end) {
-  float *panel = scratch, *sums = panel + (kCellsOfBlock<P> + 1) * kPanel;
+  float *panel = scratch, *sums = panel + (kBlock + 1) * kPanel;
   const int64_t bytes = panel_bytes<P>(g.k);
   for (int64_t first = begin; first < end; first += p.panels) {
     const int64_t last = smaller(first + p.panels, end);
@@ -200,7 +197,7 @@ void many_rows_packed(const LinearArgs& g, const PackedPlan& p, const float* x, 
       for (int64_t at = first; at < last; ++at) {
         const PartPlace place = part_at<P>((const char*)g.w + at * bytes, k0);
         for (int line = 0; line < kLines; line += kTileVectors)
-          block_packed<P>(x + k0 / kBlock * rows * kCellsOfBlock<P>, rows, panel, sums + ((at - first) * kWide + 16 * line) * rows, place, line, k, k0 == 0);
+          block_packed<P>(x + k0 / kBlock * rows * kBlock, rows, panel, sums + ((at - first) * kWide + 16 * line) * rows, place, line, k, k0 == 0);
       }
       k0 += kBlock;
     } while (k0 < g.k);
@@ -227,15 +224,6 @@ void run_packed(const LinearArgs& g) {
   const PackedPlan p = packed_plan<P>(g);
   if (p.few) pack_x_as<P>(g, 0, int(g.m), 0, int(g.m), g.scratch);
   parallel(p.threads, [&](const Member& me) { part_packed<P>(g, p, me); });
-}
-
-// f(P{}) for the struct by which a product reads its packed weight.
-template <class Function>
-void with_operand(const LinearArgs& g, const Function& f) {
-#if defined(QUIRE_BF16_DOT)
-  if (g.format == kPackedBF16 && g.dtype == kBF16) return f(PackedPairs{});
-#endif
-  with_packed(g.format, f);
 }
 
 }  // namespace product

@@ -1,8 +1,9 @@
 // Which kernel a product goes to, by its dtype and by how its weight lies, and the table of them all.
 #pragma once
 #include "linear_amx.h"
-#include "linear_amx_few.h"
 #include "linear_amx_int8.h"
+#include "linear_dots.h"
+#include "linear_few.h"
 #include "linear_pack.h"
 
 namespace quire {
@@ -10,17 +11,22 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-#if defined(QUIRE_AMX)
-// f(P{}) for the struct of a product on tiles (linear_amx_plan.h); false if tiles do not serve it.
+#if defined(QUIRE_BF16_DOT)
+// f(P{}) for the struct of a product panel by panel (linear_panels.h); false if it goes another way.
 template <class Function>
-bool with_tiles(const LinearArgs& g, const Function& f) {
+bool with_panels(const LinearArgs& g, const Function& f) {
   if (g.dtype != kBF16) return false;
   switch (g.format) {
+#if defined(QUIRE_AMX)
     case kRowsNK: f(BrainProduct<AsItLies<false>>{}); return true;
     case kRowsKN: f(BrainProduct<AsItLies<true>>{}); return true;
     case kPackedBF16: f(BrainProduct<Packed>{}); return true;
     case kPackedInt8: f(CodeProduct{}); return true;
     case kPackedInt4: f(BrainProduct<Decoded<PackedInt4>>{}); return true;
+#else
+    case kPackedBF16: f(DotProduct<PairDots>{}); return true;
+    case kPackedInt8: f(DotProduct<ByteDots>{}); return true;
+#endif
     default: return false;
   }
 }
@@ -28,15 +34,15 @@ bool with_tiles(const LinearArgs& g, const Function& f) {
 
 inline int64_t scratch_floats_for(const LinearArgs* g) {
   int64_t floats = 0;
-#if defined(QUIRE_AMX)
-  const auto tiles = [&](auto product) {
+#if defined(QUIRE_BF16_DOT)
+  const auto panels = [&](auto product) {
     floats = g->m <= kFewTileRows ? few_scratch_floats<decltype(product)>(*g) : tile_scratch_floats<decltype(product)>(*g);
   };
-  if (with_tiles(*g, tiles)) return floats;
+  if (with_panels(*g, panels)) return floats;
 #endif
   if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
   if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
-  with_operand(*g, [&](auto operand) {
+  with_packed(g->format, [&](auto operand) {
     const PackedPlan p = packed_plan<decltype(operand)>(*g);
     floats = p.x_floats + p.threads * p.thread_floats;
   });
@@ -44,17 +50,17 @@ inline int64_t scratch_floats_for(const LinearArgs* g) {
 }
 
 inline void multiply_one(const LinearArgs* g) {
-#if defined(QUIRE_AMX)
-  if (with_tiles(*g, [&](auto product) { run_tiles<decltype(product)>(*g); })) return;
+#if defined(QUIRE_BF16_DOT)
+  if (with_panels(*g, [&](auto product) { run_tiles<decltype(product)>(*g); })) return;
 #endif
   if (g->format == kRowsNK) return multiply<false>(*g);
   if (g->format == kRowsKN) return multiply<true>(*g);
-  with_operand(*g, [&](auto operand) { run_packed<decltype(operand)>(*g); });
+  with_packed(g->format, [&](auto operand) { run_packed<decltype(operand)>(*g); });
 }
 
 inline void multiply_all(const LinearArgs* products, int64_t count) {
-#if defined(QUIRE_AMX)
-  if (products->m <= kFewTileRows && with_tiles(*products, [&](auto product) { run_few<decltype(product)>(products, count); })) return;
+#if defined(QUIRE_BF16_DOT)
+  if (products->m <= kFewTileRows && with_panels(*products, [&](auto product) { run_few<decltype(product)>(products, count); })) return;
 #endif
   for (int64_t i = 0; i < count; ++i) multiply_one(products + i);
 }

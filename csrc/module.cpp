@@ -60,7 +60,7 @@ std::vector<const Kernels*> runnable() {
   if (avx512_fits) found.push_back(&avx512::kernels);
 #endif
 #ifdef QUIRE_HAVE_avx512bf16
-  if (avx512_fits && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+  if (avx512_fits && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512bf16::kernels);
 #endif
 #ifdef QUIRE_HAVE_amx
   if (avx512_fits && __builtin_cpu_supports("avx512bf16") && tiles_allowed()) found.push_back(&amx::kernels);

@@ -4,7 +4,7 @@
 //   panel:  k in spans of kSpan:  [scales: 64 bf16]  units
 //   unit:   kUnit of k:           four lines of 64 bytes, each 16 columns x kUnit of k
 //
-//   line    fp32  16 floats                          int8  4 k x 16 bytes; on AMX 16 lanes of 4 k, the operand of its products of bytes
+//   line    fp32  16 floats                          int8  4 k x 16 bytes; where bytes are multiplied 16 lanes of 4 k, the operand of that
 //           fp16  2 k x 16 halves                    int4  16 lanes of 32 bits, 8 nibbles (code + 8) each, k ascending from the lowest
 //           bf16  16 pairs of k, the operand of a bf16 dot instruction; without one, a shift and a mask make two vectors of fp32
 //
@@ -22,7 +22,7 @@ namespace product {
 constexpr int kWide = 64, kLines = kWide / 16;  // columns of a panel, lines of a unit
 
 struct PackedF32 {
-  static constexpr int kUnit = 1, kSpan = kBlock, kPad = 16, kPerCell = 1;
+  static constexpr int kUnit = 1, kSpan = kBlock, kPad = 16;
   static constexpr bool kScaled = false;
   using Raw = F32x16;
   QUIRE_INLINE Raw raw(const char* line) { return load((const float*)line); }
@@ -32,7 +32,7 @@ struct PackedF32 {
 };
 
 struct PackedF16 {
-  static constexpr int kUnit = 2, kSpan = kBlock, kPad = 16, kPerCell = 1;
+  static constexpr int kUnit = 2, kSpan = kBlock, kPad = 16;
   static constexpr bool kScaled = false;
   using Raw = const char*;
   QUIRE_INLINE Raw raw(const char* line) { return line; }
@@ -46,7 +46,7 @@ struct PackedF16 {
 };
 
 struct PackedBf16 {
-  static constexpr int kUnit = 2, kSpan = kBlock, kPad = 32, kPerCell = 1;
+  static constexpr int kUnit = 2, kSpan = kBlock, kPad = 32;
   static constexpr bool kScaled = false;
   using Raw = U32x16;
   QUIRE_INLINE Raw raw(const char* line) { return load_u32((const uint32_t*)line); }
@@ -55,21 +55,17 @@ struct PackedBf16 {
   QUIRE_INLINE float element(const char* line, int column, int k) { return bf16_to_f32(((const uint16_t*)line)[2 * column + k]); }
 };
 
-#if defined(QUIRE_BF16_DOT)
-// The same bytes, multiplied in pairs.
-struct PackedPairs : PackedBf16 {
-  static constexpr int kPerCell = 2;
-  template <int>
-  QUIRE_INLINE F32x16 cell(Raw pairs) { return floats(pairs); }
-};
-#endif
-
 struct PackedInt8 {
-  static constexpr int kUnit = 4, kSpan = 256, kPad = 16, kPerCell = 1;
+  static constexpr int kUnit = 4, kSpan = 256, kPad = 16;
   static constexpr bool kScaled = true;
-#if defined(QUIRE_AMX)
+#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+  static constexpr uint32_t kFlipped = 0x80;  // bits of a code as it is stored: 128 added, so that it is unsigned, as linear_dots.h wants it
+#else
+  static constexpr uint32_t kFlipped = 0;
+#endif
+#if defined(QUIRE_BF16_DOT)
   using Raw = U32x16;
-  QUIRE_INLINE Raw raw(const char* line) { return load_u32((const uint32_t*)line); }
+  QUIRE_INLINE Raw raw(const char* line) { return xor_(load_u32((const uint32_t*)line), set1_u32(0x01010101u * kFlipped)); }
   template <int I>
   QUIRE_INLINE F32x16 cell(Raw lanes) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(lanes.v, 24 - 8 * I), 24))}; }
   QUIRE_INLINE int place(int column, int k) { return 4 * column + k; }
@@ -80,11 +76,11 @@ struct PackedInt8 {
   QUIRE_INLINE F32x16 cell(Raw line) { return load_int8(line + 16 * I); }
   QUIRE_INLINE int place(int column, int k) { return 16 * k + column; }
 #endif
-  QUIRE_INLINE float element(const char* line, int column, int k) { return float(int8_t(line[place(column, k)])); }
+  QUIRE_INLINE float element(const char* line, int column, int k) { return float(int8_t(line[place(column, k)] ^ kFlipped)); }
 };
 
 struct PackedInt4 {
-  static constexpr int kUnit = 8, kSpan = 32, kPad = 16, kPerCell = 1;
+  static constexpr int kUnit = 8, kSpan = 32, kPad = 16;
   static constexpr bool kScaled = true;
   using Raw = U32x16;
   QUIRE_INLINE Raw raw(const char* line) { return load_u32((const uint32_t*)line); }
@@ -107,11 +103,9 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The cells of a line, k ascending.
-template <class P>
-constexpr int kCellsOfUnit = P::kUnit / P::kPerCell;
 template <class P, int I = 0>
 QUIRE_INLINE void decode(typename P::Raw raw, F32x16* cells) {
-  if constexpr (I < kCellsOfUnit<P>) {
+  if constexpr (I < P::kUnit) {
     cells[I] = P::template cell<I>(raw);
     decode<P, I + 1>(raw, cells);
   }

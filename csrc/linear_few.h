@@ -1,13 +1,13 @@
-// Products on AMX of one x of up to 16 rows with some weights, as one call of the team. A step of decoding has a hundred such calls, and what a core
+// Products of one x of up to 16 rows with some weights, as one call of the team. A step of decoding has a hundred such calls, and what a core
 // does not read while it waits for another is lost (docs/speed.md, "What one core reads"): so each thread has x for its own, and one that is done
 // takes panels that another has not begun.
 //
 //   panels of q, k, v   0 1 2 3 ->       31 | 32 33 34 35 ->       63
 //                       thread 0            | thread 1       <- then thread 0
 #pragma once
-#include "linear_amx_plan.h"
+#include "linear_panels.h"
 
-#if defined(QUIRE_AMX)
+#if defined(QUIRE_BF16_DOT)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -37,7 +37,7 @@ void run_few(const LinearArgs* products, int64_t count) {
   for (int i = 0; i < p.threads; ++i) stretches[i] = {};
   parallel(p.threads, [&](const Member& me) {
     char *const x = (char*)(stretches + p.threads) + me.id * (p.x_bytes + p.own_bytes), *const own = x + p.x_bytes;
-    const TileShapes shapes = P::shapes(p);
+    [[maybe_unused]] const auto shapes = P::shapes(p);
     P::place(products[0], p, 0, 0, p.rows, x);
     for (int i = 0; i < me.count; ++i) {
       const int owner = (me.id + i) % me.count;

@@ -1,22 +1,25 @@
-// What products on AMX have in common, whatever their law: rows of x go to scratch as tiles, so many at once, and panels of 64 columns of the weight
-// pass them, shared by threads. How is a product's own, a struct P:
+// What products that read a weight panel by panel have in common, whatever their law: rows of x go to scratch as tiles of them, so many at once, and
+// panels of 64 columns of the weight pass them, shared by threads. How is a product's own, a struct P:
 //
 //   plan(g)                                    -> TilePlan
-//   shapes(p)                                  -> TileShapes
+//   shapes(p)                                  something that lives while tiles are multiplied
 //   place(g, p, m0, first, last, x)            rows first..last-1 of x, from row m0 on, to tiles
 //   pass(g, p, x, m, count, panel, last, own)  a panel times `count` tiles of x, to y from its row m on; `last`: behind it nothing is this thread's
 #pragma once
 #include "linear_packed.h"
-#include "tiles_amx.h"
 
-#if defined(QUIRE_AMX)
+#if defined(QUIRE_BF16_DOT)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
 namespace product {
 
 constexpr int kFewTileRows = 16;  // of one tile: up to so many rows threads share panels in another way (linear_amx_few.h)
+#if defined(QUIRE_AMX)
 constexpr int64_t kTileXBytes = 3 << 19;  // of x at once for a thread, or for all who share it: it stays in the second cache
+#else
+constexpr int64_t kTileXBytes = 1 << 19;
+#endif
 // Rows of x from which on a thread has them for its own, where all would be in the second cache at once, and where not; at once of all threads.
 constexpr int kOwnRows = 256, kOwnRowsMany = 160, kMostRows = 2048;
 
@@ -68,6 +71,14 @@ int64_t tile_scratch_floats(const LinearArgs& g) {
   return (p.x_bytes + p.threads * p.own_bytes) / 4;
 }
 
+QUIRE_INLINE __m256i rounded_bf16(F32x16 v) {
+#if defined(QUIRE_AMX)
+  return (__m256i)_mm512_cvtneps_pbh(v.v);
+#else
+  return narrow_bf16(v);  // which keeps what is smaller than the smallest normal number, as the other ways to a product there do
+#endif
+}
+
 // Sums of 16 columns each, `lines` to a row, at(row, line), with bias to rows m.. of y, columns n.. of it.
 template <class At>
 QUIRE_INLINE void sums_to_y(const LinearArgs& g, int64_t m, int rows, int64_t n, int lines, const At& at) {
@@ -77,7 +88,7 @@ QUIRE_INLINE void sums_to_y(const LinearArgs& g, int64_t m, int rows, int64_t n,
       const int left = int(smaller(g.n - n - 16 * j, 16));
       F32x16 v = load(at(r, j));
       if (g.bias) v = add(v, load_bf16_n((const uint16_t*)g.bias + n + 16 * j, left));
-      _mm256_mask_storeu_epi16(y + 16 * j, first_lanes(left), (__m256i)_mm512_cvtneps_pbh(v.v));
+      _mm256_mask_storeu_epi16(y + 16 * j, first_lanes(left), rounded_bf16(v));
     }
   }
 }
@@ -88,7 +99,7 @@ void run_tiles(const LinearArgs& g) {
   parallel(p.threads, [&](const Member& me) {
     char *const x = (char*)g.scratch, *const own = x + p.x_bytes + me.id * p.own_bytes;
     const int64_t panels = ceil_div(g.n, kWide), begin = p.by_rows ? 0 : panels * me.id / me.count, end = p.by_rows ? panels : panels * (me.id + 1) / me.count;
-    const TileShapes shapes = P::shapes(p);
+    [[maybe_unused]] const auto shapes = P::shapes(p);
     for (int64_t m0 = 0; m0 < g.m; m0 += p.rows) {
       const int rows = int(smaller(round_up(g.m - m0, p.tile_rows), p.rows)), tiles = rows / p.tile_rows;
       if (m0 > 0) me.meet();
