@@ -114,7 +114,7 @@ struct DotProduct {
   static constexpr Dots rows[] = {nullptr, &dots<P, 1>, &dots<P, 2>, &dots<P, 3>, &dots<P, 4>, &dots<P, 5>, &dots<P, 6>};
 
   static int64_t blocks(const LinearArgs& g) { return ceil_div(g.k, kBlockK); }
-  static TilePlan plan(const LinearArgs& g) { return tile_plan(g, 0.05 * Format::kPad / 16, blocks(g) * (kXBlock + P::kExtra), 0); }
+  static TilePlan plan(const LinearArgs& g) { return tile_plan(g, 0.05 * Format::kPad / 16, blocks(g) * (kXBlock + P::kExtra), 0, true); }
   static int shapes(const TilePlan&) { return 0; }
 
   // Behind the cells of a tile: of each block the scales of its rows, and then what their sums begin with.
@@ -136,7 +136,8 @@ struct DotProduct {
 
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
     const int rows_of_all = int(smaller(g.m - m, int64_t(count) * p.tile_rows));
-    const int64_t asks = ceil_div(p.tile_rows, kDotRows) * count * (kBlockSteps / kStepsAtOnce), each = round_up(ceil_div(kSpanOf, asks), 64);
+    // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted.
+    const int64_t walks = ceil_div(p.tile_rows, kDotRows) * count, each = walks > 1 ? round_up(ceil_div(kSpanOf, walks * kBlockSteps / kStepsAtOnce), 64) : 0;
     auto* const sums = (float*)own;
     const char* w = (const char*)g.w + panel * panel_bytes<Format>(g.k);
     for (int64_t block = 0; block < blocks(g); ++block, w += kSpanOf) {
