@@ -180,7 +180,7 @@ template <class Format>
 Block block_of(Item& item, Scratch& s, float* states) {
   const PageLayout& at = item.args.layout;
   const int rows = item.rows(), v_tiles = int(round_up(at.v.dim, Format::kOutputs) / 16);
-  Block b{item, s, {{}, (const uint32_t*)s.values, steps_of<Format>(at), v_tiles}, score_factor(item.args), states, (rows + kLanes - 1) / kLanes, {}};
+  Block b{item, s, {{}, (const uint32_t*)s.values, steps_of<Format>(at), v_tiles}, score_factor(item.args.scale, item.args.softcap), states, (rows + kLanes - 1) / kLanes, {}};
   Format::load_block(b);
   for (int g = 0; g < b.num_groups; ++g) {
     b.groups[g].first_token = g * kLanes / item.heads;

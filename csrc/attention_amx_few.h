@@ -145,7 +145,7 @@ inline void start_few(Few& f) {
 template <class Format>
 Few few_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
   const PageLayout& at = item.args.layout;
-  Few f{item, s, steps_of<Format>(at), int(round_up(at.v.dim, Format::kOutputs)), score_factor(item.args), end, coming, {}, {}};
+  Few f{item, s, steps_of<Format>(at), int(round_up(at.v.dim, Format::kOutputs)), score_factor(item.args.scale, item.args.softcap), end, coming, {}, {}};
   Format::load_few(f);
   return f;
 }

@@ -1,7 +1,7 @@
 // What a row's probabilities and sums are on AMX, for those who hold rows in lanes (attention_amx_block.h) and those who hold keys in lanes
 // (attention_amx_few.h): the same arithmetic, so the same bits. attention_amx.h tells the whole law.
 #pragma once
-#include "attention_item.h"
+#include "attention_softmax.h"
 #include "tiles_amx.h"
 
 #if defined(QUIRE_AMX)
@@ -25,34 +25,6 @@ struct Seen {
 };
 QUIRE_INLINE Seen seen_by(const Item& item, int token, int64_t base) {
   return {clip(item.first_key(token) - base, kTile), clip(item.position(token) + 1 - base, kTile)};
-}
-
-// What dot products are multiplied by to be scores; 0 where that is not all that shapes them, and they are shaped one by one.
-inline float score_factor(const AttendArgs& args) { return args.softcap == 0.0f && args.scale > 0.0f ? args.scale * kLog2E : 0.0f; }
-
-// 2^(score - base) within 2^-13.7, and rounded to bf16 if that is wanted: 2^f of the fraction, in [1, 2], where rounding is adding half a unit of the
-// last place, which the polynomial does, and cutting. Exactly 0 below 2^-126 (FlushedSmall).
-template <bool kRounded>
-QUIRE_INLINE F32x16 exp2_of(F32x16 score, F32x16 factor, F32x16 minus_base) {
-  const F32x16 x = fma(score, factor, minus_base), f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)};
-  F32x16 p = set1(7.802452332e-02f);
-  p = fma(p, f, set1(2.260671590e-01f));
-  p = fma(p, f, set1(6.958335367e-01f));
-  p = fma(p, f, set1(9.999252195e-01f + (kRounded ? 0x1p-8f : 0.0f)));
-  const F32x16 scaled = {_mm512_scalef_ps(p.v, x.v)};
-  return kRounded ? floats(and_(bits(scaled), set1_u32(0xffff0000u))) : scaled;
-}
-
-// How sixteen rows' bases follow the largest score of a tile, and by what their sums shrink where they do.
-struct Follow {
-  F32x16 base, finite, shrink;  // finite: what scores are subtracted from, where a base is still -inf
-  Mask16 grown;
-};
-QUIRE_INLINE Follow follow(F32x16 top, F32x16 factor, F32x16 before) {
-  const F32x16 none = set1(-__builtin_inff()), wanted = mul(top, factor);
-  const Mask16 grown = gt(wanted, add(before, set1(8.0f)));
-  const F32x16 base = select(grown, wanted, before), finite = select(eq(base, none), zero(), base);
-  return {base, finite, select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f)), grown};
 }
 
 // Where a base has to follow, its row has a probability of nearly 2^8 by what the base was before, and sums that it goes into are not below this. So

@@ -31,44 +31,11 @@ struct Block {
   const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
 };
 
-// Scores of up to 16 rows to probabilities, in place; updates each row's maximum and sums, and gives the factor by which its
-// former output shrinks. Lanes outside a row's keys lo..hi-1 become exactly zero.
-inline void softmax_rows(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* sums,
-                         float* alpha) {
-  float before[16], after[16];
-  const F32x16 none = set1(-__builtin_inff());
-  for (int r = 0; r < rows; ++r) {
-    float* row = scores + r * kTile;
-    F32x16 top = none;
-    for (int j = 0; j < groups; ++j) {
-      F32x16 x = shape_score(load(row + 16 * j), scale, softcap);
-      if (lo[r] > 16 * j || hi[r] < 16 * j + 16) x = select(lanes_between(clip(lo[r] - 16 * j, 16), clip(hi[r] - 16 * j, 16)), x, none);
-      store(row + 16 * j, x);
-      top = quire::QUIRE_ISA::max(top, x);
-    }
-    const float tile_max = max_lanes(top);
-    before[r] = max[r];
-    max[r] = tile_max > max[r] ? tile_max : max[r];
-    after[r] = finite_base(max[r]);
-  }
-  store_n(alpha, exp2_nonpositive(sub(load_n(before, rows), load_n(after, rows))), rows);
-  for (int r = 0; r < rows; ++r) {
-    float* row = scores + r * kTile;
-    const F32x16 base = set1(after[r]);
-    F32x16 sum = zero();
-    for (int j = 0; j < groups; ++j) {
-      const F32x16 p = exp2_nonpositive(sub(load(row + 16 * j), base));
-      store(row + 16 * j, p);
-      sum = add(sum, p);
-    }
-    store(sums + 16 * r, fma(load(sums + 16 * r), set1(alpha[r]), sum));
-  }
-}
-
 // Calls part(first, count, lo, hi, alpha) so that rows 0..rows-1, of which row r sees keys lo[r]..hi[r]-1, each meet their
-// keys in ascending order and never one that they do not see: together over the keys that all see, alone over the others.
+// keys in ascending order and never one that they do not see: together over the keys that all see, alone over the others. `unit` keys from an absolute
+// multiple of it on are never taken apart, but where a row does not see all of them.
 template <class Part>
-QUIRE_INLINE void for_visible_keys(int rows, const int* lo, const int* hi, const float* alpha, const Part& part) {
+QUIRE_INLINE void for_visible_keys(int unit, int rows, const int* lo, const int* hi, const float* alpha, const Part& part) {
   int common_lo = lo[0], common_hi = hi[0];
   float shrink[kMaxRows > kDirectRows ? kMaxRows : kDirectRows];
   const float one = 1.0f;
@@ -77,7 +44,8 @@ QUIRE_INLINE void for_visible_keys(int rows, const int* lo, const int* hi, const
     common_hi = hi[r] < common_hi ? hi[r] : common_hi;
     shrink[r] = alpha[r];
   }
-  if (common_hi < common_lo) common_hi = common_lo;
+  common_lo = (common_lo + unit - 1) / unit * unit;
+  common_hi = common_hi < common_lo ? common_lo : common_hi / unit * unit;
   for (int r = 0; r < rows; ++r) {
     const int end = hi[r] < common_lo ? hi[r] : common_lo;
     if (lo[r] >= end) continue;
@@ -108,8 +76,8 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fet
   for (int i = 0; i < num_queries; r0 += queries[i++].rows) {
     const int rows = queries[i].rows, *lo = s.lo + r0, *hi = s.hi + r0;
     float* scores = queries[i].scores;
-    softmax_rows(rows, queries[i].groups, lo, hi, b.args().scale, b.args().softcap, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
-    for_visible_keys(rows, lo, hi, s.alpha + r0, [&](int r, int count, int from, int to, const float* shrink) {
+    b.value.softmax(rows, queries[i].groups, lo, hi, b.args().scale, b.args().softcap, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, [&](int r, int count, int from, int to, const float* shrink) {
       float* out = s.out + (r0 + r) * b.v_stride;
       b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, fetcher);
     });
@@ -133,9 +101,9 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
   for (int r0 = first_row; r0 < end_row; r0 += rows) {
     rows = rows_in_panel(r0, end_row);
     const int groups = (s.hi[r0 + rows - 1] + 15) / 16;
-    softmax_rows(rows, groups, s.lo + r0, s.hi + r0, b.args().scale, b.args().softcap, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    b.value.softmax(rows, groups, s.lo + r0, s.hi + r0, b.args().scale, b.args().softcap, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
   }
-  for (int d = 0; d < b.v_stride; d += kPanelLanes) {
+  for (int d = 0, unit = b.value.together; d < b.v_stride; d += kPanelLanes) {
     const int vecs = int(b.v_stride - d) / 16;
     for (int r0 = first_row; r0 < end_row; r0 += rows) {
       rows = rows_in_panel(r0, end_row);
@@ -146,9 +114,9 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
       };
       // A key that a row does not see has probability zero: adding zero times a finite value changes nothing.
       if (values_finite)
-        part(0, rows, lo[0], hi[rows - 1], s.alpha + r0);
+        part(0, rows, lo[0] / unit * unit, (hi[rows - 1] + unit - 1) / unit * unit, s.alpha + r0);
       else
-        for_visible_keys(rows, lo, hi, s.alpha + r0, part);
+        for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, part);
     }
   }
 }

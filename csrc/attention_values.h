@@ -1,6 +1,7 @@
 // A tile's values: used where they lie for few query rows, copied to scratch for many, and what goes with each format.
 #pragma once
-#include "attention_micro.h"
+#include "attention_pairs.h"
+#include "attention_softmax.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -35,25 +36,34 @@ bool copy_values(const Rows& rows, int v_dim, float* panels) {
 }
 
 struct ValueFormat {
+  using Softmax = void (*)(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* sums, float* alpha);
   using Copy = bool (*)(const Rows& rows, int v_dim, float* panels);
   using OutputFew = void (*)(int rows, const float* p, const char* const* values, int lo, int hi, int v_dim, const float* alpha, float* out,
                              int64_t out_stride, Fetcher& fetcher);
   using OutputPanel = void (*)(int rows, const float* p, const float* values, int lo, int hi, int d, int vecs, const float* alpha, float* out,
                                int64_t out_stride);
+  Softmax softmax;
   Copy copy;
   OutputFew output_few;
   OutputPanel output_panel;
-  int vecs;  // of a unit: outputs come in the order of values (see elements.h)
+  int vecs;      // of a unit: outputs come in the order of values (see elements.h)
+  int together;  // keys that one instruction multiplies
 };
 
 template <class E, bool kPairs = false>
 constexpr ValueFormat value_format() {
-  return {&copy_values<E, kPairs>, &output_few<E, kDirectRows>, &output_panel<kPairs, kMaxRows>, E::kVecs};
+  return {&softmax_rows, &copy_values<E, kPairs>, &output_few<E, kDirectRows>, &output_panel<kPairs, kMaxRows>, E::kVecs, 1};
 }
+
+#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+constexpr ValueFormat kBrainValues = {&softmax_pairs, &copy_pairs, &output_pairs_few<kDirectRows>, &output_pairs_panel<kMaxRows>, Brain::kVecs, 2};
+#else
+constexpr ValueFormat kBrainValues = value_format<Brain, (kPanel >= 2)>();
+#endif
 
 // By DType and Format.
 constexpr ValueFormat kValueFormats[] = {
-    value_format<Single>(), value_format<Brain, (kPanel >= 2)>(), value_format<Half>(), value_format<Int8>(), value_format<Int4>(),
+    value_format<Single>(), kBrainValues, value_format<Half>(), value_format<Int8>(), value_format<Int4>(),
 };
 
 }  // namespace

@@ -193,8 +193,9 @@ def compute_alone(geometry: Geometry, sequence: Sequence, counts: list[int], pag
 
 
 def rounds_probabilities(geometry: Geometry) -> bool:
-    """Whether the kernels in use multiply values by probabilities in bf16, as those for AMX do where all is bf16."""
-    return native.isa() == "amx" and geometry.dtype == torch.bfloat16 and geometry.codec == (None, None)
+    """Whether the kernels in use multiply values by probabilities in bf16: those for pairs where values are bf16, those for AMX where all is."""
+    plain = geometry.codec[1] is None if native.isa() == "avx512bf16" else native.isa() == "amx" and geometry.codec == (None, None)
+    return geometry.dtype == torch.bfloat16 and plain
 
 
 def computes_in_integers(geometry: Geometry) -> bool:
@@ -206,7 +207,7 @@ def computes_in_integers(geometry: Geometry) -> bool:
 def assert_close(geometry: Geometry, sequence: Sequence, scale: float = 1.0) -> None:
     """Within the rounding of the result's dtype; scores `scale` times larger than usual have rounding errors as much larger.
 
-    On AMX a probability p is p (1 + e), where |e| <= u = 2^-8 from rounding to bf16 and 2^-13.7 from the polynomial before it: 1.02 u. Its sum has
+    In bf16 a probability p is p (1 + e), where |e| <= u = 2^-8 from rounding to bf16 and 2^-13.7 from the polynomial before it: 1.02 u. Its sum has
     the same p (1 + e), so the result o moves by sum p e (v - o) / sum p (1 + e), at most 1.02 u / (1 - 1.02 u) < 1.025 u times the spread. Rounding
     the moved result adds u^2 of the spread: 1.03 u in all. In integers u is 2^-13.7, of the polynomial alone, and each weight, p times its value's
     scale, moves by up to half a step, that is, the result by as much of its code.
