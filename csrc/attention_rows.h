@@ -90,8 +90,15 @@ struct Fetcher {
   int due = 0;
   const char *at = nullptr, *end = nullptr;  // of the run at hand
 };
+// A tile of heads of 128 in bf16 is 32 KB, a whole first cache of the CPUs that have VDPBF16PS and no tiles. There lines that come into the second one
+// doubled what decoding reads (docs/speed.md).
+#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+constexpr bool kFetchFar = true;
+#else
+constexpr bool kFetchFar = false;
+#endif
 // Into the first cache, or `kFar`, where that one is full, into the second.
-template <bool kFar = false>
+template <bool kFar = kFetchFar>
 QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   f.due += amount;
   int lines = f.due / 256;
