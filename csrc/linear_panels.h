@@ -14,7 +14,7 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kFewTileRows = 16;  // of one tile: up to so many rows threads share panels in another way (linear_amx_few.h)
+constexpr int kFewTileRows = 16;  // of one tile: up to so many rows threads share panels in another way (linear_few.h)
 #if defined(QUIRE_AMX)
 constexpr int64_t kTileXBytes = 3 << 19;  // of x at once for a thread, or for all who share it: it stays in the second cache
 #else

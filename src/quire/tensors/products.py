@@ -4,7 +4,7 @@ Quantised weights are scales bf16 [N, spans of K] and after them codes int8 [N, 
 
 torch picks a GEMM by the number of rows, and another GEMM adds in another order: fp32 has three to four classes of row counts, bf16 too at some
 widths. So every product here has exactly 16 rows, from a block of its own (a slice of a larger tensor could be aligned differently): one class.
-A row's place within the block was measured not to matter.
+A row's place within the block was measured not to matter with 9 outputs and more; with fewer it does on an AMD CPU, so these are filled up.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 from quire.tensors.packed import PackedLayout, PackedWeight, operands
 
 BLOCK_ROWS = 16
+LEAST_OUTPUTS = 16
 SPANS = {"int8": 256, "int4": 32}  # k that share a scale
 
 
@@ -30,7 +31,7 @@ class ReferenceProducts:
         """
         if isinstance(weight, PackedWeight):
             return self.packed(x, *operands(weight, False), bias)
-        return _by_blocks(lambda block: functional.linear(block, weight, bias), x, weight.shape[0])
+        return _by_blocks(lambda block: _linear(block, weight, bias), x, weight.shape[0])
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times weight [K, N], plus bias [N]; result [..., N] in x's dtype, which must be the weight's.
@@ -39,9 +40,7 @@ class ReferenceProducts:
         """
         if isinstance(weight, PackedWeight):
             return self.packed(x, *operands(weight, True), bias)
-        if bias is None:
-            return _by_blocks(lambda block: torch.mm(block, weight), x, weight.shape[1])
-        return _by_blocks(lambda block: torch.addmm(bias, block, weight), x, weight.shape[1])
+        return _by_blocks(lambda block: _linear(block, weight.t(), bias), x, weight.shape[1])
 
     def packed(self, x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`linear` with the bytes of a packed weight."""
@@ -90,8 +89,16 @@ def _product(x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: 
     wide, span = x.float(), SPANS[layout.quantization]
     total = wide.new_zeros(x.shape[0], layout.n)
     for i, (part, code) in enumerate(zip(torch.split(wide, span, 1), torch.split(codes, span, 1), strict=True)):
-        total += functional.linear(part.contiguous(), code.float()) * scales[:, i]
+        total += _linear(part.contiguous(), code.float(), None) * scales[:, i]
     return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [16, K] with a weight [N, K]."""
+    width, missing = weight.shape[0], LEAST_OUTPUTS - weight.shape[0]
+    if missing > 0:
+        weight, bias = functional.pad(weight, (0, 0, 0, missing)), None if bias is None else functional.pad(bias, (0, missing))
+    return functional.linear(x, weight, bias)[:, :width]
 
 
 def _by_blocks(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, width: int) -> torch.Tensor:
