@@ -9,6 +9,9 @@
 //       x 0    sum   sum   sum   sum
 //       ...                              up to 6 rows: 24 sums, 4 of weights and one of x in 32 registers
 //
+// int4 codes are decoded to bf16, code * scale rounded, a block at a time: a weight of int4 is a bf16 weight that takes less memory, and has the bits of
+// the product with its own rows.
+//
 // The laws are those of linear_packed.h for bf16 and of linear_codes.h for int8, bit for bit: an output is one lane of one sum, so neither depends
 // on how many rows there are. VPDPBUSD takes unsigned bytes times signed ones, so codes of weights are packed with 128 added to them, and a sum
 // begins with what that is too much: -128 times the sum of its row's codes.
@@ -39,7 +42,8 @@ struct DotArgs {
 struct PairDots {
   using Format = PackedBf16;
   using Sum = F32x16;
-  static constexpr int kExtra = 0;  // bytes of a row in a block, behind its cells
+  static constexpr int kCellK = 2, kExtra = 0;  // k of a cell; bytes of a row in a block, behind its cells
+  static constexpr bool kDecodes = false;
   QUIRE_INLINE Sum begin(const DotArgs&, int) { return zero(); }
   QUIRE_INLINE Sum dot(Sum sum, U32x16 x, U32x16 w) { return dot_pair(sum, x, w); }
   template <int R, bool kFirst>
@@ -49,14 +53,36 @@ struct PairDots {
   }
   // A row's k elements as cells.
   QUIRE_INLINE void place(const uint16_t* x, int k, char* cells, float*, int32_t*) {
-    for (int i = 0; i < round_up(k, Format::kPad); i += 32) store_u32((uint32_t*)(cells + 2 * i), k - i >= 32 ? load_pairs(x + i) : load_pairs_n(x + i, k - i));
+    for (int i = 0; i < k; i += 32) store_u32((uint32_t*)(cells + 2 * i), k - i >= 32 ? load_pairs(x + i) : load_pairs_n(x + i, k - i));
+  }
+};
+
+struct DecodedDots : PairDots {
+  using Format = PackedInt4;
+  static constexpr bool kDecodes = true;
+  // A block of a panel, `steps` of it, to cells.
+  static void decode(const char* span, int steps, char* to) {
+    for (; steps > 0; span += kSpanBytes<Format>) {
+      F32x16 scales[kLines];
+      QUIRE_UNROLL for (int j = 0; j < kLines; ++j) scales[j] = load_bf16((const uint16_t*)span + 16 * j);
+      const char* w = span + kScaleBytes<Format>;
+      for (int k = 0; k < Format::kSpan && steps > 0; k += Format::kUnit, steps -= Format::kUnit / 2, to += Format::kUnit / 2 * kStepBytes) {
+        QUIRE_UNROLL for (int j = 0; j < kLines; ++j, w += 64) {
+          F32x16 cells[Format::kUnit];
+          quire::QUIRE_ISA::product::decode<Format>(Format::raw(w), cells);
+          QUIRE_UNROLL for (int i = 0; i < Format::kUnit; i += 2)
+            store_u32((uint32_t*)(to + i / 2 * kStepBytes + 64 * j), brain_pairs(mul(cells[i], scales[j]), mul(cells[i + 1], scales[j])));
+        }
+      }
+    }
   }
 };
 
 struct ByteDots {
   using Format = PackedInt8;
   using Sum = U32x16;
-  static constexpr int kExtra = sizeof(float) + sizeof(int32_t);
+  static constexpr int kCellK = 4, kExtra = sizeof(float) + sizeof(int32_t);
+  static constexpr bool kDecodes = false;
   QUIRE_INLINE Sum begin(const DotArgs& a, int r) { return set1_u32(uint32_t(a.begin[r])); }
   QUIRE_INLINE Sum dot(Sum sum, U32x16 x, U32x16 w) {  // written out: GCC 12 keeps sums of its intrinsic in memory between steps
     asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(x.v));
@@ -108,13 +134,14 @@ void dots(const DotArgs& a, Ahead& asked) {
 template <class P>
 struct DotProduct {
   using Format = typename P::Format;
-  static constexpr int kBlockK = kBlockSteps * Format::kUnit;
-  static_assert(Format::kUnit * 2 == (Format::kScaled ? 8 : 4) && Format::kPad % (Format::kUnit * kStepsAtOnce) == 0);
+  static constexpr int kBlockK = kBlockSteps * P::kCellK, kScratch = P::kDecodes ? kBlockSteps * kStepBytes : 0;
+  static constexpr int64_t kBytes = kBlockK / Format::kSpan * kSpanBytes<Format>;  // of a block of a panel
+  static_assert(kBlockK % Format::kSpan == 0 && Format::kPad % (P::kCellK * kStepsAtOnce) == 0);
   typedef void (*Dots)(const DotArgs&, Ahead&);
   static constexpr Dots rows[] = {nullptr, &dots<P, 1>, &dots<P, 2>, &dots<P, 3>, &dots<P, 4>, &dots<P, 5>, &dots<P, 6>};
 
   static int64_t blocks(const LinearArgs& g) { return ceil_div(g.k, kBlockK); }
-  static TilePlan plan(const LinearArgs& g) { return tile_plan(g, 0.05 * Format::kPad / 16, blocks(g) * (kXBlock + P::kExtra), 0, true); }
+  static TilePlan plan(const LinearArgs& g) { return tile_plan(g, P::kCellK == 2 ? 0.1 : 0.05, blocks(g) * (kXBlock + P::kExtra), kScratch, true); }
   static int shapes(const TilePlan&) { return 0; }
 
   // Behind the cells of a tile: of each block the scales of its rows, and then what their sums begin with.
@@ -137,19 +164,24 @@ struct DotProduct {
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
     const int rows_of_all = int(smaller(g.m - m, int64_t(count) * p.tile_rows));
     // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted.
-    const int64_t walks = ceil_div(p.tile_rows, kDotRows) * count, each = walks > 1 ? round_up(ceil_div(kSpanOf, walks * kBlockSteps / kStepsAtOnce), 64) : 0;
-    auto* const sums = (float*)own;
+    const int64_t walks = ceil_div(p.tile_rows, kDotRows) * count, each = walks > 1 ? round_up(ceil_div(kBytes, walks * kBlockSteps / kStepsAtOnce), 64) : 0;
+    auto* const sums = (float*)(own + kScratch);
     const char* w = (const char*)g.w + panel * panel_bytes<Format>(g.k);
-    for (int64_t block = 0; block < blocks(g); ++block, w += kSpanOf) {
-      const int steps = int(round_up(smaller(g.k - block * kBlockK, kBlockK), Format::kPad)) / Format::kUnit;
-      Ahead ahead{w + kSpanOf, each};
+    for (int64_t block = 0; block < blocks(g); ++block, w += kBytes) {
+      const int steps = int(round_up(smaller(g.k - block * kBlockK, kBlockK), Format::kPad)) / P::kCellK;
+      const char* cells = w + kScaleBytes<Format>;
+      if constexpr (P::kDecodes) {
+        P::decode(w, steps, own);
+        cells = own;
+      }
+      Ahead ahead{w + kBytes, each};
       for (int t = 0; t < count; ++t) {
         const char* const tile = x + t * p.tile_bytes;
         const int first = t * p.tile_rows, rows_here = int(smaller(rows_of_all - first, p.tile_rows)), groups = int(ceil_div(rows_here, kDotRows));
         for (int i = 0; i < groups; ++i) {
           const int r0 = rows_here * i / groups, r1 = rows_here * (i + 1) / groups;
           const float* const scale = scales(p, g, (char*)tile, block) + r0;
-          const DotArgs a{tile + (block * p.tile_rows + r0) * kXBlock, w + kScaleBytes<Format>, sums + (first + r0) * kWide, steps, block == 0,
+          const DotArgs a{tile + (block * p.tile_rows + r0) * kXBlock, cells, sums + (first + r0) * kWide, steps, block == 0,
                           (const uint16_t*)w, scale, (const int32_t*)scale + p.tile_rows};
           rows[r1 - r0](a, ahead);
         }
@@ -157,9 +189,6 @@ struct DotProduct {
     }
     sums_to_y(g, m, rows_of_all, panel * kWide, kLines, [&](int r, int line) { return sums + r * kWide + 16 * line; });
   }
-
- private:
-  static constexpr int64_t kSpanOf = kSpanBytes<Format>;  // of a block of a panel
 };
 
 }  // namespace product

@@ -26,6 +26,7 @@ bool with_panels(const LinearArgs& g, const Function& f) {
 #else
     case kPackedBF16: f(DotProduct<PairDots>{}); return true;
     case kPackedInt8: f(DotProduct<ByteDots>{}); return true;
+    case kPackedInt4: f(DotProduct<DecodedDots>{}); return true;
 #endif
     default: return false;
   }

@@ -18,7 +18,7 @@ from quire.tensors.products import SPANS, ReferenceProducts, _parts  # noqa: E40
 from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, random  # noqa: E402
 
 CODES = ["int8", "int4"]
-MULTIPLY_BYTES = ("avx512bf16", "amx")  # instruction sets for which int8 weights and bf16 rows meet as integers
+PAIRS_AND_BYTES = ("avx512bf16", "amx")  # where bf16 rows meet int8 weights as integers, and int4 ones made bf16
 PARTS = {"int8": 128, "int4": 32}  # k that is summed before it is scaled, where x is taken as it is
 SHAPES = [(33, 31), (130, 129), (200, 257), (64, 640), (70, 2250)]  # the last of several blocks, however few the rows
 ROWS = [*range(1, 17), 29, 64, 100, 260]  # every number of few rows, whole and broken tiles, more than a scratch holds
@@ -124,12 +124,13 @@ def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -
         x, weight, total = coded(quantization, dtype, 100, n, k)
         packed, bias = pack(weight, quantization), random(5, n, dtype=dtype)
         plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
-        if isa in MULTIPLY_BYTES and dtype == torch.bfloat16 and quantization == "int8":
-            total, _ = in_integers(x, weight)
-            plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
-        elif isa == "amx" and dtype == torch.bfloat16:  # there it is a bf16 weight that takes less memory
-            elements = packed.rows(torch.arange(n))
-            plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
+        if isa in PAIRS_AND_BYTES and dtype == torch.bfloat16:
+            if quantization == "int8":
+                total, _ = in_integers(x, weight)
+                plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
+            else:  # there it is a bf16 weight that takes less memory
+                elements = packed.rows(torch.arange(n))
+                plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
         for m in (*range(1, 71), 100):
             products = NativeProducts(1 + m % 2)
             assert_same_bits(products.linear(x[:m], packed), plain[:m])
@@ -162,9 +163,9 @@ def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> Non
     fine = [row for row in range(40) if row not in (7, 8)]
     exact = x[fine].double() @ packed.rows(torch.arange(70), torch.float32).double().T
     size = x[fine].double().abs() @ packed.rows(torch.arange(70), torch.float32).double().abs().T
-    share = 2.0**-8 if isa == "amx" and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
+    share = 2.0**-8 if isa in PAIRS_AND_BYTES and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
     most = 2.0**-8 * exact.abs() + share * size + 2.0**-112
-    if isa in MULTIPLY_BYTES and quantization == "int8":
+    if isa in PAIRS_AND_BYTES and quantization == "int8":
         law, off = in_integers(x[fine], weight)
         assert_same_bits(got[fine], law.to(torch.bfloat16))
         most += off * (1 + 2.0**-8)
@@ -173,7 +174,7 @@ def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> Non
 
 def test_one_span_is_as_coarse_as_its_largest(isa: str) -> None:
     """int8 in integers: what one row has in one span says nothing about another span, nor another row; no magnitudes and infinite ones included."""
-    if isa not in MULTIPLY_BYTES:
+    if isa not in PAIRS_AND_BYTES:
         pytest.skip("x is taken as it is")
     span, n = SPANS["int8"], 70
     weight, x = random(1, n, 3 * span + 20, dtype=torch.bfloat16), random(2, 70, 3 * span + 20, dtype=torch.bfloat16)
