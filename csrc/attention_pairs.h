@@ -3,7 +3,7 @@
 //
 //   base     of a row follows the largest score of a tile only where that is by more than 2^8 above it: outputs seldom shrink
 //   p        = 2^(score - base) rounded to bf16; a row's sum is of these
-//   output  += p[2i] * v[2i] + p[2i + 1] * v[2i + 1] as the instruction rounds it, pairs at absolute even keys in ascending order
+//   output  += p[2i + 1] * v[2i + 1], then += p[2i] * v[2i], each rounded: so the instruction has it. Pairs at absolute even keys, in ascending order
 //
 // Of a key that a row does not see p is 0, and its value counts as 0, whatever it is.
 //

@@ -79,6 +79,19 @@ def test_bits_where_one_score_is_just_high_enough(isa: str, codec: tuple[str | N
     assert torch.equal(whole, compute_alone(geometry, sequence, [2] * 300, page_size=16, num_threads=2))
 
 
+def test_bits_where_two_keys_cancel(isa: str) -> None:
+    """Every second pair of keys has large values that cancel, so that whatever takes a pair apart or adds it in another order shows: with few rows
+    of two tokens one of which sees half of a pair, with many, alone."""
+    geometry = Geometry(2, 1, 32, 64)
+    sequence = make_sequence(geometry, 140, seed=15)
+    sequence.q[:] = 0.0
+    large = 2.0 ** torch.arange(8, 24).repeat_interleave(4)
+    sequence.v[2::4], sequence.v[3::4] = large.to(geometry.dtype), -large.to(geometry.dtype)
+    whole = compute_alone(geometry, sequence, [140], page_size=16, num_threads=2)
+    for counts in ([1] * 140, [2] * 70, [1, *[3] * 46, 1], [100, *[2] * 20]):
+        assert torch.equal(whole, compute_alone(geometry, sequence, counts, page_size=7, num_threads=2)), counts
+
+
 @pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
 def test_bits_of_a_million_results(isa: str, codec: tuple[str | None, str | None]) -> None:
     """A sum of probabilities that is off by its last bit shows in one of some ten thousand results in bf16, so it takes many to see it, of
