@@ -1,7 +1,7 @@
 // bf16 values by the CPU's dot products of pairs (VDPBF16PS), which take twice as many numbers as multiply-adds of fp32. The law, beside that of
 // attention_block.h for parts and tiles:
 //
-//   base     of a row follows the largest score of a tile only where that is by more than 2^8 above it: outputs seldom shrink
+//   base     of a row follows the largest score of a tile only where that is more than 8 binary orders above it: outputs seldom shrink
 //   p        = 2^(score - base) rounded to bf16; a row's sum is of these
 //   output  += p[2i + 1] * v[2i + 1], then += p[2i] * v[2i], each rounded: so the instruction has it. Pairs at absolute even keys, in ascending order
 //

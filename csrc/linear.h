@@ -3,8 +3,9 @@
 //   block b of k = [128 b, 128 b + 128):  s_b = fma(x[k], W[k, n], s_b) for k ascending, from 0
 //   y[m, n] = rounded((s_0 + s_1 + ...) + bias[n]),  fp32 throughout, rounded once
 //
-// (avx512bf16 takes k in pairs, as its dot instruction does; bf16 on AMX has a law of its own, in linear_amx.h.) An output is one lane of
-// one accumulator from beginning to end, so rows never meet, and linear and matmul agree. W is read as it lies in memory, nothing is kept.
+// (avx512bf16 takes bf16 in pairs, of which its dot instruction adds the odd k first, denormal numbers as zero; bf16 on AMX has a law of its own, in
+// linear_amx.h.) An output is one lane of one accumulator from beginning to end, so rows never meet, and linear and matmul agree. W is read as it lies
+// in memory, nothing is kept.
 //
 // Few rows of x are limited by reading W: 16 of its rows are transposed in registers and used on the spot. With more rows
 // a panel of W, one block of k by 16 or 32 columns, is transposed and widened once to a scratch in L1, and register tiles
