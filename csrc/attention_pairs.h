@@ -103,26 +103,26 @@ void pair_block(const float* p, const V& v, int first, int end, uint32_t seen, i
     for (int j = 0; j < 2 * U; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
 }
 
+constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
 // The keys lo..hi-1 as pairs: part(first pair, end, halves that count, alpha), alpha once. At most one lone key at either end.
 template <class Part>
-QUIRE_INLINE void for_pairs(int lo, int hi, const float* alpha, const float* ones, const Part& part) {
+QUIRE_INLINE void for_pairs(int lo, int hi, const float* alpha, const Part& part) {
   const int first = (lo + 1) / 2, end = hi / 2;
   if (lo % 2 && lo < hi) {
     part(lo / 2, lo / 2 + 1, 0xffff0000u, alpha);
-    alpha = ones;
+    alpha = kOnes;
   }
-  if (first < end || alpha != ones) part(first, end > first ? end : first, ~0u, alpha);
-  if (hi % 2 && hi > lo && end >= first) part(end, end + 1, 0x0000ffffu, ones);
+  if (first < end || alpha != kOnes) part(first, end > first ? end : first, ~0u, alpha);
+  if (hi % 2 && hi > lo && end >= first) part(end, end + 1, 0x0000ffffu, kOnes);
 }
-
-constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // Of a panel of values, for up to kMaxRows rows.
 template <int R = kMaxRows>
 void output_pairs_panel(int rows, const float* p, const float* values, int lo, int hi, int d, int, const float* alpha, float* out, int64_t out_stride) {
   if constexpr (R > 1)
     if (rows < R) return output_pairs_panel<R - 1>(rows, p, values, lo, hi, d, 0, alpha, out, out_stride);
-  for_pairs(lo, hi, alpha, kOnes, [&](int first, int end, uint32_t seen, const float* shrink) {
+  for_pairs(lo, hi, alpha, [&](int first, int end, uint32_t seen, const float* shrink) {
     const auto block = seen == ~0u ? &pair_block<PanelPairs, false, R, 1> : &pair_block<PanelPairs, true, R, 1>;
     block(p, {values}, first, end, seen, d, kPairPanel, shrink, out, out_stride, nullptr);
   });
@@ -135,7 +135,7 @@ void output_pairs_few(int rows, const float* p, const char* const* values, int l
   if constexpr (R > 1)
     if (rows < R) return output_pairs_few<R - 1>(rows, p, values, lo, hi, v_dim, alpha, out, out_stride, fetcher);
   constexpr int kUnits = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-  for_pairs(lo, hi, alpha, kOnes, [&](int first, int end, uint32_t seen, const float* shrink) {
+  for_pairs(lo, hi, alpha, [&](int first, int end, uint32_t seen, const float* shrink) {
     const auto wide = seen == ~0u ? &pair_block<DirectPairs, false, R, kUnits> : &pair_block<DirectPairs, true, R, kUnits>;
     const auto one = seen == ~0u ? &pair_block<DirectPairs, false, R, 1> : &pair_block<DirectPairs, true, R, 1>;
     int d = 0;

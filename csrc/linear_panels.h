@@ -18,7 +18,7 @@ constexpr int kFewTileRows = 16;  // of one tile: up to so many rows threads sha
 #if defined(QUIRE_AMX)
 constexpr int64_t kTileXBytes = 3 << 19;  // of x at once for a thread, or for all who share it: it stays in the second cache
 #else
-constexpr int64_t kTileXBytes = 1 << 19;
+constexpr int64_t kTileXBytes = 1 << 19;  // half of one, of CPUs that have no tiles
 #endif
 // Rows of x from which on a thread has them for its own, where all would be in the second cache at once, and where not; at once of all threads.
 constexpr int kOwnRows = 256, kOwnRowsMany = 160, kMostRows = 2048;
