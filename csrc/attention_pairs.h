@@ -87,20 +87,20 @@ struct DirectPairs {
 template <class V, bool kMasked, int R, int U>
 void pair_block(const float* p, const V& v, int first, int end, uint32_t seen, int d, int n, const float* alpha, float* out, int64_t out_stride, Fetcher* fetcher) {
   F32x16 acc[R][2 * U];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 2 * U; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < 2 * U; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
   for (int pair = first; pair < end; ++pair) {
     if constexpr (V::kDirect) fetch(*fetcher, 2 * fetcher->per_value);
     U32x16 x[2 * U];
-    for (int u = 0; u < U; ++u) V::read(v, pair, d + kPairPanel * u, u + 1 < U ? kPairPanel : n, x + 2 * u);
+    QUIRE_UNROLL for (int u = 0; u < U; ++u) V::read(v, pair, d + kPairPanel * u, u + 1 < U ? kPairPanel : n, x + 2 * u);
     for (int j = 0; j < 2 * U && kMasked; ++j) x[j] = and_(x[j], set1_u32(seen));
-    for (int r = 0; r < R; ++r) {
+    QUIRE_UNROLL for (int r = 0; r < R; ++r) {
       const U32x16 a = bits(set1(p[r * kTile + pair]));
-      for (int j = 0; j < 2 * U; ++j) acc[r][j] = dot_pair(acc[r][j], a, x[j]);
+      QUIRE_UNROLL for (int j = 0; j < 2 * U; ++j) acc[r][j] = dot_pair(acc[r][j], a, x[j]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 2 * U; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < 2 * U; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
 }
 
 constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};

@@ -2,11 +2,6 @@
 #pragma once
 #include "simd.h"
 
-#if defined(__clang__)
-#define QUIRE_UNROLL _Pragma("unroll")
-#else
-#define QUIRE_UNROLL _Pragma("GCC unroll 32")
-#endif
 #if defined(QUIRE_PLAIN)
 #define QUIRE_UNROLL_LANES  // 16 vectors of 16 lanes are too many for any register file there
 #else

@@ -32,6 +32,12 @@
 #endif
 
 #define QUIRE_INLINE static inline __attribute__((always_inline))
+// Before loops over sums that are to stay in registers: GCC 12 unrolls others too late to keep an array of them out of memory.
+#if defined(__clang__)
+#define QUIRE_UNROLL _Pragma("unroll")
+#else
+#define QUIRE_UNROLL _Pragma("GCC unroll 32")
+#endif
 
 #if defined(QUIRE_AVX512)
 #include "simd_avx512.h"
