@@ -45,6 +45,7 @@ class Rows:
         self.num_tokens = num_tokens
         self.sizes: list[int] = []
         self._places: dict[int, tuple[int, Ints, bool]] = {}  # storage -> value, element -> token * size + r or -1, whether it has tokens
+        self._made: dict[int, tuple[Seen, RowView]] = {}  # storage -> the tensor it was made for; placed where another looks into it, as few do
         self._weights: dict[int, tuple[int, Seen]] = {}  # storage -> value, the whole weight: looked into only where rows read it
 
     def weight(self, seen: Seen) -> int:
@@ -56,14 +57,10 @@ class Rows:
     def new(self, seen: Seen, axis: int) -> RowView:
         """A new value for a tensor of a storage of its own, as a view of itself; its rows are laid out in the order of its dimensions."""
         shape = self._row_shape(seen, axis) if axis else seen.shape
-        size, value, front = prod(shape), len(self.sizes), len(shape) - axis
-        self.sizes.append(size)
-        rows = np.arange(size)
-        if axis:
-            tokens = np.arange(self.num_tokens).reshape(-1, *(1,) * axis)
-            rows = tokens * size + rows.reshape(*shape[:front], 1, *shape[front:])
-        self._place(seen, value, rows.reshape(seen.shape), axis > 0)
-        return RowView(value, 0, shape, contiguous(shape), axis)
+        self.sizes.append(prod(shape))
+        made = RowView(len(self.sizes) - 1, 0, shape, contiguous(shape), axis)
+        self._made[seen.storage] = (seen, made)
+        return made
 
     def same(self, seen: Seen, source: Seen) -> None:
         """`seen`, of a storage of its own, has the elements of `source`, in the same order."""
@@ -72,6 +69,9 @@ class Rows:
 
     def view(self, seen: Seen) -> RowView:
         """What a tensor is of its value's row. Raises UnlowerableError where it is none."""
+        made = self._made.get(seen.storage)
+        if made is not None and made[0] == seen:
+            return made[1]
         value, _, has_tokens = self._place_of(seen.storage)
         grid = self._grid(seen)
         axis, shape = 0, seen.shape
@@ -92,6 +92,13 @@ class Rows:
         return RowView(value, at, shape, step, axis)
 
     def _place_of(self, storage: int) -> tuple[int, Ints, bool]:
+        if storage in self._made and storage not in self._places:
+            seen, made = self._made[storage]
+            rows, front = np.arange(prod(made.shape)), len(made.shape) - made.axis
+            if made.axis:
+                tokens = np.arange(self.num_tokens).reshape(-1, *(1,) * made.axis)
+                rows = tokens * rows.size + rows.reshape(*made.shape[:front], 1, *made.shape[front:])
+            self._place(seen, made.value, rows.reshape(seen.shape), made.axis > 0)
         if storage not in self._places:
             if storage not in self._weights:
                 raise UnlowerableError("it uses a second result of an operator")
