@@ -84,26 +84,26 @@ constexpr int kColumnFloats = 16 * kTile, kScaleFloats = 4 * kTile;
 template <class E, bool kDot, int R, int N>
 void score_columns(const float* q, const Columns& keys, int first, int n, bool fresh, float* scores, Fetcher& fetcher) {
   F32x16 acc[R][N];
-  QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = fresh ? zero() : load(scores + r * kTile + 16 * (first + j));
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) acc[r][j] = fresh ? zero() : load(scores + r * kTile + 16 * (first + j));
   typename E::Scale scale[N];
   const float* k = keys.at + 16 * first;
   for (int i = 0; i * E::kPer < n; ++i, k += kTile) {
     if (i % 2 == 0) fetch(fetcher, fetcher.per_step);
     if constexpr (E::kScaleColumns > 0)
       if (i % E::kScaleColumns == 0)
-        QUIRE_UNROLL for (int j = 0; j < N; ++j) scale[j] = E::spread(load(keys.scales + i / E::kScaleColumns * kTile + 16 * (first + j)));
+        for (int j = 0; j < N; ++j) scale[j] = E::spread(load(keys.scales + i / E::kScaleColumns * kTile + 16 * (first + j)));
     for (int p = 0; p < (kDot ? 1 : E::kPer); ++p, q += kMaxRows) {
       F32x16 x[N];
-      QUIRE_UNROLL for (int j = 0; j < N; ++j) x[j] = kDot ? load(k + 16 * j) : E::part(load(k + 16 * j), scale[j], p);
-      QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < N; ++j) x[j] = kDot ? load(k + 16 * j) : E::part(load(k + 16 * j), scale[j], p);
+      for (int r = 0; r < R; ++r) {
         const F32x16 a = set1(q[r]);
-        QUIRE_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = kDot ? dot_pair(acc[r][j], bits(a), bits(x[j])) : fma(a, x[j], acc[r][j]);
+        for (int j = 0; j < N; ++j) acc[r][j] = kDot ? dot_pair(acc[r][j], bits(a), bits(x[j])) : fma(a, x[j], acc[r][j]);
       }
     }
   }
-  QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < N; ++j) store(scores + r * kTile + 16 * (first + j), acc[r][j]);
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) store(scores + r * kTile + 16 * (first + j), acc[r][j]);
 }
 
 // `groups` groups of 16 keys for up to kDirectRows rows.
@@ -159,8 +159,8 @@ template <class V, bool kEnd, int R, int N>
 void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, const float* alpha, float* out, int64_t out_stride, Fetcher* fetcher) {
   static_assert(N % V::kVecs == 0 && (!kEnd || N == V::kVecs), "values come in whole units");
   F32x16 acc[R][N];
-  QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
   for (int key = lo; key < hi; ++key) {
     const typename V::Row from = V::row(v, key, d);
     if constexpr (V::kDirect) fetch(*fetcher, fetcher->per_value);
@@ -170,13 +170,13 @@ void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, c
     } else {
       for (int j = 0; j < N; j += V::kVecs) V::read(from, j, x + j);
     }
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
       const F32x16 a = set1(p[r * kTile + key]);
-      QUIRE_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = fma(a, x[j], acc[r][j]);
+      for (int j = 0; j < N; ++j) acc[r][j] = fma(a, x[j], acc[r][j]);
     }
   }
-  QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < N; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
 }
 
 // One panel of values for up to kMaxRows rows.
