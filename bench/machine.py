@@ -37,13 +37,30 @@ def processor() -> str:
     return "unknown"
 
 
-def read_bandwidth() -> float:
-    """GB/s, all threads, of what reads 1 GiB fastest: a plain sum, or one row times it as a packed bf16 weight. In huge pages where the system has
-    them, as packed weights are."""
-    data, x = room(2**30), torch.zeros(1, 1024, dtype=torch.bfloat16)
-    numbers, layout = data.view(torch.float32).fill_(1.0), PackedLayout(2**19, 1024, torch.bfloat16)
-    products = NativeProducts(torch.get_num_threads())
-    return data.numel() / min(best(lambda: numbers.sum()), best(lambda: products.packed(x, data, layout))) / 1e9
+class Reading:
+    """Reads 1 GiB by all threads, in huge pages where the system has them, as packed weights are."""
+
+    def __init__(self) -> None:
+        self._data, self._x = room(2**30), torch.zeros(1, 1024, dtype=torch.bfloat16)
+        self._numbers, self._layout = self._data.view(torch.float32).fill_(1.0), PackedLayout(2**19, 1024, torch.bfloat16)
+        self._products = NativeProducts(torch.get_num_threads())
+
+    def bandwidth(self) -> float:
+        """GB/s of the fastest of many reads, by a plain sum or by one row times it as a packed bf16 weight."""
+        return self._data.numel() / min(best(lambda: self._numbers.sum()), best(self._once)) / 1e9
+
+    def now(self, seconds: float = 0.5) -> list[float]:
+        """GB/s of each read by one row, one after the other: what memory gives while neighbours on the host read theirs."""
+        found: list[float] = []
+        end = time.perf_counter() + seconds
+        while not found or time.perf_counter() < end:
+            start = time.perf_counter()
+            self._once()
+            found.append(self._data.numel() / (time.perf_counter() - start) / 1e9)
+        return found
+
+    def _once(self) -> None:
+        self._products.packed(self._x, self._data, self._layout)
 
 
 def matrix_rates() -> dict[str, float]:
@@ -59,7 +76,7 @@ def matrix_rates() -> dict[str, float]:
 
 def run() -> Bench:
     """Measure and print."""
-    bandwidth, rates = read_bandwidth(), matrix_rates()
+    bandwidth, rates = Reading().bandwidth(), matrix_rates()
     # bf16 numbers widened to fp32 lose nothing, so where the CPU has no bf16 arithmetic its fp32 rate is the limit for bf16 as well.
     limit = max(rates.values())
     print(f"machine: {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})")

@@ -29,7 +29,7 @@ OURS = ("quire", "generate", "generate_batch")  # run in the interpreter that ru
 
 @dataclass(frozen=True)
 class EngineRun:
-    """One run of an engine. `problem` is why there is nothing else, "absent: ..." or "failed: ..."."""
+    """One run of an engine. `problem` is why there is nothing else, "absent: ..." or "failed: ...". `read_bytes_s`: what memory gave beside it."""
 
     problem: str | None = None
     seconds: float = 0.0
@@ -38,6 +38,7 @@ class EngineRun:
     memory: dict[str, int] | None = None
     counters: dict[str, Any] | None = None
     version: str = ""
+    read_bytes_s: float | None = None
 
 
 def task(workload: Workload, folder: Path, quantization: str, threads: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Figures:
 
     `compared_s` is what the limit is compared with: seconds in all, or to the first token. `peak_bytes` is all that the process held at most during
     the workload, `beyond_base_bytes` the same less what it held before loading: weights, cache, what steps take. `decode_share` leaves the
-    time to the first token out, of one stream.
+    time to the first token out, of one stream. `share_beside`: of the limit by what memory gave just before and after a run.
     """
 
     problem: str | None = None
@@ -36,6 +37,7 @@ class Figures:
     compared_s: float = 0.0
     share: float = 0.0
     decode_share: float | None = None
+    share_beside: float | None = None
     peak_bytes: int = 0
     beyond_base_bytes: int = 0
     load_s: float = 0.0
@@ -43,8 +45,8 @@ class Figures:
     counters: dict[str, Any] | None = None
 
 
-def figures(workload: Workload, limit: Limit, runs: list[EngineRun]) -> Figures:
-    """Medians of runs; the first problem where none worked."""
+def figures(workload: Workload, limit: Limit, runs: list[EngineRun], limit_by: Callable[[float], Limit] | None = None) -> Figures:
+    """Medians of runs; the first problem where none worked. `limit_by`: the limit where memory gives so many bytes a second."""
     good = [run for run in runs if run.problem is None]
     if not good:
         return Figures(problem=runs[0].problem if runs else "absent: not run")
@@ -58,6 +60,11 @@ def figures(workload: Workload, limit: Limit, runs: list[EngineRun]) -> Figures:
     if workload.kind == "stream" and first is not None and workload.jobs[0].new > 1:
         new = workload.jobs[0].new
         decode_share = statistics.median((new - 1) / new * limit.seconds / (run.seconds - run.first_token_s[0]) for run in good if run.first_token_s)
+    beside = [
+        limit_by(run.read_bytes_s).seconds / (statistics.median(run.first_token_s) if workload.kind == "first" and run.first_token_s else run.seconds)
+        for run in good
+        if limit_by is not None and run.read_bytes_s is not None
+    ]
     memory = [run.memory for run in good if run.memory]
     return Figures(
         repetitions=len(good),
@@ -68,6 +75,7 @@ def figures(workload: Workload, limit: Limit, runs: list[EngineRun]) -> Figures:
         compared_s=compared,
         share=limit.seconds / compared,
         decode_share=decode_share,
+        share_beside=statistics.median(beside) if beside else None,
         peak_bytes=int(statistics.median(m["peak"] for m in memory)),
         beyond_base_bytes=int(statistics.median(m["peak"] - m["base"] for m in memory)),
         load_s=statistics.median(run.load_s for run in good),
@@ -109,9 +117,11 @@ def line(engine: str, own: Figures, quire: Figures | None) -> str:
     first = f", first token {own.first_token_s:.2f} s" if own.first_token_s is not None else ", first token not told"
     memory = f"{own.peak_bytes / 2**20:,.0f} MB at peak ({own.beyond_base_bytes / 2**20:,.0f} beyond imports)"
     decode = f", {own.decode_share:.1%} after the first token" if own.decode_share is not None else ""
+    beside = f" ({own.share_beside:.1%} by what memory gave beside it)" if own.share_beside is not None else ""
     ratio = f"; quire is {own.compared_s / quire.compared_s:.2f} times as fast" if quire is not None and quire.problem is None else ""
     spread = f" (median of {own.repetitions}, spread {own.spread:.0%})" if own.repetitions > 1 else ""
-    return f"    {engine:<15} {own.seconds:8.2f} s{spread} {own.tokens_s:8.1f} tokens/s{first}, {memory}, {own.share:.1%} of the limit{decode}{ratio}"
+    share = f"{own.share:.1%} of the limit{beside}{decode}"
+    return f"    {engine:<15} {own.seconds:8.2f} s{spread} {own.tokens_s:8.1f} tokens/s{first}, {memory}, {share}{ratio}"
 
 
 def as_json(workload: Workload, quantization: str, limit: Limit, found: dict[str, Figures]) -> dict[str, Any]:

@@ -33,6 +33,9 @@ def test_medians_of_what_worked() -> None:
 
 def test_the_first_token_is_what_a_long_prompt_is_held_to() -> None:
     assert figures(W4, LIMIT, [ran(9.0, 2.75)]).share == pytest.approx(0.8)
+    beside = [replace(ran(seconds), read_bytes_s=rate) for seconds, rate in ((4.0, 1e9), (2.0, 2e9), (4.0, 3e9))]
+    assert figures(W1, LIMIT, beside, lambda rate: replace(LIMIT, seconds=2e9 / rate)).share_beside == pytest.approx(0.5)
+    assert figures(W1, LIMIT, [ran(4.0)], lambda rate: LIMIT).share_beside is None
     assert figures(W4, LIMIT, [ran(9.0, None)]).problem == "failed: it does not tell when the first token came"
 
 
