@@ -119,9 +119,10 @@ inline Block block_of(Item& item, Scratch& s) {
   return b;
 }
 
-inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s) {
+inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s, Coming* coming) {
   Item item = item_of(args, work, of);
   Block b = block_of(item, s);
+  b.coming = coming;
   const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
   float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.part * work.num_parts * stride : nullptr;
   if (!partials) start_totals(b);
@@ -152,7 +153,11 @@ struct ByVectors {
   static constexpr int kRows = kBlockRows;
   Scratch s;
   bool prepare(const AttendArgs& args) { return carve_scratch(args, s); }
-  void run(const AttendArgs& args, const Taken& at, const Taken&) { run_item(args, *at.work, at.of, s); }
+  void run(const AttendArgs& args, const Taken& at, const Taken& then) {
+    if (!then.work) return run_item(args, *at.work, at.of, s, nullptr);
+    Coming coming(args, *then.work, then.of);
+    run_item(args, *at.work, at.of, s, &coming);
+  }
   void share(const AttendArgs& args, const SharedItem& work, const Heads& of) { share_item(args, work, of, s); }
 };
 

@@ -26,6 +26,7 @@ struct Block {
   const ValueFormat& value;
   int64_t k_rows, v_stride;  // head dimensions in a panel of queries or keys; length of an output row in scratch
   Fetcher fetcher;           // of nothing, with its rates
+  Coming* coming = nullptr;
 
   const AttendArgs& args() const { return item.args; }
   const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
@@ -136,9 +137,16 @@ inline void run_tile(Block& b, int64_t base) {
     }
   }
   Fetcher fetcher = b.fetcher;
-  if (locate_tile(item, base + kTile, zeros, next)) {
-    fetcher.run = next.runs;
-    fetcher.end_run = next.runs + next.num_runs;
+  const Rows* asked = &next;
+  bool more = locate_tile(item, base + kTile, zeros, next);
+  if (!more && b.coming && b.coming->first_key < b.coming->end) {
+    Rows& first = b.coming->item.tiles[b.coming->first_key / kTile % 2];
+    more = locate_tile(b.coming->item, b.coming->first_key / kTile * kTile, zeros, first);
+    asked = &first;
+  }
+  if (more) {
+    fetcher.run = asked->runs;
+    fetcher.end_run = asked->runs + asked->num_runs;
   }
   if (end_row - first_row <= kDirectRows) {
     few_rows(b, rows, first_row, end_row, fetcher);
