@@ -110,19 +110,18 @@ inline Fetcher fetch_rates(const PageLayout& at, const KeyFormat& key) {
   return {nullptr, nullptr, 40 * lines / patches, 36 * lines / steps, 52 * lines / kTile + 1};
 }
 
-inline Block block_of(Item& item, Scratch& s) {
+inline Block block_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
   const PageLayout& at = item.args.layout;
   const KeyFormat& key = kKeyFormats[at.k.format];
   const ValueFormat& value = kValueFormats[at.v.format];
-  Block b{item, s, key, value, round_up(at.k.dim + 1), round_up(at.v.dim, 16 * value.vecs), fetch_rates(at, key)};
+  Block b{item, s, key, value, round_up(at.k.dim + 1), round_up(at.v.dim, 16 * value.vecs), fetch_rates(at, key), end, coming};
   load_queries(b);
   return b;
 }
 
 inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s, Coming* coming) {
   Item item = item_of(args, work, of);
-  Block b = block_of(item, s);
-  b.coming = coming;
+  Block b = block_of(item, s, keys_of_part(item, work.end_part - 1).end, coming);
   const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
   float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.part * work.num_parts * stride : nullptr;
   if (!partials) start_totals(b);
@@ -143,7 +142,7 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& 
 
 inline void share_item(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
   Item item = item_of(args, work, of);
-  Block b = block_of(item, s);
+  Block b = block_of(item, s, keys_of_part(item, work.part).end, nullptr);
   run_part(b, work.part, {nullptr, 0});
   save_part(b, states_of(args, work, of));
 }

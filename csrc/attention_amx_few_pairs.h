@@ -154,18 +154,14 @@ inline void run_pairs_tile(Few& f, int64_t base) {
   Item& item = f.item;
   const PageLayout& at = item.args.layout;
   const char* const zeros = (const char*)f.s.zeros;
-  Rows& rows = item.tiles[base / kTile % 2];
-  if (!locate_tile(item, base, zeros, rows)) return;
+  const Rows* const found = tile_at(item, base, zeros);
+  if (!found) return;
+  const Rows& rows = *found;
   RowsAhead ahead{};
-  // What this thread meets next: another tile of the item, or the first one of the item that is coming.
-  const bool ends = base + kTile >= f.end, some = f.coming && f.coming->first_key < f.coming->end;
-  Item* const then = !ends ? &item : some ? &f.coming->item : nullptr;
-  const int64_t next_base = ends && some ? f.coming->first_key / kTile * kTile : base + kTile;
-  if (then && locate_tile(*then, next_base, zeros, then->tiles[next_base / kTile % 2])) {
-    Rows& next = then->tiles[next_base / kTile % 2];
+  if (Rows* const next = tile_met(item, base + kTile, f.end, f.coming, zeros)) {
     for (int j = 0; j < kTile; ++j)
-      if (j < next.lo || j >= next.hi) next.k[j] = next.v[j] = zeros;
-    ahead = {&next, at.k.bytes > at.v.bytes ? at.k.bytes : at.v.bytes};
+      if (j < next->lo || j >= next->hi) next->k[j] = next->v[j] = zeros;
+    ahead = {next, at.k.bytes > at.v.bytes ? at.k.bytes : at.v.bytes};
   }
   const Span span{rows.lo / kTileK, (rows.hi + kTileK - 1) / kTileK};
   const char* keys[kTile / 16];

@@ -26,7 +26,8 @@ struct Block {
   const ValueFormat& value;
   int64_t k_rows, v_stride;  // head dimensions in a panel of queries or keys; length of an output row in scratch
   Fetcher fetcher;           // of nothing, with its rates
-  Coming* coming = nullptr;
+  int64_t end;               // of the keys that the item has here
+  Coming* coming;            // null if that is not known
 
   const AttendArgs& args() const { return item.args; }
   const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
@@ -125,8 +126,9 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
 inline void run_tile(Block& b, int64_t base) {
   Item& item = b.item;
   const char* const zeros = (const char*)b.s.zeros;
-  Rows &rows = item.tiles[base / kTile % 2], &next = item.tiles[base / kTile % 2 ^ 1];
-  if (!locate_tile(item, base, zeros, rows)) return;
+  const Rows* const found = tile_at(item, base, zeros);
+  if (!found) return;
+  const Rows& rows = *found;
   const int first_row = rows.first_token * item.heads, end_row = rows.end_token * item.heads;
   for (int token = rows.first_token; token < rows.end_token; ++token) {
     const int lo = clip(item.first_key(token) - base, kTile), hi = clip(item.position(token) + 1 - base, kTile);
@@ -137,16 +139,9 @@ inline void run_tile(Block& b, int64_t base) {
     }
   }
   Fetcher fetcher = b.fetcher;
-  const Rows* asked = &next;
-  bool more = locate_tile(item, base + kTile, zeros, next);
-  if (!more && b.coming && b.coming->first_key < b.coming->end) {
-    Rows& first = b.coming->item.tiles[b.coming->first_key / kTile % 2];
-    more = locate_tile(b.coming->item, b.coming->first_key / kTile * kTile, zeros, first);
-    asked = &first;
-  }
-  if (more) {
-    fetcher.run = asked->runs;
-    fetcher.end_run = asked->runs + asked->num_runs;
+  if (const Rows* const next = tile_met(item, base + kTile, b.end, b.coming, zeros)) {
+    fetcher.run = next->runs;
+    fetcher.end_run = next->runs + next->num_runs;
   }
   if (end_row - first_row <= kDirectRows) {
     few_rows(b, rows, first_row, end_row, fetcher);

@@ -135,6 +135,19 @@ struct Coming {
   }
 };
 
+// The tile at `base`, found; null if no token of the item sees it.
+inline Rows* tile_at(Item& item, int64_t base, const char* zeros) {
+  Rows& rows = item.tiles[base / kTile % 2];
+  return locate_tile(item, base, zeros, rows) ? &rows : nullptr;
+}
+
+// What a thread meets at `base`: a tile of the item, whose keys it takes up to `end`, or the first one of what is coming; null where that is not known.
+inline Rows* tile_met(Item& item, int64_t base, int64_t end, Coming* coming, const char* zeros) {
+  if (base < end) return tile_at(item, base, zeros);
+  if (!coming || coming->first_key >= coming->end) return nullptr;
+  return tile_at(coming->item, coming->first_key / kTile * kTile, zeros);
+}
+
 // log2(e) times the score, scaled and softcapped.
 QUIRE_INLINE F32x16 shape_score(F32x16 dot, float scale, float softcap) {
   if (softcap == 0.0f) return mul(dot, set1(scale * kLog2E));

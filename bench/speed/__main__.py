@@ -1,7 +1,8 @@
 """`python -m bench.speed`: whole workloads on random checkpoints of public shapes, every engine in a process of its own. Ends with one JSON line.
 
 Engines take turns: in each repetition every workload is run by one engine after the other, and medians are given. The machine's limits are measured
-before each repetition and after the last, and the best of each counts. What is measured, and how a limit comes about: docs/bench.md.
+before each repetition and after the last, memory's before and after each run as well, and the best of each counts. What is measured, and how a limit
+comes about: docs/bench.md.
 
     python -m bench.speed                                        all that is told, bf16: an hour and more
     python -m bench.speed --engines quire --only W1 W2           Quire alone
@@ -41,7 +42,8 @@ def main() -> None:
     engines = args.engines
     chosen = {name: w for name, w in make(args.layers, args.scale, SHAPES[args.shape]).items() if name in args.only}
     folders = {w.shape: checkpoint(w.shape, args.cache) for w in chosen.values()}
-    measured, reading, best_read = [machine.run()], machine.Reading(), 0.0
+    reading, best_read = machine.Reading(), 0.0
+    measured = [machine.run(reading)]
     runs: dict[Key, list[EngineRun]] = {}
     for _ in range(args.repeat):
         for key in [(q, name, engine) for name in chosen for q in args.quantization for engine in engines]:
@@ -49,14 +51,14 @@ def main() -> None:
             before = runs.setdefault(key, [])
             if before and before[-1].problem is not None:
                 continue  # what failed once is not tried again
-            before_it = reading.now()
+            reads = reading.now()
             run = run_engine(engine, chosen[name], folders[chosen[name].shape], quantization, args.threads, peers, args.timeout)
-            reads = before_it + reading.now()
+            reads += reading.now()
             best_read, beside = max(best_read, *reads), statistics.median(reads)
             before.append(replace(run, read_bytes_s=beside * 1e9))
             told = run.problem or f"{run.seconds:.2f} s, memory {beside:.1f} GB/s"
             print(f"  {name} {quantization} {engine}: {told}, load {os.getloadavg()[0]:.1f}", flush=True)
-        measured.append(machine.run())
+        measured.append(machine.run(reading))
     read_bytes_s = max(best_read, *(m["read_gb_s"] for m in measured)) * 1e9
     flop_s = max(m["matrix_limit_gflop_s"] for m in measured) * 1e9
     print(f"limits: {read_bytes_s / 1e9:.1f} GB/s, {flop_s / 1e9:.0f} GFLOP/s, the best of all measurements")

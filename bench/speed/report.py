@@ -45,6 +45,11 @@ class Figures:
     counters: dict[str, Any] | None = None
 
 
+def _compared(workload: Workload, run: EngineRun) -> float:
+    """Seconds of a run that the limit is compared with."""
+    return statistics.median(run.first_token_s) if workload.kind == "first" and run.first_token_s else run.seconds
+
+
 def figures(workload: Workload, limit: Limit, runs: list[EngineRun], limit_by: Callable[[float], Limit] | None = None) -> Figures:
     """Medians of runs; the first problem where none worked. `limit_by`: the limit where memory gives so many bytes a second."""
     good = [run for run in runs if run.problem is None]
@@ -55,16 +60,12 @@ def figures(workload: Workload, limit: Limit, runs: list[EngineRun], limit_by: C
     first = statistics.median(firsts) if firsts else None
     if workload.kind == "first" and first is None:
         return Figures(problem="failed: it does not tell when the first token came")
-    compared = first if workload.kind == "first" and first is not None else seconds
+    compared = statistics.median(_compared(workload, run) for run in good)
     decode_share = None
     if workload.kind == "stream" and first is not None and workload.jobs[0].new > 1:
         new = workload.jobs[0].new
         decode_share = statistics.median((new - 1) / new * limit.seconds / (run.seconds - run.first_token_s[0]) for run in good if run.first_token_s)
-    beside = [
-        limit_by(run.read_bytes_s).seconds / (statistics.median(run.first_token_s) if workload.kind == "first" and run.first_token_s else run.seconds)
-        for run in good
-        if limit_by is not None and run.read_bytes_s is not None
-    ]
+    beside = [limit_by(run.read_bytes_s).seconds / _compared(workload, run) for run in good if limit_by is not None and run.read_bytes_s is not None]
     memory = [run.memory for run in good if run.memory]
     return Figures(
         repetitions=len(good),

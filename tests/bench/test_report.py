@@ -31,11 +31,19 @@ def test_medians_of_what_worked() -> None:
     assert (found.peak_bytes, found.beyond_base_bytes) == (400, 300)
 
 
+def test_each_run_is_held_to_what_memory_gave_beside_it() -> None:
+    def limit_by(rate: float) -> Limit:
+        return replace(LIMIT, seconds=2e9 / rate)
+
+    runs = [replace(ran(seconds, first), read_bytes_s=rate) for seconds, first, rate in ((4.0, 2.5, 1e9), (2.0, 1.25, 2e9), (4.0, 1.0, 4e9))]
+    whole, first = figures(W1, LIMIT, runs, limit_by), figures(W4, LIMIT, runs, limit_by)
+    assert (whole.share_beside, first.share_beside) == (pytest.approx(0.5), pytest.approx(0.8))
+    assert "(50.0% by what memory gave beside it)" in line("quire", whole, None)
+    assert figures(W1, LIMIT, [ran(4.0)], limit_by).share_beside is None
+
+
 def test_the_first_token_is_what_a_long_prompt_is_held_to() -> None:
     assert figures(W4, LIMIT, [ran(9.0, 2.75)]).share == pytest.approx(0.8)
-    beside = [replace(ran(seconds), read_bytes_s=rate) for seconds, rate in ((4.0, 1e9), (2.0, 2e9), (4.0, 3e9))]
-    assert figures(W1, LIMIT, beside, lambda rate: replace(LIMIT, seconds=2e9 / rate)).share_beside == pytest.approx(0.5)
-    assert figures(W1, LIMIT, [ran(4.0)], lambda rate: LIMIT).share_beside is None
     assert figures(W4, LIMIT, [ran(9.0, None)]).problem == "failed: it does not tell when the first token came"
 
 

@@ -70,7 +70,7 @@ class Rows:
     def view(self, seen: Seen) -> RowView:
         """What a tensor is of its value's row. Raises UnlowerableError where it is none."""
         made = self._made.get(seen.storage)
-        if made is not None and made[0] == seen:
+        if made is not None and made[0] == seen and 0 not in seen.shape:
             return made[1]
         value, _, has_tokens = self._place_of(seen.storage)
         grid = self._grid(seen)
@@ -92,21 +92,27 @@ class Rows:
         return RowView(value, at, shape, step, axis)
 
     def _place_of(self, storage: int) -> tuple[int, Ints, bool]:
-        if storage in self._made and storage not in self._places:
-            seen, made = self._made[storage]
-            rows, front = np.arange(prod(made.shape)), len(made.shape) - made.axis
-            if made.axis:
-                tokens = np.arange(self.num_tokens).reshape(-1, *(1,) * made.axis)
-                rows = tokens * rows.size + rows.reshape(*made.shape[:front], 1, *made.shape[front:])
-            self._place(seen, made.value, rows.reshape(seen.shape), made.axis > 0)
         if storage not in self._places:
-            if storage not in self._weights:
+            if storage in self._made:
+                self._place_made(*self._made[storage])
+            elif storage in self._weights:
+                self._place_weight(storage)
+            else:
                 raise UnlowerableError("it uses a second result of an operator")
-            value, whole = self._weights[storage]
-            if whole.stride != contiguous(whole.shape):
-                raise UnlowerableError("it has a weight that is not contiguous")
-            self._places[storage] = (value, np.concatenate([np.full(whole.offset, -1), np.arange(self.sizes[value])]), False)
         return self._places[storage]
+
+    def _place_made(self, seen: Seen, made: RowView) -> None:
+        rows, front = np.arange(prod(made.shape)), len(made.shape) - made.axis
+        if made.axis:
+            tokens = np.arange(self.num_tokens).reshape(-1, *(1,) * made.axis)
+            rows = tokens * rows.size + rows.reshape(*made.shape[:front], 1, *made.shape[front:])
+        self._place(seen, made.value, rows.reshape(seen.shape), made.axis > 0)
+
+    def _place_weight(self, storage: int) -> None:
+        value, whole = self._weights[storage]
+        if whole.stride != contiguous(whole.shape):
+            raise UnlowerableError("it has a weight that is not contiguous")
+        self._places[storage] = (value, np.concatenate([np.full(whole.offset, -1), np.arange(self.sizes[value])]), False)
 
     def _row_shape(self, seen: Seen, axis: int) -> tuple[int, ...]:
         where = len(seen.shape) - axis
