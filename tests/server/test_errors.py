@@ -155,7 +155,8 @@ def test_a_stop_in_the_middle_of_a_stream_is_an_event(server: Running, monkeypat
 
 def test_a_full_queue_is_429(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.llm._worker, "_max_open", 2)
-    answer = server.post(COMPLETIONS, GOOD | {"prompt": ["a", "b", "c", "d"]})
+    # Long, so that the first two are not done before the third is there.
+    answer = server.post(COMPLETIONS, GOOD | {"prompt": ["a", "b", "c", "d"], "max_tokens": 200, "ignore_eos": True})
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and checked(answer)["code"] == "queue_full"
     monkeypatch.undo()
     assert server.llm.stats()["num_running"] == 0, "those that were taken have been cancelled"
