@@ -2,8 +2,8 @@
 #pragma once
 #include "linear_amx.h"
 #include "linear_amx_int8.h"
-#include "linear_dots.h"
 #include "linear_few.h"
+#include "linear_nibbles.h"
 #include "linear_pack.h"
 
 namespace quire {
@@ -26,7 +26,7 @@ bool with_panels(const LinearArgs& g, const Function& f) {
 #else
     case kPackedBF16: f(DotProduct<PairDots>{}); return true;
     case kPackedInt8: f(DotProduct<ByteDots>{}); return true;
-    case kPackedInt4: f(DotProduct<DecodedDots>{}); return true;
+    case kPackedInt4: f(DotProduct<NibbleDots>{}); return true;
 #endif
     default: return false;
   }

@@ -18,7 +18,7 @@ from quire.tensors.products import SPANS, ReferenceProducts, _parts  # noqa: E40
 from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, random  # noqa: E402
 
 CODES = ["int8", "int4"]
-PAIRS_AND_BYTES = ("avx512bf16", "amx")  # where bf16 rows meet int8 weights as integers, and int4 ones made bf16
+IN_INTEGERS = {"int8": ("avx512bf16", "amx"), "int4": ("avx512bf16",)}  # where bf16 rows meet codes as integers; on AMX they meet int4 ones made bf16
 PARTS = {"int8": 128, "int4": 32}  # k that is summed before it is scaled, where x is taken as it is
 SHAPES = [(33, 31), (130, 129), (200, 257), (64, 640), (70, 2250)]  # the last of several blocks, however few the rows
 ROWS = [*range(1, 17), 29, 64, 100, 260]  # every number of few rows, whole and broken tiles, more than a scratch holds
@@ -99,13 +99,13 @@ def coded(quantization: str, dtype: torch.dtype, m: int, n: int, k: int) -> tupl
     return x, weight, total
 
 
-def in_integers(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def in_integers(x: torch.Tensor, weight: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What csrc/linear_codes.h promises for x and weight of bf16, and by how much that may be off what the same codes give with x as it is."""
-    layout = PackedLayout(*weight.shape, weight.dtype, "int8")
+    layout = PackedLayout(*weight.shape, weight.dtype, quantization)
     out = torch.empty(ReferenceProducts().packed_bytes(layout), dtype=torch.uint8)
     ReferenceProducts().pack(weight, layout, out)
     codes, scales = (part.double() for part in _parts(out, layout))
-    total, off, span = torch.zeros(x.shape[0], weight.shape[0]), torch.zeros(x.shape[0], weight.shape[0], dtype=torch.double), SPANS["int8"]
+    total, off, span = torch.zeros(x.shape[0], weight.shape[0]), torch.zeros(x.shape[0], weight.shape[0], dtype=torch.double), SPANS[quantization]
     for start in range(0, x.shape[1], span):
         part, code = x[:, start : start + span].float(), codes[:, start : start + span]
         top = part.abs().amax(1, keepdim=True).clamp(min=2.0**-100)
@@ -124,13 +124,12 @@ def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -
         x, weight, total = coded(quantization, dtype, 100, n, k)
         packed, bias = pack(weight, quantization), random(5, n, dtype=dtype)
         plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
-        if isa in PAIRS_AND_BYTES and dtype == torch.bfloat16:
-            if quantization == "int8":
-                total, _ = in_integers(x, weight)
-                plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
-            else:  # there it is a bf16 weight that takes less memory
-                elements = packed.rows(torch.arange(n))
-                plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
+        if isa in IN_INTEGERS[quantization] and dtype == torch.bfloat16:
+            total, _ = in_integers(x, weight, quantization)
+            plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
+        elif isa == "amx" and dtype == torch.bfloat16:  # there it is a bf16 weight that takes less memory
+            elements = packed.rows(torch.arange(n))
+            plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
         for m in (*range(1, 71), 100):
             products = NativeProducts(1 + m % 2)
             assert_same_bits(products.linear(x[:m], packed), plain[:m])
@@ -163,28 +162,29 @@ def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> Non
     fine = [row for row in range(40) if row not in (7, 8)]
     exact = x[fine].double() @ packed.rows(torch.arange(70), torch.float32).double().T
     size = x[fine].double().abs() @ packed.rows(torch.arange(70), torch.float32).double().abs().T
-    share = 2.0**-8 if isa in PAIRS_AND_BYTES and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
+    share = 2.0**-8 if isa == "amx" and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
     most = 2.0**-8 * exact.abs() + share * size + 2.0**-112
-    if isa in PAIRS_AND_BYTES and quantization == "int8":
-        law, off = in_integers(x[fine], weight)
+    if isa in IN_INTEGERS[quantization]:
+        law, off = in_integers(x[fine], weight, quantization)
         assert_same_bits(got[fine], law.to(torch.bfloat16))
         most += off * (1 + 2.0**-8)
     assert ((got[fine].double() - exact).abs() <= most).all()
 
 
-def test_one_span_is_as_coarse_as_its_largest(isa: str) -> None:
-    """int8 in integers: what one row has in one span says nothing about another span, nor another row; no magnitudes and infinite ones included."""
-    if isa not in PAIRS_AND_BYTES:
+@pytest.mark.parametrize("quantization", CODES)
+def test_one_span_is_as_coarse_as_its_largest(isa: str, quantization: str) -> None:
+    """Codes in integers: what one row has in one span says nothing about another span, nor another row; no magnitudes and infinite ones included."""
+    if isa not in IN_INTEGERS[quantization]:
         pytest.skip("x is taken as it is")
-    span, n = SPANS["int8"], 70
+    span, n = SPANS[quantization], 70
     weight, x = random(1, n, 3 * span + 20, dtype=torch.bfloat16), random(2, 70, 3 * span + 20, dtype=torch.bfloat16)
-    expected, _ = in_integers(x, weight)
+    expected, _ = in_integers(x, weight, quantization)
     for row, bad in ((0, torch.inf), (17, -torch.inf), (40, NAN), (69, NAN)):
         x[row, row * 11 % x.shape[1]] = bad
     x[5], x[20, span:], x[33, : 3 * span], x[60] = 0, 0, 0, x[60] * 2.0**-110
-    packed, touched = pack(weight, "int8"), [0, 5, 17, 20, 33, 40, 60, 69]
+    packed, touched = pack(weight, quantization), [0, 5, 17, 20, 33, 40, 60, 69]
     rest = [row for row in range(70) if row not in touched]
-    law, _ = in_integers(x[[5, 20, 33, 60]], weight)
+    law, _ = in_integers(x[[5, 20, 33, 60]], weight, quantization)
     for m in range(1, 71):
         got = NativeProducts(1 + m % 2).linear(x[:m], packed)
         assert got[[row for row in (0, 17, 40, 69) if row < m]].isnan().all()
