@@ -33,28 +33,35 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
                            {&s.total_sum, rows},
                            {&s.alpha, rows},
                            {&s.seen, rows},
+                           {&s.value_scales, kTile},
                            {&s.zeros, zero_floats(args)}};
   if (!carve(memory, wanted)) return false;
   memset(s.zeros, 0, size_t(zero_floats(args)) * 4);
   return true;
 }
 
-// Queries as panels [Dk][kMaxRows] of fp32, or of bf16 pairs for the CPU's own dot product; an odd Dk gets one more zero.
+// Queries as panels [Dk][kMaxRows] of fp32, or of bf16 pairs for the CPU's own dot product, where an odd Dk gets one more zero, or of bytes.
 inline void load_queries(Block& b) {
   const Item& item = b.item;
-  const int k_dim = b.args().layout.k.dim, span = b.key.query_pairs ? 32 : 16;
+  const int k_dim = b.args().layout.k.dim, span = b.key.queries == Queries::kPairs ? 32 : 16;
   const int64_t bytes = element_bytes(b.args().dtype);
   for (int r0 = 0; r0 < item.rows(); r0 += kMaxRows) {
     const char* from[16] = {};
     for (int r = r0; r < r0 + kMaxRows && r < item.rows(); ++r) from[r - r0] = item.query(r);
     float* to = b.s.q + r0 / kMaxRows * (b.k_rows * kMaxRows);
+#if defined(QUIRE_VECTOR_DOTS)
+    if (b.key.queries == Queries::kBytes) {
+      place_query_bytes(from, k_dim, to);
+      continue;
+    }
+#endif
     for (int d = 0; d <= k_dim; d += span) {
       const int n = k_dim - d < span ? k_dim - d : span;
       F32x16 x[16];
       for (int r = 0; r < 16; ++r) {
         if (!from[r])
           x[r] = zero();
-        else if (b.key.query_pairs)
+        else if (b.key.queries == Queries::kPairs)
           x[r] = floats(load_pairs_n((const uint16_t*)from[r] + d, n));
         else
           x[r] = load_elements_n(b.args().dtype, from[r] + d * bytes, n);
@@ -112,8 +119,8 @@ inline Fetcher fetch_rates(const PageLayout& at, const KeyFormat& key) {
 
 inline Block block_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
   const PageLayout& at = item.args.layout;
-  const KeyFormat& key = kKeyFormats[at.k.format];
-  const ValueFormat& value = kValueFormats[at.v.format];
+  const KeyFormat& key = keys_of(item.args);
+  const ValueFormat& value = values_of(item.args);
   Block b{item, s, key, value, round_up(at.k.dim + 1), round_up(at.v.dim, 16 * value.vecs), fetch_rates(at, key), end, coming};
   load_queries(b);
   return b;
@@ -208,7 +215,7 @@ struct Attention {
 inline Attention way_of([[maybe_unused]] const AttendArgs& args) {
 #if defined(QUIRE_AMX)
   if (tiles::are_pairs(args)) return {tiles::kMostRows, &attend_by<tiles::ByTiles<tiles::Pairs>>};
-  if (tiles::are_bytes(args)) return {tiles::kMostRows, &attend_by<tiles::ByTiles<tiles::Bytes>>};
+  if (are_bytes(args)) return {tiles::kMostRows, &attend_by<tiles::ByTiles<tiles::Bytes>>};
 #endif
   return {ByVectors::kRows, &attend_by<ByVectors>};
 }

@@ -12,7 +12,7 @@
 // Up to sixteen rows of one block go one way (attention_amx_few.h), more go another (attention_amx_block.h): same law, different layouts. A product's
 // factors may change places, x . y is y . x, so a tile may have rows down and dimensions across, or the other way round.
 //
-// int8 keys and values have a law in integers, which follows this one in its bases, sums and parts (attention_amx_bytes.h).
+// int8 keys and values have a law in integers, which follows this one in its bases, sums and parts (attention_bytes_law.h).
 #pragma once
 #include "attention_amx_block_bytes.h"
 #include "attention_amx_block_pairs.h"
@@ -81,11 +81,6 @@ static_assert(kSplitRows <= kLanes, "blocks that are split over their keys have 
 
 // Of the layout and the dtype alone, so that all rows of a layer have one law.
 inline bool are_pairs(const AttendArgs& args) { return args.dtype == kBF16 && args.layout.k.format == kBF16 && args.layout.v.format == kBF16; }
-inline bool are_bytes(const AttendArgs& args) {
-  const RowLayout &k = args.layout.k, &v = args.layout.v;
-  return args.dtype == kBF16 && k.format == kInt8 && v.format == kInt8 && k.dim >= kLeastDim && v.dim >= kLeastDim && k.dim <= kMostKeyDim;
-}
-
 }  // namespace tiles
 }  // namespace
 }  // namespace QUIRE_ISA

@@ -1,6 +1,7 @@
 // One work item against all its keys or some parts of them. Online softmax after Milakov & Gimelshein (2018), tiled as in
 // FlashAttention (Dao et al., 2022).
 #pragma once
+#include "attention_bytes.h"
 #include "attention_item.h"
 #include "attention_keys.h"
 #include "attention_values.h"
@@ -15,7 +16,7 @@ constexpr int kBlockRows = 192;  // query rows of one work item
 
 // One thread's working memory, in floats, carved from one allocation.
 struct Scratch {
-  float *q, *columns, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *zeros;
+  float *q, *columns, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *value_scales, *zeros;
   int lo[kBlockRows], hi[kBlockRows];  // the keys of the tile at hand that a row sees
 };
 
@@ -32,6 +33,19 @@ struct Block {
   const AttendArgs& args() const { return item.args; }
   const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
 };
+
+inline const KeyFormat& keys_of(const AttendArgs& args) {
+#if defined(QUIRE_VECTOR_DOTS)
+  if (are_bytes(args)) return kByteKeys;
+#endif
+  return kKeyFormats[args.layout.k.format];
+}
+inline const ValueFormat& values_of(const AttendArgs& args) {
+#if defined(QUIRE_VECTOR_DOTS)
+  if (are_bytes(args)) return kByteValues;
+#endif
+  return kValueFormats[args.layout.v.format];
+}
 
 // Calls part(first, count, lo, hi, alpha) so that rows 0..rows-1, of which row r sees keys lo[r]..hi[r]-1, each meet their
 // keys in ascending order and never one that they do not see: together over the keys that all see, alone over the others. `unit` keys from an absolute
@@ -78,11 +92,15 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fet
   for (int i = 0; i < num_queries; r0 += queries[i++].rows) {
     const int rows = queries[i].rows, *lo = s.lo + r0, *hi = s.hi + r0;
     float* scores = queries[i].scores;
-    b.value.softmax(rows, queries[i].groups, lo, hi, b.args().scale, b.args().softcap, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
-    for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, [&](int r, int count, int from, int to, const float* shrink) {
+    b.value.softmax(rows, queries[i].groups, lo, hi, b.args().scale, b.args().softcap, s.value_scales, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    const auto part = [&](int r, int count, int from, int to, const float* shrink) {
       float* out = s.out + (r0 + r) * b.v_stride;
       b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, fetcher);
-    });
+    };
+    if (b.value.whole)
+      part(0, rows, lo[0], hi[rows - 1], s.alpha + r0);
+    else
+      for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, part);
   }
 }
 
@@ -103,7 +121,8 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
   for (int r0 = first_row; r0 < end_row; r0 += rows) {
     rows = rows_in_panel(r0, end_row);
     const int groups = (s.hi[r0 + rows - 1] + 15) / 16;
-    b.value.softmax(rows, groups, s.lo + r0, s.hi + r0, b.args().scale, b.args().softcap, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    b.value.softmax(rows, groups, s.lo + r0, s.hi + r0, b.args().scale, b.args().softcap, s.value_scales, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0,
+                    s.alpha + r0);
   }
   for (int d = 0, unit = b.value.together; d < b.v_stride; d += kPanelLanes) {
     const int vecs = int(b.v_stride - d) / 16;
@@ -143,6 +162,7 @@ inline void run_tile(Block& b, int64_t base) {
     fetcher.run = next->runs;
     fetcher.end_run = next->runs + next->num_runs;
   }
+  if (b.value.scales) b.value.scales(rows, b.args().layout.v.dim, b.s.value_scales);
   if (end_row - first_row <= kDirectRows) {
     few_rows(b, rows, first_row, end_row, fetcher);
   } else {

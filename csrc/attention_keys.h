@@ -71,18 +71,20 @@ void transpose_keys(const Rows& tile, int k_dim, float* panels, int64_t panel_st
   }
 }
 
+enum class Queries { kFloats, kPairs, kBytes };  // what queries are wanted as
+
 // What there is to know of a format of keys. `score_few` serves blocks of up to kDirectRows rows, the other two the larger ones.
 struct KeyFormat {
   void (*score_few)(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Fetcher& fetcher);
   void (*transpose)(const Rows& tile, int k_dim, float* panels, int64_t panel_stride);
   void (*score_panel)(int rows, const float* q, const KeyPanels& keys, int first, int groups, int k_dim, float* scores);
   int span, per;     // head dimensions of one vector and of one lane
-  bool query_pairs;  // queries are wanted as pairs of bf16 too
+  Queries queries;
 };
 
 template <class E, bool kDot = false, Keys F = Keys::kFloat>
 constexpr KeyFormat key_format() {
-  return {&score_few<E, kDot>, &transpose_keys<E, F>, &score_panel<F, kMaxRows>, E::kSpan, E::kPer, kDot};
+  return {&score_few<E, kDot>, &transpose_keys<E, F>, &score_panel<F, kMaxRows>, E::kSpan, E::kPer, kDot ? Queries::kPairs : Queries::kFloats};
 }
 
 #if defined(QUIRE_BF16_DOT)

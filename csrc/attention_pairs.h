@@ -13,41 +13,20 @@
 #include "attention_micro.h"
 #include "attention_softmax.h"
 
-#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+#if defined(QUIRE_VECTOR_DOTS)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
 // As softmax_rows, but that pairs of bf16 lie where scores lay, and `max` is a base.
-inline void softmax_pairs(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* sums, float* alpha) {
-  const F32x16 none = set1(-__builtin_inff());
-  const float as_is = score_factor(scale, softcap);
-  const bool plain = as_is != 0.0f;
-  const F32x16 factor = set1(plain ? as_is : 1.0f);
-  float tops[16] = {};
-  for (int r = 0; r < rows; ++r) {
-    float* row = scores + r * kTile;
-    F32x16 top = none;
-    for (int j = 0; j < groups; ++j) {
-      F32x16 x = load(row + 16 * j);
-      if (!plain) x = shape_score(x, scale, softcap);
-      const bool all = lo[r] <= 16 * j && hi[r] >= 16 * j + 16;
-      if (!all) x = select(lanes_between(clip(lo[r] - 16 * j, 16), clip(hi[r] - 16 * j, 16)), x, none);
-      if (!plain || !all) store(row + 16 * j, x);
-      top = quire::QUIRE_ISA::max(top, x);
-    }
-    tops[r] = max_lanes(top);
-  }
-  const Follow bases = follow(load(tops), factor, load_n(max, rows));
-  store_n(max, bases.base, rows);
-  store_n(alpha, bases.shrink, rows);
-  float minus[16];
-  store(minus, sub(zero(), bases.finite));
+inline void softmax_pairs(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, const float*, float* scores, float* max, float* sums,
+                          float* alpha) {
+  const Settled settled = settle(rows, groups, lo, hi, scale, softcap, scores, max, alpha);
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kTile;
     F32x16 sum = zero();
     for (int j = 0; j < groups; ++j) {
-      const F32x16 p = exp2_of<true>(load(row + 16 * j), factor, set1(minus[r]));
+      const F32x16 p = exp2_of<true>(load(row + 16 * j), settled.factor, set1(settled.minus[r]));
       store_upper((uint16_t*)row + 16 * j, bits(p));
       sum = add(sum, p);
     }

@@ -92,7 +92,7 @@ struct Fetcher {
 };
 // A tile of heads of 128 in bf16 is 32 KB, a whole first cache of the CPUs that have VDPBF16PS and no tiles. There lines that come into the second one
 // doubled what decoding reads (docs/speed.md).
-#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+#if defined(QUIRE_VECTOR_DOTS)
 constexpr bool kFetchFar = true;
 #else
 constexpr bool kFetchFar = false;

@@ -9,8 +9,8 @@ namespace {
 
 // Scores of up to 16 rows to probabilities, in place; updates each row's maximum and sums, and gives the factor by which its
 // former output shrinks. Lanes outside a row's keys lo..hi-1 become exactly zero.
-inline void softmax_rows(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* sums,
-                         float* alpha) {
+inline void softmax_rows(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, const float*, float* scores, float* max,
+                         float* sums, float* alpha) {
   float before[16], after[16];
   const F32x16 none = set1(-__builtin_inff());
   for (int r = 0; r < rows; ++r) {
@@ -68,6 +68,37 @@ QUIRE_INLINE Follow follow(F32x16 top, F32x16 factor, F32x16 before) {
   const Mask16 grown = gt(wanted, add(before, set1(8.0f)));
   const F32x16 base = select(grown, wanted, before), finite = select(eq(base, none), zero(), base);
   return {base, finite, select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f)), grown};
+}
+
+// Up to sixteen rows' scores shaped, -inf where a row does not see a key, and their bases; a probability is then exp2_of(score, factor, minus[row]).
+struct Settled {
+  F32x16 factor;
+  float minus[16];
+};
+inline Settled settle(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* alpha) {
+  const F32x16 none = set1(-__builtin_inff());
+  const float as_is = score_factor(scale, softcap);
+  const bool plain = as_is != 0.0f;
+  Settled settled{set1(plain ? as_is : 1.0f), {}};
+  float tops[16] = {};
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + r * kTile;
+    F32x16 top = none;
+    for (int j = 0; j < groups; ++j) {
+      F32x16 x = load(row + 16 * j);
+      if (!plain) x = shape_score(x, scale, softcap);
+      const bool all = lo[r] <= 16 * j && hi[r] >= 16 * j + 16;
+      if (!all) x = select(lanes_between(clip(lo[r] - 16 * j, 16), clip(hi[r] - 16 * j, 16)), x, none);
+      if (!plain || !all) store(row + 16 * j, x);
+      top = quire::QUIRE_ISA::max(top, x);
+    }
+    tops[r] = max_lanes(top);
+  }
+  const Follow bases = follow(load(tops), settled.factor, load_n(max, rows));
+  store_n(max, bases.base, rows);
+  store_n(alpha, bases.shrink, rows);
+  store(settled.minus, sub(zero(), bases.finite));
+  return settled;
 }
 #endif
 

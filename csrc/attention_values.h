@@ -36,7 +36,9 @@ bool copy_values(const Rows& rows, int v_dim, float* panels) {
 }
 
 struct ValueFormat {
-  using Softmax = void (*)(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* sums, float* alpha);
+  using Softmax = void (*)(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, const float* value_scales, float* scores, float* max,
+                           float* sums, float* alpha);
+  using Scales = void (*)(const Rows& rows, int v_dim, float* to);
   using Copy = bool (*)(const Rows& rows, int v_dim, float* panels);
   using OutputFew = void (*)(int rows, const float* p, const char* const* values, int lo, int hi, int v_dim, const float* alpha, float* out,
                              int64_t out_stride, Fetcher& fetcher);
@@ -48,15 +50,17 @@ struct ValueFormat {
   OutputPanel output_panel;
   int vecs;      // of a unit: outputs come in the order of values (see elements.h)
   int together;  // keys that one instruction multiplies
+  Scales scales;  // of a tile's values, for those whose weights have them in; or null
+  bool whole;     // outputs want all keys of a tile at once: weights of those that a row does not see are zero, whatever the values
 };
 
 template <class E, bool kPairs = false>
 constexpr ValueFormat value_format() {
-  return {&softmax_rows, &copy_values<E, kPairs>, &output_few<E, kDirectRows>, &output_panel<kPairs, kMaxRows>, E::kVecs, 1};
+  return {&softmax_rows, &copy_values<E, kPairs>, &output_few<E, kDirectRows>, &output_panel<kPairs, kMaxRows>, E::kVecs, 1, nullptr, false};
 }
 
-#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
-constexpr ValueFormat kBrainValues = {&softmax_pairs, &copy_pairs, &output_pairs_few<kDirectRows>, &output_pairs_panel<kMaxRows>, Brain::kVecs, 2};
+#if defined(QUIRE_VECTOR_DOTS)
+constexpr ValueFormat kBrainValues = {&softmax_pairs, &copy_pairs, &output_pairs_few<kDirectRows>, &output_pairs_panel<kMaxRows>, Brain::kVecs, 2, nullptr, false};
 #else
 constexpr ValueFormat kBrainValues = value_format<Brain, (kPanel >= 2)>();
 #endif

@@ -17,7 +17,7 @@
 #include "linear_codes.h"
 #include "linear_panels.h"
 
-#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+#if defined(QUIRE_VECTOR_DOTS)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {

@@ -9,7 +9,7 @@
 #pragma once
 #include "linear_dots.h"
 
-#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+#if defined(QUIRE_VECTOR_DOTS)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -39,12 +39,6 @@ struct NibbleDots {
     }
   }
 
-  // x's cell is an operand in memory, so that sums fill the registers.
-  QUIRE_INLINE U32x16 dot(U32x16 sum, const char* cell, U32x16 w) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(w.v), "m"(*(const uint32_t*)cell));
-    return sum;
-  }
-
   template <int R>
   static void dots(const DotArgs& a, Ahead& asked) {
     constexpr int kAtOnce = kLines / kWalks<R>;
@@ -65,8 +59,8 @@ struct NibbleDots {
         for (int i = int(smaller(steps, kSpanSteps)); i > 0; i -= 2, cells += 2 * kCellBytes, line += 64 * kLines)
           QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) {
             const U32x16 raw = load_u32((const uint32_t*)(line + 64 * j)), even = and_(raw, low), odd = and_(shr<4>(raw), low);
-            QUIRE_UNROLL for (int r = 0; r < R; ++r) sum[r][j] = dot(sum[r][j], cells + r * kXBlock, even);
-            QUIRE_UNROLL for (int r = 0; r < R; ++r) sum[r][j] = dot(sum[r][j], cells + r * kXBlock + kCellBytes, odd);
+            QUIRE_UNROLL for (int r = 0; r < R; ++r) sum[r][j] = dot_bytes(sum[r][j], even, cells + r * kXBlock);
+            QUIRE_UNROLL for (int r = 0; r < R; ++r) sum[r][j] = dot_bytes(sum[r][j], odd, cells + r * kXBlock + kCellBytes);
           }
         QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) {
           const F32x16 scale = load_bf16((const uint16_t*)span + 16 * (first + j));

@@ -58,7 +58,7 @@ struct PackedBf16 {
 struct PackedInt8 {
   static constexpr int kUnit = 4, kSpan = 256, kPad = 16;
   static constexpr bool kScaled = true;
-#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+#if defined(QUIRE_VECTOR_DOTS)
   static constexpr uint32_t kFlipped = 0x80;  // bits of a code as it is stored: 128 added, so that it is unsigned, as linear_dots.h wants it
 #else
   static constexpr uint32_t kFlipped = 0;

@@ -21,6 +21,9 @@
 #if defined(QUIRE_ISA_avx512bf16) || defined(QUIRE_AMX)
 #define QUIRE_BF16_DOT 1
 #endif
+#if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
+#define QUIRE_VECTOR_DOTS 1  // of pairs of bf16 and of fours of bytes (AVX512-VNNI), and no tiles
+#endif
 #if defined(QUIRE_ISA_avx512) || defined(QUIRE_BF16_DOT)
 #define QUIRE_AVX512 1
 #include <immintrin.h>

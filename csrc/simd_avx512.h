@@ -118,6 +118,14 @@ QUIRE_INLINE U32x16 load_u8_n(const char* p, int n) { return {_mm512_cvtepu8_epi
 QUIRE_INLINE F32x16 load_int8(const char* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)))}; }
 
+#if defined(QUIRE_VECTOR_DOTS)
+// Adds the products of four unsigned bytes of a lane with the four signed ones at `cell`, which stays an operand in memory: written out, since GCC 12
+// keeps sums of its intrinsic there instead.
+QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(bytes.v), "m"(*(const uint32_t*)cell));
+  return sum;
+}
+#endif
 #if defined(QUIRE_BF16_DOT)
 QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};

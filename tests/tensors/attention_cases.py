@@ -199,9 +199,9 @@ def rounds_probabilities(geometry: Geometry) -> bool:
 
 
 def computes_in_integers(geometry: Geometry) -> bool:
-    """Whether the kernels in use multiply int8 codes by queries and weights made integers, as those for AMX do for bf16 queries."""
+    """Whether the kernels in use multiply int8 codes by queries and weights made integers, as bf16 queries meet them on AMX and with AVX512-VNNI."""
     codes = geometry.codec == ("int8", "int8") and min(geometry.k_dim, geometry.v_dim) > 2
-    return native.isa() == "amx" and geometry.dtype == torch.bfloat16 and codes
+    return native.isa() in ("amx", "avx512bf16") and geometry.dtype == torch.bfloat16 and codes
 
 
 def assert_close(geometry: Geometry, sequence: Sequence, scale: float = 1.0) -> None:

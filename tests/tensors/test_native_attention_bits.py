@@ -26,6 +26,7 @@ BIT_GEOMETRIES = {
     "int8 of sixteen heads": Geometry(16, 1, 136, 128, codec=INT8),
     "int8 of many heads": Geometry(20, 1, 64, 96, codec=INT8),
     "int8 odd": Geometry(5, 5, 35, 21, codec=INT8),
+    "int8 of wide heads": Geometry(5, 1, 136, 150, codec=INT8),
     "int8 window": Geometry(4, 2, 64, 64, window=75, codec=INT8),
     "int8 chunk": Geometry(14, 2, 32, 32, chunk=100, softcap=5.0, sinks=True, codec=INT8),
     "int4 odd": Geometry(4, 4, 35, 21, torch.float16, codec=("int4", "int4")),

@@ -1,11 +1,11 @@
-// bf16 elements as integers of two bytes, for tiles that multiply bytes (TDPBSSD).
+// bf16 elements as integers of two bytes, for instructions that multiply bytes (TDPBSSD of AMX, VPDPBUSD of AVX512-VNNI).
 //
 //   x is q * 2^(e - 13): e the exponent of the largest magnitude (at least -100), q = x / 2^(e - 13) rounded to an integer, half to even. So
 //   |q| < 2^14, and whatever is no less than a 64th of the largest is exact; where not all are finite the scale is NaN. q = 256 high + low.
 #pragma once
 #include "simd.h"
 
-#if defined(QUIRE_AMX)
+#if defined(QUIRE_BF16_DOT)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
