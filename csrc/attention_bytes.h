@@ -22,50 +22,46 @@ constexpr int kFour = 4, kFours = kTile / kFour;  // dims or keys of a lane; of 
 
 QUIRE_INLINE int fours(int n) { return (n + kFour - 1) / kFour; }
 
-// Up to kMaxRows queries, from null where there is none, as a panel.
+// Up to kMaxRows queries, null behind the last, as a panel.
 inline void place_query_bytes(const char* const* from, int k_dim, float* panel) {
   alignas(64) char high[kMostKeyDim], low[kMostKeyDim];
   auto* const to = (uint32_t*)panel;
   const int count = fours(k_dim);
-  for (int r = 0; r < kMaxRows; ++r) {
-    float scale = 0.0f;
-    if (from[r])
-      scale = two_bytes((const uint16_t*)from[r], k_dim, high, low, kCodeK);
-    else
-      memset(high, 0, size_t(round_up(k_dim, kCodeK))), memset(low, 0, size_t(round_up(k_dim, kCodeK)));
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int r = 0; r < kMaxRows && from[r]; ++r) {
+    panel[(2 * count + 1) * kMaxRows + r] = two_bytes((const uint16_t*)from[r], k_dim, high, low, kCodeK);
     __m512i highs = _mm512_setzero_si512(), lows = highs;
-    const __m512i ones = _mm512_set1_epi8(1);
     for (int d = 0; d < k_dim; d += kCodeK) {
       highs = _mm512_dpbusd_epi32(highs, ones, _mm512_load_si512(high + d));
       lows = _mm512_dpbusd_epi32(lows, ones, _mm512_load_si512(low + d));
     }
+    to[2 * count * kMaxRows + r] = uint32_t(-128 * (256 * _mm512_reduce_add_epi32(highs) + _mm512_reduce_add_epi32(lows)));
     for (int i = 0; i < count; ++i) {
       memcpy(to + 2 * i * kMaxRows + r, high + kFour * i, kFour);
       memcpy(to + (2 * i + 1) * kMaxRows + r, low + kFour * i, kFour);
     }
-    to[2 * count * kMaxRows + r] = uint32_t(-128 * (256 * _mm512_reduce_add_epi32(highs) + _mm512_reduce_add_epi32(lows)));
-    panel[(2 * count + 1) * kMaxRows + r] = scale;
   }
 }
 
-// Products of two bytes of each of R rows with N vectors of raised codes, four to a lane.
+// Products of the two bytes of each of R rows with N vectors of raised codes, four to a lane.
 template <int R, int N>
 struct ByteSums {
   U32x16 high[R][N], low[R][N];
-  QUIRE_INLINE void begin(ByteSums& s) {
-    QUIRE_UNROLL for (int r = 0; r < R; ++r)
-      QUIRE_UNROLL for (int j = 0; j < N; ++j) s.high[r][j] = s.low[r][j] = set1_u32(0);
-  }
-  // Row r's cells are `row` floats apart, lower bytes `lower` behind the upper ones.
-  QUIRE_INLINE void add(ByteSums& s, const float* cells, int row, int lower, const U32x16 (&x)[N]) {
-    QUIRE_UNROLL for (int r = 0; r < R; ++r)
-      QUIRE_UNROLL for (int j = 0; j < N; ++j) {
-        s.high[r][j] = dot_bytes(s.high[r][j], x[j], cells + r * row);
-        s.low[r][j] = dot_bytes(s.low[r][j], x[j], cells + r * row + lower);
-      }
-  }
-  QUIRE_INLINE U32x16 whole(const ByteSums& s, int r, int j) { return sum_of_bytes(s.high[r][j], s.low[r][j]); }
 };
+template <int R, int N>
+QUIRE_INLINE void begin_sums(ByteSums<R, N>& s) {
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) s.high[r][j] = s.low[r][j] = set1_u32(0);
+}
+// Upper bytes of rows are `row` floats apart, lower ones `lower` behind them.
+template <int R, int N>
+QUIRE_INLINE void add_fours(ByteSums<R, N>& s, const float* bytes, int row, int lower, const U32x16 (&x)[N]) {
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) {
+      s.high[r][j] = dot_bytes(s.high[r][j], x[j], bytes + r * row);
+      s.low[r][j] = dot_bytes(s.low[r][j], x[j], bytes + r * row + lower);
+    }
+}
 
 // A row's sums of `count` fours, as a score.
 QUIRE_INLINE F32x16 score_of_sums(U32x16 sums, const float* q, int count, int r, F32x16 key_scale) {
@@ -78,17 +74,17 @@ QUIRE_INLINE F32x16 score_of_sums(U32x16 sums, const float* q, int count, int r,
 template <int R, int N>
 void score_fours(const float* q, const float* keys, int apart, const float* scales, int at, int end, int count, float* scores, Fetcher* fetcher) {
   ByteSums<R, N> sums;
-  sums.begin(sums);
+  begin_sums(sums);
   for (int i = at; i < end; ++i, keys += apart) {
     if (fetcher && i % 2 == 0) fetch(*fetcher, fetcher->per_step);
     U32x16 x[N];
     QUIRE_UNROLL for (int j = 0; j < N; ++j) x[j] = load_u32((const uint32_t*)keys + 16 * j);
-    sums.add(sums, q + 2 * i * kMaxRows, 1, kMaxRows, x);
+    add_fours(sums, q + 2 * i * kMaxRows, 1, kMaxRows, x);
   }
   QUIRE_UNROLL for (int r = 0; r < R; ++r)
     QUIRE_UNROLL for (int j = 0; j < N; ++j) {
       float* const to = scores + r * kTile + 16 * j;
-      U32x16 sum = sums.whole(sums, r, j);
+      U32x16 sum = sum_of_bytes(sums.high[r][j], sums.low[r][j]);
       if (at > 0) sum = add(sum, bits(load(to)));
       store(to, end < count ? floats(sum) : score_of_sums(sum, q, count, r, load(scales + 16 * j)));
     }
@@ -147,8 +143,8 @@ void score_panel_bytes(int rows, const float* q, const KeyPanels& keys, int firs
 }
 
 // As softmax_pairs, but that weights lie where scores lay.
-inline void softmax_bytes(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, const float* value_scales, float* scores, float* max,
-                          float* sums, float* alpha) {
+inline void softmax_bytes(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, const float* value_scales, float* scores,
+                          float* max, float* sums, float* alpha) {
   const Settled settled = settle(rows, groups, lo, hi, scale, softcap, scores, max, alpha);
   alignas(64) uint32_t most[16] = {};
   for (int r = 0; r < rows; ++r) {
@@ -187,8 +183,8 @@ inline void softmax_bytes(int rows, int groups, const int* lo, const int* hi, fl
 }
 
 // Outputs of 16 dims of row r, to which the tile's sums are added.
-QUIRE_INLINE void add_weighted(U32x16 sums, const float* row, float alpha, float* out) {
-  const U32x16 all = add(sums, set1_u32(((const uint32_t*)row)[2 * kFours + 1]));
+QUIRE_INLINE void add_weighted(U32x16 high, U32x16 low, const float* row, float alpha, float* out) {
+  const U32x16 all = add(sum_of_bytes(high, low), set1_u32(((const uint32_t*)row)[2 * kFours + 1]));
   store(out, fma(to_f32(all), set1(row[2 * kFours]), mul(load(out), set1(alpha))));
 }
 
@@ -212,19 +208,21 @@ QUIRE_INLINE void zip_four(const char* const* rows, int d, int n, int first, U32
 
 // Vectors first..first+N-1 of the 64 dims from d on, of which n exist.
 template <int R, int N>
-void output_fours(const float* weights, const char* const* values, int lo, int hi, int d, int n, int first, const float* alpha, float* out, int64_t out_stride,
-                  Fetcher& fetcher) {
+void output_fours(const float* weights, const char* const* values, int lo, int hi, int d, int n, int first, const float* alpha, float* out,
+                  int64_t out_stride, Fetcher& fetcher) {
   ByteSums<R, N> sums;
-  sums.begin(sums);
+  begin_sums(sums);
   for (int four = lo / kFour; four < fours(hi); ++four) {
     fetch(fetcher, kFour * fetcher.per_value);
     U32x16 x[N];
     zip_four<N>(values + kFour * four, d, n, first, x);
-    sums.add(sums, weights + four, kTile, kFours, x);
+    add_fours(sums, weights + four, kTile, kFours, x);
   }
   QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < N; ++j)
-      if (16 * (first + j) < n) add_weighted(sums.whole(sums, r, j), weights + r * kTile, alpha[r], out + r * out_stride + d + 16 * (first + j));
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) {
+      float* const to = out + r * out_stride + d + 16 * (first + j);
+      if (16 * (first + j) < n) add_weighted(sums.high[r][j], sums.low[r][j], weights + r * kTile, alpha[r], to);
+    }
 }
 
 // As output_few; rows may be given keys that they do not see.
@@ -264,13 +262,14 @@ void output_panel_bytes(int rows, const float* weights, const float* values, int
     if (rows < R) return output_panel_bytes<R - 1>(rows, weights, values, lo, hi, d, vecs, alpha, out, out_stride);
   for (int j = 0; j < vecs && j < kPanel; ++j) {
     ByteSums<R, 1> sums;
-    sums.begin(sums);
+    begin_sums(sums);
     const auto* from = (const uint32_t*)values + (d / kPanelLanes * kFours + lo / kFour) * kPanelLanes + 16 * j;
     for (int four = lo / kFour; four < fours(hi); ++four, from += kPanelLanes) {
       const U32x16 x[1] = {load_u32(from)};
-      sums.add(sums, weights + four, kTile, kFours, x);
+      add_fours(sums, weights + four, kTile, kFours, x);
     }
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) add_weighted(sums.whole(sums, r, 0), weights + r * kTile, alpha[r], out + r * out_stride + d + 16 * j);
+    QUIRE_UNROLL for (int r = 0; r < R; ++r)
+      add_weighted(sums.high[r][0], sums.low[r][0], weights + r * kTile, alpha[r], out + r * out_stride + d + 16 * j);
   }
 }
 
