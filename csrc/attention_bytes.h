@@ -35,7 +35,7 @@ inline void place_query_bytes(const char* const* from, int k_dim, float* panel) 
       highs = _mm512_dpbusd_epi32(highs, ones, _mm512_load_si512(high + d));
       lows = _mm512_dpbusd_epi32(lows, ones, _mm512_load_si512(low + d));
     }
-    to[2 * count * kMaxRows + r] = uint32_t(-128 * (256 * _mm512_reduce_add_epi32(highs) + _mm512_reduce_add_epi32(lows)));
+    to[2 * count * kMaxRows + r] = -128u * (256u * uint32_t(_mm512_reduce_add_epi32(highs)) + uint32_t(_mm512_reduce_add_epi32(lows)));
     for (int i = 0; i < count; ++i) {
       memcpy(to + 2 * i * kMaxRows + r, high + kFour * i, kFour);
       memcpy(to + (2 * i + 1) * kMaxRows + r, low + kFour * i, kFour);
@@ -69,8 +69,8 @@ QUIRE_INLINE F32x16 score_of_sums(U32x16 sums, const float* q, int count, int r,
   return mul(to_f32(all), mul(key_scale, set1(q[(2 * count + 1) * kMaxRows + r])));
 }
 
-// Groups of 16 keys first..first+N-1 of a panel, or of columns, in which fours of d are `apart` floats from each other: those from `at` to `end` of
-// `count`. What is not the last of them is left as integers.
+// Scores of R rows with N groups of 16 keys, for the fours of d from `at` to `end` of `count`, which are `apart` floats from each other in `keys`; up to
+// the last four they are left as integers.
 template <int R, int N>
 void score_fours(const float* q, const float* keys, int apart, const float* scales, int at, int end, int count, float* scores, Fetcher* fetcher) {
   ByteSums<R, N> sums;
