@@ -81,6 +81,7 @@ static_assert(kSplitRows <= kLanes, "blocks that are split over their keys have 
 
 // Of the layout and the dtype alone, so that all rows of a layer have one law.
 inline bool are_pairs(const AttendArgs& args) { return args.dtype == kBF16 && args.layout.k.format == kBF16 && args.layout.v.format == kBF16; }
+
 }  // namespace tiles
 }  // namespace
 }  // namespace QUIRE_ISA
