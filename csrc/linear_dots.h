@@ -68,10 +68,7 @@ struct ByteDots {
   static constexpr double kReadNs = 0.05;
   static int walks(int rows) { return int(ceil_div(rows, kDotRows)); }
   QUIRE_INLINE Sum begin(const DotArgs& a, int r) { return set1_u32(((const uint32_t*)a.extra)[a.next + r]); }
-  QUIRE_INLINE Sum dot(Sum sum, U32x16 x, U32x16 w) {  // written out: GCC 12 keeps sums of its intrinsic in memory between steps
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(x.v));
-    return sum;
-  }
+  QUIRE_INLINE Sum dot(Sum sum, U32x16 x, U32x16 w) { return dot_bytes(sum, w, x); }
   template <int R, bool kFirst>
   QUIRE_INLINE void add_to(const DotArgs& a, Sum (&sum)[R][kLines]) {
     QUIRE_UNROLL for (int j = 0; j < kLines; ++j) {

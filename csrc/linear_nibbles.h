@@ -17,7 +17,7 @@ namespace product {
 
 struct NibbleDots {
   using Format = PackedInt4;
-  static constexpr int kCellK = 4, kSpans = 256 / Format::kSpan, kExtra = kSpans * (sizeof(float) + sizeof(int32_t));
+  static constexpr int kCellK = 4, kSpans = kBlockSteps * kCellK / Format::kSpan, kExtra = kSpans * (sizeof(float) + sizeof(int32_t));
   static constexpr int kSpanSteps = Format::kSpan / kCellK, kSpanCells = kSpanSteps * kCellBytes;
   static constexpr int kAsks = kSpans;
   template <int R>

@@ -119,8 +119,12 @@ QUIRE_INLINE F32x16 load_int8(const char* p) { return {_mm512_cvtepi32_ps(_mm512
 QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)))}; }
 
 #if defined(QUIRE_VECTOR_DOTS)
-// Adds the products of four unsigned bytes of a lane with the four signed ones at `cell`, which stays an operand in memory: written out, since GCC 12
-// keeps sums of its intrinsic there instead.
+// Adds the products of four unsigned bytes of a lane with four signed ones. Written out: GCC 12 keeps sums of its intrinsic in memory between steps.
+QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, U32x16 by) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(bytes.v), "v"(by.v));
+  return sum;
+}
+// The same four for all lanes, at `cell`: an operand in memory, so that sums may fill the registers.
 QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(bytes.v), "m"(*(const uint32_t*)cell));
   return sum;
