@@ -15,8 +15,22 @@
 namespace quire {
 namespace QUIRE_ISA {
 
-extern const Kernels kernels;
-const Kernels kernels = {QUIRE_STRING(QUIRE_ISA), &block_rows, kSplitRows, &attend, &commit, &encode, linear_kernels, sampling_kernels, &run_rows};
+namespace {
+template <bool kVnni>
+constexpr Kernels kernels_of(const char* name) {
+  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, linear_kernels<kVnni>, sampling_kernels, &run_rows};
+}
+}  // namespace
+
+extern const Kernels kernels, kernels_vnni;
+#if defined(QUIRE_VECTOR_DOTS)
+const Kernels kernels = kernels_of<true>(QUIRE_STRING(QUIRE_ISA));
+#else
+const Kernels kernels = kernels_of<false>(QUIRE_STRING(QUIRE_ISA));
+#endif
+#if defined(QUIRE_MAYBE_VNNI)
+const Kernels kernels_vnni = kernels_of<true>(QUIRE_STRING(QUIRE_ISA) "vnni");
+#endif
 
 }  // namespace QUIRE_ISA
 }  // namespace quire

@@ -37,8 +37,9 @@ inline void codes_of_x(const LinearArgs& g, const TilePlan& p, int64_t m0, int f
     char *const tile = out + r / p.tile_rows * p.tile_bytes, *to = tile + row * kCodeK;
     auto* scale = (float*)(tile + p.tile_rows * code_bytes(g.k)) + row;
     const auto* x = (const uint16_t*)g.x + (m0 + r) * g.x_stride;
+    const auto put = [&](int i, U32x16 words) { store_bytes(to + i / kCodeK * step + i % kCodeK, words); };
     for (int64_t k = 0; k < g.k; k += kCodeSpan, scale += p.tile_rows, to += kSpanSteps * step)
-      *scale = m0 + r < g.m ? one_byte(x + k, int(smaller(g.k - k, kCodeSpan)), to, step) : 0.0f;
+      *scale = m0 + r < g.m ? one_byte(x + k, int(smaller(g.k - k, kCodeSpan)), put) : 0.0f;
   }
 }
 

@@ -8,7 +8,6 @@
 #pragma once
 #include "simd.h"
 
-#if defined(QUIRE_BF16_DOT)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -24,7 +23,7 @@ QUIRE_INLINE U32x16 magnitudes(U32x16 pairs) { return and_(pairs, set1_u32(0x7ff
 
 // `most`: magnitudes, in pairs, whose largest is that of the span.
 QUIRE_INLINE OneByte one_byte_by(U32x16 most) {
-  const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(shl<16>(most).v, and_(most, set1_u32(0xffff0000u)).v));
+  const uint32_t largest = max_lanes(max_halves(shl<16>(most), and_(most, set1_u32(0xffff0000u))));
   const bool finite = largest < 0x7f800000u;
   const uint32_t least = (127u - 100u) << 23, at_least = largest < least ? least : largest;
   float top, none;
@@ -35,23 +34,21 @@ QUIRE_INLINE OneByte one_byte_by(U32x16 most) {
 }
 
 // 32 codes, as words.
-QUIRE_INLINE __m512i code_words(U32x16 pairs, F32x16 up) {
-  const __m512i even = _mm512_cvtps_epi32(mul(pair_low(pairs), up).v), odd = _mm512_cvtps_epi32(mul(pair_high(pairs), up).v);
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, even, _mm512_slli_epi32(odd, 16));
+QUIRE_INLINE U32x16 code_words(U32x16 pairs, F32x16 up) {
+  const U32x16 even = to_i32(mul(pair_low(pairs), up)), odd = to_i32(mul(pair_high(pairs), up));
+  return or_(and_(even, set1_u32(0xffffu)), shl<16>(odd));
 }
 
 QUIRE_INLINE U32x16 load_pairs_upto(const uint16_t* x, int n) { return n >= 32 ? load_pairs(x) : n > 0 ? load_pairs_n(x, n) : set1_u32(0); }
 
-// k elements as codes, 64 at a time `next` bytes apart, with zeros up to whole 64s. Returns their scale t.
-QUIRE_INLINE float one_byte(const uint16_t* x, int k, char* to, int64_t next) {
+// Calls put(i, words) with the codes of k elements, 32 from the i-th on, with zeros up to whole 64s. Returns their scale t.
+template <class Put>
+QUIRE_INLINE float one_byte(const uint16_t* x, int k, const Put& put) {
   U32x16 most = set1_u32(0);
-  for (int i = 0; i < k; i += 32) most = {_mm512_max_epu16(most.v, magnitudes(load_pairs_upto(x + i, k - i)).v)};
+  for (int i = 0; i < k; i += 32) most = max_halves(most, magnitudes(load_pairs_upto(x + i, k - i)));
   const OneByte one = one_byte_by(most);
-  const auto codes = [&](int i) { return code_words(load_pairs_upto(x + i, k - i), one.up); };
-  for (int i = 0; i < k; i += 64, to += next) {
-    const __m512i mixed = _mm512_packs_epi16(codes(i), codes(i + 32));  // eight of the first, eight of the second, ...
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), mixed));
-  }
+  for (int i = 0; i < k; i += 64)
+    for (int j = i; j < i + 64; j += 32) put(j, code_words(load_pairs_upto(x + j, k - j), one.up));
   return one.t;
 }
 
@@ -59,4 +56,3 @@ QUIRE_INLINE float one_byte(const uint16_t* x, int k, char* to, int64_t next) {
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
-#endif

@@ -1,5 +1,6 @@
-// Products of bf16 rows with packed weights by the CPU's dot products of 32-bit cells: two of bf16 (VDPBF16PS), or four bytes (VPDPBUSD of AVX512-VNNI).
-// How int4 codes are multiplied is told in linear_nibbles.h; placing x and passing panels is the same.
+// Products of bf16 rows with packed weights by dot products in 32-bit lanes: two of bf16, or four bytes, where the CPU has such instructions (VDPBF16PS,
+// VPDPBUSD of AVX512-VNNI), and else by two multiply-adds of fp32, or of pairs of words. How int4 codes are multiplied is told in linear_nibbles.h; placing
+// x and passing panels is the same.
 //
 //   cell    what a row of x and a column of the weight have for one step of k: 2 of bf16, 4 codes
 //   block   64 steps, after which sums are added to those before: 128 of bf16, a span of 256 codes. Both are 16 KB of a panel
@@ -8,23 +9,37 @@
 //
 //              w 0   w 1   w 2   w 3     16 columns each
 //       x 0    sum   sum   sum   sum
-//       ...                              up to 6 rows: 24 sums, 4 of weights and one of x in 32 registers
+//       ...                              up to 6 rows: 24 sums, 4 of weights and one of x in 32 registers; with fewer registers, fewer at once
 //
 // The laws are those of linear_packed.h for bf16 and of linear_codes.h for int8, bit for bit: an output is one lane of one sum, so neither depends
-// on how many rows there are. VPDPBUSD takes unsigned bytes times signed ones, so codes of weights are packed with 128 added to them, and a sum
+// on how many rows there are. Codes of weights are packed with 128 added to them, since VPDPBUSD takes unsigned bytes times signed ones, and a sum
 // begins with what that is too much: -128 times the sum of its row's codes.
 #pragma once
 #include "linear_codes.h"
 #include "linear_panels.h"
 
-#if defined(QUIRE_VECTOR_DOTS)
+#if !defined(QUIRE_AMX)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kDotRows = 6, kBlockSteps = 64, kCellBytes = 4, kXBlock = kBlockSteps * kCellBytes, kStepsAtOnce = 4;
-constexpr int kStepBytes = kCellBytes * kWide;  // of a panel
+#if defined(QUIRE_AVX512)
+constexpr int kDotRows = 6;
+#else
+constexpr int kDotRows = 4;
+#endif
+constexpr int kBlockSteps = 64, kStepsAtOnce = 4;
+constexpr int kStepBytes = 4 * kWide;  // of a panel
+
+// Lines of 16 columns whose sums are in registers at once with so many rows; a block is walked through once for each. `whole`: a line is one operand, not two.
+constexpr int dot_lines([[maybe_unused]] int rows, [[maybe_unused]] bool whole) {
+#if defined(QUIRE_AVX512)
+  return whole || rows <= 3 ? kLines : 2;
+#else
+  return rows == 1 ? kLines : rows == 2 ? 2 : 1;
+#endif
+}
 
 // Of a block: up to kDotRows rows of x, from the first one on, and a panel.
 struct DotArgs {
@@ -36,7 +51,7 @@ struct DotArgs {
   int next;
 };
 
-// The sums of a block in registers, a row's cell with four lines at a time.
+// The sums of a block in registers, a row's cell with a line at a time.
 template <class P, int R>
 void dots_in_registers(const DotArgs&, Ahead&);
 
@@ -45,45 +60,71 @@ struct PairDots {
   using Sum = F32x16;
   static constexpr int kCellK = 2, kExtra = 0, kAsks = kBlockSteps / kStepsAtOnce;  // k of a cell; bytes of a row beside a block's cells; how often a block asks ahead
   static constexpr double kReadNs = 0.1;
-  static int walks(int rows) { return int(ceil_div(rows, kDotRows)); }
-  QUIRE_INLINE Sum begin(const DotArgs&, int) { return zero(); }
-  QUIRE_INLINE Sum dot(Sum sum, U32x16 x, U32x16 w) { return dot_pair(sum, x, w); }
-  template <int R, bool kFirst>
-  QUIRE_INLINE void add_to(const DotArgs& a, Sum (&sum)[R][kLines]) {
-    QUIRE_UNROLL for (int r = 0; r < R; ++r)
-      QUIRE_UNROLL for (int j = 0; j < kLines; ++j) add_block(a.sums + r * kWide + 16 * j, sum[r][j], kFirst);
-  }
-  // A row's k elements as cells.
+#if defined(QUIRE_BF16_DOT)
+  static constexpr int kCellBytes = 4;
+  static constexpr int lines_at_once(int rows) { return dot_lines(rows, true); }
+  QUIRE_INLINE U32x16 cells(U32x16 line) { return line; }
+  QUIRE_INLINE Sum dot(Sum sum, const char* x, U32x16 w) { return dot_pair(sum, load_cell(x), w); }
   QUIRE_INLINE void place(const uint16_t* x, int k, char* cells, float*, int) {
     for (int i = 0; i < k; i += 32) store_u32((uint32_t*)(cells + 2 * i), load_pairs_upto(x + i, k - i));
   }
+#else
+  static constexpr int kCellBytes = 8;
+  static constexpr int lines_at_once(int rows) { return dot_lines(rows, false); }
+  struct Cells {
+    F32x16 even, odd;
+  };
+  QUIRE_INLINE Cells cells(U32x16 line) { return {pair_low(line), pair_high(line)}; }
+  QUIRE_INLINE Sum dot(Sum sum, const char* x, const Cells& w) {
+    sum = fma(floats(load_cell(x)), w.even, sum);
+    return fma(floats(load_cell(x + 4)), w.odd, sum);
+  }
+  QUIRE_INLINE void place(const uint16_t* x, int k, char* cells, float*, int) {
+    for (int i = 0; i < k; i += 32)
+      for (int j = i; j < i + 32; j += 16) store((float*)cells + j, widen_upto<WideBf16>(x + j, k - j));
+  }
+#endif
+  QUIRE_INLINE Sum begin(const DotArgs&, int) { return zero(); }
+  QUIRE_INLINE void add_to(const DotArgs& a, Sum sum, int r, int column) { add_block(a.sums + r * kWide + column, sum, a.first); }
   template <int R>
   static void dots(const DotArgs& a, Ahead& asked) { dots_in_registers<PairDots, R>(a, asked); }
 };
 
+// A line of bytes as words: k 0 and 2, then 1 and 3, as a mask and a shift make them.
+struct WordCells {
+  U32x16 even, odd;
+};
+
+template <bool kVnni>
 struct ByteDots {
   using Format = PackedInt8;
   using Sum = U32x16;
-  static constexpr int kCellK = 4, kExtra = sizeof(float) + sizeof(int32_t), kAsks = kBlockSteps / kStepsAtOnce;
+  static constexpr int kCellK = 4, kCellBytes = kVnni ? 4 : 8, kExtra = sizeof(float) + sizeof(int32_t), kAsks = kBlockSteps / kStepsAtOnce;
   static constexpr double kReadNs = 0.05;
-  static int walks(int rows) { return int(ceil_div(rows, kDotRows)); }
+  static constexpr int lines_at_once(int rows) { return dot_lines(rows, kVnni); }
+  QUIRE_INLINE auto cells(U32x16 line) {
+    if constexpr (kVnni) return line;
+    else return WordCells{and_(line, set1_u32(0x00ff00ffu)), shr_words<8>(line)};
+  }
   QUIRE_INLINE Sum begin(const DotArgs& a, int r) { return set1_u32(((const uint32_t*)a.extra)[a.next + r]); }
-  QUIRE_INLINE Sum dot(Sum sum, U32x16 x, U32x16 w) { return dot_bytes(sum, w, x); }
-  template <int R, bool kFirst>
-  QUIRE_INLINE void add_to(const DotArgs& a, Sum (&sum)[R][kLines]) {
-    QUIRE_UNROLL for (int j = 0; j < kLines; ++j) {
-      const F32x16 scale = load_bf16((const uint16_t*)a.w + 16 * j);
-      QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-        float* const to = a.sums + r * kWide + 16 * j;
-        store(to, fma(to_f32(sum[r][j]), mul(scale, set1(a.extra[r])), kFirst ? zero() : load(to)));
-      }
-    }
+  template <class Cells>
+  QUIRE_INLINE Sum dot(Sum sum, const char* x, const Cells& w) {
+    if constexpr (kVnni) return dot_bytes(sum, w, load_cell(x));
+    else return settled(add(settled(add(sum, dot_words(w.even, load_cell(x)))), dot_words(w.odd, load_cell(x + 4))));
+  }
+  QUIRE_INLINE void add_to(const DotArgs& a, Sum sum, int r, int column) {
+    float* const to = a.sums + r * kWide + column;
+    store(to, fma(to_f32(sum), mul(load_bf16((const uint16_t*)a.w + column), set1(a.extra[r])), a.first ? zero() : load(to)));
   }
   QUIRE_INLINE void place(const uint16_t* x, int k, char* cells, float* extra, int next) {
-    *extra = one_byte(x, k, cells, 64);
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < k; i += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(cells + i));
-    ((int32_t*)extra)[next] = -128 * _mm512_reduce_add_epi32(sum);
+    static const uint8_t even_then_odd[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
+    U32x16 sum = set1_u32(0);
+    *extra = one_byte(x, k, [&](int i, U32x16 words) {
+      if constexpr (kVnni) store_bytes(cells + i, words);
+      else store_u32((uint32_t*)(cells + 2 * i), shuffle16(words, even_then_odd));
+      sum = add(sum, dot_words(words, set1_u32(0x00010001u)));
+    });
+    ((uint32_t*)extra)[next] = 0u - 128u * sum_lanes(sum);
   }
   template <int R>
   static void dots(const DotArgs& a, Ahead& asked) { dots_in_registers<ByteDots, R>(a, asked); }
@@ -91,43 +132,43 @@ struct ByteDots {
 
 template <class P, int R>
 void dots_in_registers(const DotArgs& a, Ahead& asked) {
-  typename P::Sum sum[R][kLines];
-  QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < kLines; ++j) sum[r][j] = P::begin(a, r);
-  const char *x = a.x, *w = a.w + kScaleBytes<typename P::Format>;
+  constexpr int kAtOnce = P::lines_at_once(R);
   Ahead ahead = asked;
-  for (int s = a.steps; s > 0; s -= kStepsAtOnce) {
-    ask(ahead);
-    QUIRE_UNROLL for (int u = 0; u < kStepsAtOnce; ++u) {
-      U32x16 cells[kLines];
-      QUIRE_UNROLL for (int j = 0; j < kLines; ++j) cells[j] = load_u32((const uint32_t*)(w + u * kStepBytes + 64 * j));
-      QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-        uint32_t cell;
-        memcpy(&cell, x + r * kXBlock + u * kCellBytes, sizeof(cell));
-        QUIRE_UNROLL for (int j = 0; j < kLines; ++j) sum[r][j] = P::dot(sum[r][j], set1_u32(cell), cells[j]);
+  for (int first = 0; first < kLines; first += kAtOnce) {
+    typename P::Sum sum[R][kAtOnce];
+    QUIRE_UNROLL for (int r = 0; r < R; ++r)
+      QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) sum[r][j] = P::begin(a, r);
+    const char *x = a.x, *w = a.w + kScaleBytes<typename P::Format> + 64 * first;
+    for (int s = a.steps; s > 0; s -= kStepsAtOnce) {
+      ask(ahead);
+      QUIRE_UNROLL for (int u = 0; u < kStepsAtOnce; ++u) {
+        decltype(P::cells(U32x16{})) cells[kAtOnce];
+        QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) cells[j] = P::cells(load_u32((const uint32_t*)(w + u * kStepBytes + 64 * j)));
+        QUIRE_UNROLL for (int r = 0; r < R; ++r)
+          QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) sum[r][j] = P::dot(sum[r][j], x + (r * kBlockSteps + u) * P::kCellBytes, cells[j]);
       }
+      x += kStepsAtOnce * P::kCellBytes;
+      w += kStepsAtOnce * kStepBytes;
     }
-    x += kStepsAtOnce * kCellBytes;
-    w += kStepsAtOnce * kStepBytes;
+    QUIRE_UNROLL for (int r = 0; r < R; ++r)
+      QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) P::add_to(a, sum[r][j], r, 16 * (first + j));
   }
   asked = ahead;
-  a.first ? P::template add_to<R, true>(a, sum) : P::template add_to<R, false>(a, sum);
 }
 
 template <class P>
 struct DotProduct {
   using Format = typename P::Format;
-  static constexpr int kBlockK = kBlockSteps * P::kCellK;
+  static constexpr int kBlockK = kBlockSteps * P::kCellK, kXBlock = kBlockSteps * P::kCellBytes;
   static constexpr int64_t kBytes = kBlockK / Format::kSpan * kSpanBytes<Format>;  // of a block of a panel
   static_assert(kBlockK % Format::kSpan == 0 && Format::kPad % (P::kCellK * kStepsAtOnce) == 0);
   typedef void (*Dots)(const DotArgs&, Ahead&);
-  static constexpr Dots rows[] = {nullptr,
-                                  &P::template dots<1>,
-                                  &P::template dots<2>,
-                                  &P::template dots<3>,
-                                  &P::template dots<4>,
-                                  &P::template dots<5>,
-                                  &P::template dots<6>};
+  template <int R>
+  static constexpr Dots of() {
+    if constexpr (R <= kDotRows) return &P::template dots<R>;
+    return nullptr;
+  }
+  static constexpr Dots rows[] = {nullptr, of<1>(), of<2>(), of<3>(), of<4>(), of<5>(), of<6>()};
 
   static int64_t blocks(const LinearArgs& g) { return ceil_div(g.k, kBlockK); }
   static TilePlan plan(const LinearArgs& g) { return tile_plan(g, P::kReadNs, blocks(g) * (kXBlock + P::kExtra), 0, true); }
@@ -153,7 +194,7 @@ struct DotProduct {
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
     const int rows_of_all = int(smaller(g.m - m, int64_t(count) * p.tile_rows));
     // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted.
-    const int64_t walks = int64_t(P::walks(p.tile_rows)) * count, each = walks > 1 ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
+    const int64_t most = smaller(p.tile_rows, kDotRows), walks = ceil_div(p.tile_rows, kDotRows) * (kLines / P::lines_at_once(int(most))) * count, each = walks > 1 ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
     auto* const sums = (float*)own;
     const char* w = (const char*)g.w + panel * panel_bytes<Format>(g.k);
     for (int64_t block = 0; block < blocks(g); ++block, w += kBytes) {

@@ -7,7 +7,6 @@
 #pragma once
 #include "linear_panels.h"
 
-#if defined(QUIRE_BF16_DOT)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -58,4 +57,3 @@ void run_few(const LinearArgs* products, int64_t count) {
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
-#endif

@@ -4,8 +4,8 @@
 //   y[m, n] = rounded((s_0 * u[0, n] + s_1 * u[1, n] + ...) + bias[n]),  u the scale of the span (int8: 256, int4: 32) that the part is of, fp32
 //   throughout, rounded once
 //
-// but for bf16 rows where the CPU multiplies bf16 and bytes (linear_dots.h, linear_amx.h, linear_codes.h): a code is an fp32 number here, so no
-// instruction for pairs of bf16 is used.
+// but for bf16 rows, which meet codes as integers (linear_codes.h; on AMX those of int4 made bf16: linear_amx.h) and bf16 weights panel by panel
+// (linear_dots.h, by the same law where there is no instruction for pairs of bf16; linear_amx.h).
 //
 // Few rows of x widen W in registers, as it streams by. For more, 16 or 32 columns of one block of k are widened to a scratch in L1 and
 // register tiles go over it.

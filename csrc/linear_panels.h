@@ -8,7 +8,6 @@
 #pragma once
 #include "linear_packed.h"
 
-#if defined(QUIRE_BF16_DOT)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -57,7 +56,11 @@ struct Ahead {
 // Written out: with addresses told in the instruction itself, as GCC has it, one row reads 28 GB/s where it reads 34 with each in a register of its own.
 // Why is not known (docs/speed.md).
 QUIRE_INLINE void ask(Ahead& ahead) {
+#if defined(QUIRE_PLAIN)
+  for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) prefetch_l2(ahead.at);
+#else
   for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) asm volatile("prefetcht1 (%0)" ::"r"(ahead.at));
+#endif
 }
 
 // Of `bytes`, while `count` tiles of x, two of them together, pass so many steps of four operands.
@@ -71,11 +74,12 @@ int64_t tile_scratch_floats(const LinearArgs& g) {
   return (p.x_bytes + p.threads * p.own_bytes) / 4;
 }
 
-QUIRE_INLINE __m256i rounded_bf16(F32x16 v) {
+// Without tiles, what is smaller than the smallest normal number is kept, as the other ways to a product do there.
+QUIRE_INLINE void store_rounded(uint16_t* y, F32x16 v, int n) {
 #if defined(QUIRE_AMX)
-  return (__m256i)_mm512_cvtneps_pbh(v.v);
+  _mm256_mask_storeu_epi16(y, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(v.v));
 #else
-  return narrow_bf16(v);  // which keeps what is smaller than the smallest normal number, as the other ways to a product there do
+  n == 16 ? store_bf16(y, v) : store_bf16_n(y, v, n);
 #endif
 }
 
@@ -88,7 +92,7 @@ QUIRE_INLINE void sums_to_y(const LinearArgs& g, int64_t m, int rows, int64_t n,
       const int left = int(smaller(g.n - n - 16 * j, 16));
       F32x16 v = load(at(r, j));
       if (g.bias) v = add(v, load_bf16_n((const uint16_t*)g.bias + n + 16 * j, left));
-      _mm256_mask_storeu_epi16(y + 16 * j, first_lanes(left), rounded_bf16(v));
+      store_rounded(y + 16 * j, v, left);
     }
   }
 }
@@ -116,4 +120,3 @@ void run_tiles(const LinearArgs& g) {
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
-#endif

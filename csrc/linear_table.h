@@ -11,9 +11,11 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-#if defined(QUIRE_BF16_DOT)
+// Up to so many rows of bf16 go panel by panel where registers have four lanes, which are too few for more rows at once.
+[[maybe_unused]] constexpr int kFewPlainRows = 8;
+
 // f(P{}) for the struct of a product panel by panel (linear_panels.h); false if it goes another way.
-template <class Function>
+template <bool kVnni, class Function>
 bool with_panels(const LinearArgs& g, const Function& f) {
   if (g.dtype != kBF16) return false;
   switch (g.format) {
@@ -24,23 +26,26 @@ bool with_panels(const LinearArgs& g, const Function& f) {
     case kPackedInt8: f(CodeProduct{}); return true;
     case kPackedInt4: f(BrainProduct<Decoded<PackedInt4>>{}); return true;
 #else
-    case kPackedBF16: f(DotProduct<PairDots>{}); return true;
-    case kPackedInt8: f(DotProduct<ByteDots>{}); return true;
-    case kPackedInt4: f(DotProduct<NibbleDots>{}); return true;
+    case kPackedBF16:
+#if defined(QUIRE_PLAIN)
+      if (g.m > kFewPlainRows) return false;
+#endif
+      f(DotProduct<PairDots>{});
+      return true;
+    case kPackedInt8: f(DotProduct<ByteDots<kVnni>>{}); return true;
+    case kPackedInt4: f(DotProduct<NibbleDots<kVnni>>{}); return true;
 #endif
     default: return false;
   }
 }
-#endif
 
-inline int64_t scratch_floats_for(const LinearArgs* g) {
+template <bool kVnni>
+int64_t scratch_floats_for(const LinearArgs* g) {
   int64_t floats = 0;
-#if defined(QUIRE_BF16_DOT)
   const auto panels = [&](auto product) {
     floats = g->m <= kFewTileRows ? few_scratch_floats<decltype(product)>(*g) : tile_scratch_floats<decltype(product)>(*g);
   };
-  if (with_panels(*g, panels)) return floats;
-#endif
+  if (with_panels<kVnni>(*g, panels)) return floats;
   if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
   if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
   with_packed(g->format, [&](auto operand) {
@@ -50,25 +55,25 @@ inline int64_t scratch_floats_for(const LinearArgs* g) {
   return floats;
 }
 
-inline void multiply_one(const LinearArgs* g) {
-#if defined(QUIRE_BF16_DOT)
-  if (with_panels(*g, [&](auto product) { run_tiles<decltype(product)>(*g); })) return;
-#endif
+template <bool kVnni>
+void multiply_one(const LinearArgs* g) {
+  if (with_panels<kVnni>(*g, [&](auto product) { run_tiles<decltype(product)>(*g); })) return;
   if (g->format == kRowsNK) return multiply<false>(*g);
   if (g->format == kRowsKN) return multiply<true>(*g);
   with_packed(g->format, [&](auto operand) { run_packed<decltype(operand)>(*g); });
 }
 
-inline void multiply_all(const LinearArgs* products, int64_t count) {
-#if defined(QUIRE_BF16_DOT)
-  if (products->m <= kFewTileRows && with_panels(*products, [&](auto product) { run_few<decltype(product)>(products, count); })) return;
-#endif
-  for (int64_t i = 0; i < count; ++i) multiply_one(products + i);
+template <bool kVnni>
+void multiply_all(const LinearArgs* products, int64_t count) {
+  if (products->m <= kFewTileRows && with_panels<kVnni>(*products, [&](auto product) { run_few<decltype(product)>(products, count); })) return;
+  for (int64_t i = 0; i < count; ++i) multiply_one<kVnni>(products + i);
 }
 
 }  // namespace product
 
-constexpr LinearKernels linear_kernels = {&product::scratch_floats_for, &product::multiply_all, &product::pack, &product::rows, &product::packed_bytes};
+// `kVnni`: for CPUs that have dot products of bytes; tiles of AMX are another way to them.
+template <bool kVnni>
+constexpr LinearKernels linear_kernels = {&product::scratch_floats_for<kVnni>, &product::multiply_all<kVnni>, &product::pack, &product::rows, &product::packed_bytes};
 
 }  // namespace
 }  // namespace QUIRE_ISA

@@ -2,6 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#ifdef QUIRE_HAVE_avx2
+#include <cpuid.h>
+#endif
 #ifdef QUIRE_HAVE_amx
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -20,7 +23,7 @@ namespace quire {
 
 #define QUIRE_DECLARE(isa) \
   namespace isa {          \
-  extern const Kernels kernels; \
+  extern const Kernels kernels, kernels_vnni; \
   }
 QUIRE_DECLARE(plain)
 QUIRE_DECLARE(avx2)
@@ -29,6 +32,15 @@ QUIRE_DECLARE(avx512bf16)
 QUIRE_DECLARE(amx)
 
 namespace {
+
+#ifdef QUIRE_HAVE_avx2
+// Which not every compiler's __builtin_cpu_supports knows.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  constexpr unsigned kAvxVnni = 1u << 4;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
+}
+#endif
 
 #ifdef QUIRE_HAVE_amx
 // Whether the CPU has tiles of bf16 and the system lets this process use them: their state is large, so Linux wants to be asked once.
@@ -55,9 +67,11 @@ std::vector<const Kernels*> runnable() {
 #endif
 #ifdef QUIRE_HAVE_avx2
   if (avx2_fits) found.push_back(&avx2::kernels);
+  if (avx2_fits && has_avx_vnni()) found.push_back(&avx2::kernels_vnni);
 #endif
 #ifdef QUIRE_HAVE_avx512
   if (avx512_fits) found.push_back(&avx512::kernels);
+  if (avx512_fits && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512::kernels_vnni);
 #endif
 #ifdef QUIRE_HAVE_avx512bf16
   if (avx512_fits && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512bf16::kernels);

@@ -4,7 +4,7 @@
 //   panel:  k in spans of kSpan:  [scales: 64 bf16]  units
 //   unit:   kUnit of k:           four lines of 64 bytes, each 16 columns x kUnit of k
 //
-//   line    fp32  16 floats                          int8  4 k x 16 bytes; where bytes are multiplied 16 lanes of 4 k, the operand of that
+//   line    fp32  16 floats                          int8  16 lanes of 4 bytes of k, the operand of dot products of bytes: code + 128, on AMX the code
 //           fp16  2 k x 16 halves                    int4  16 lanes of 32 bits, 8 nibbles (code + 8) each, k ascending from the lowest
 //           bf16  16 pairs of k, the operand of a bf16 dot instruction; without one, a shift and a mask make two vectors of fp32
 //
@@ -58,24 +58,16 @@ struct PackedBf16 {
 struct PackedInt8 {
   static constexpr int kUnit = 4, kSpan = 256, kPad = 16;
   static constexpr bool kScaled = true;
-#if defined(QUIRE_VECTOR_DOTS)
-  static constexpr uint32_t kFlipped = 0x80;  // bits of a code as it is stored: 128 added, so that it is unsigned, as linear_dots.h wants it
-#else
+#if defined(QUIRE_AMX)
   static constexpr uint32_t kFlipped = 0;
-#endif
-#if defined(QUIRE_BF16_DOT)
-  using Raw = U32x16;
-  QUIRE_INLINE Raw raw(const char* line) { return xor_(load_u32((const uint32_t*)line), set1_u32(0x01010101u * kFlipped)); }
-  template <int I>
-  QUIRE_INLINE F32x16 cell(Raw lanes) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(lanes.v, 24 - 8 * I), 24))}; }
-  QUIRE_INLINE int place(int column, int k) { return 4 * column + k; }
 #else
-  using Raw = const char*;
-  QUIRE_INLINE Raw raw(const char* line) { return line; }
-  template <int I>
-  QUIRE_INLINE F32x16 cell(Raw line) { return load_int8(line + 16 * I); }
-  QUIRE_INLINE int place(int column, int k) { return 16 * k + column; }
+  static constexpr uint32_t kFlipped = 0x80;  // bits of a code as it is stored: 128 added, so that it is unsigned, as linear_dots.h wants it
 #endif
+  using Raw = U32x16;
+  QUIRE_INLINE Raw raw(const char* line) { return xor_(load_u32((const uint32_t*)line), set1_u32(0x01010101u * (0x80 ^ kFlipped))); }
+  template <int I>
+  QUIRE_INLINE F32x16 cell(Raw lanes) { return sub(to_f32(and_(shr<8 * I>(lanes), set1_u32(0xff))), set1(128.0f)); }
+  QUIRE_INLINE int place(int column, int k) { return 4 * column + k; }
   QUIRE_INLINE float element(const char* line, int column, int k) { return float(int8_t(line[place(column, k)] ^ kFlipped)); }
 };
 

@@ -2,10 +2,14 @@
 // once against these types, so every instruction set runs the same algorithm in the same order.
 //
 //   F32x16   load load_n store store_n set1 zero  add sub mul div fma fnma max min  round_nearest scale_pow2
-//   U32x16   load_u32 store_u32 set1_u32 add mul xor_ and_ or_ shl<n> shr<n> to_f32  bits(F32x16) floats(U32x16)
+//   U32x16   load_u32 store_u32 set1_u32 load_cell (one for all lanes) add mul xor_ and_ or_ shl<n> shr<n> to_f32 to_i32  bits(F32x16) floats(U32x16)
 //   Mask16   lt gt eq lanes_between  lanes_of(16 bits)  select(mask, if_set, if_clear)  mask_bits
 //   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  load_bf16[_n] store_bf16[_n] load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)  store_upper (the upper half of each lane)
 //   bytes    load_bytes[_n] (64, four to a lane)  load_u8[_n] (16, one to a lane)  load_int8[_n] (16, as fp32)
+//            shuffle16 (bytes within each 16 of them, in an order)
+//   words    32 of 16 bits: max_halves (unsigned) add_words  dot_words (signed pairs, to a lane)  words_of_bytes (unsigned bytes times signed ones,
+//            in pairs, which must not be more than a word)  shr_words<n>  store_bytes (the lower byte of each)
+//   settled  of integer sums: GCC 12 would add up what several steps give first, for which there are not registers enough
 //   in order sum_lanes max_lanes   exp exp2 log tanh (simd_math.h)   transpose16   dot_pair prefetch prefetch_l2
 //
 // `_n` loads read only the first n elements (the other lanes are zero), `_n` stores write only those.
@@ -23,6 +27,9 @@
 #endif
 #if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
 #define QUIRE_VECTOR_DOTS 1  // of pairs of bf16 and of fours of bytes (AVX512-VNNI), and no tiles
+#endif
+#if defined(QUIRE_ISA_avx512) || defined(QUIRE_ISA_avx2)
+#define QUIRE_MAYBE_VNNI 1  // CPUs with and without dot products of bytes, and a table of kernels for either
 #endif
 #if defined(QUIRE_ISA_avx512) || defined(QUIRE_BF16_DOT)
 #define QUIRE_AVX512 1

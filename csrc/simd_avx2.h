@@ -48,6 +48,10 @@ QUIRE_BINARY(mul, U32x16, _mm256_mullo_epi32)
 QUIRE_BINARY(xor_, U32x16, _mm256_xor_si256)
 QUIRE_BINARY(and_, U32x16, _mm256_and_si256)
 QUIRE_BINARY(or_, U32x16, _mm256_or_si256)
+QUIRE_BINARY(max_halves, U32x16, _mm256_max_epu16)
+QUIRE_BINARY(add_words, U32x16, _mm256_add_epi16)
+QUIRE_BINARY(dot_words, U32x16, _mm256_madd_epi16)
+QUIRE_BINARY(words_of_bytes, U32x16, _mm256_maddubs_epi16)
 #undef QUIRE_BINARY
 
 QUIRE_INLINE F32x16 fma(F32x16 x, F32x16 y, F32x16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
@@ -62,12 +66,18 @@ QUIRE_INLINE void store_u32(uint32_t* p, U32x16 x) {
   _mm256_storeu_si256((__m256i*)(p + 8), x.b);
 }
 QUIRE_INLINE U32x16 set1_u32(uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
+QUIRE_INLINE U32x16 load_cell(const void* p) {
+  int x;
+  memcpy(&x, p, sizeof(x));
+  return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+}
 template <int N>
 QUIRE_INLINE U32x16 shl(U32x16 x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
 template <int N>
 QUIRE_INLINE U32x16 shr(U32x16 x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
 // The lanes as signed integers.
 QUIRE_INLINE F32x16 to_f32(U32x16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+QUIRE_INLINE U32x16 to_i32(F32x16 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 QUIRE_INLINE U32x16 bits(F32x16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 QUIRE_INLINE F32x16 floats(U32x16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 
@@ -192,6 +202,39 @@ QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) {
   char buffer[16] = {};
   memcpy(buffer, p, size_t(n));
   return load_int8(buffer);
+}
+
+template <int N>
+QUIRE_INLINE U32x16 shr_words(U32x16 x) { return {_mm256_srli_epi16(x.a, N), _mm256_srli_epi16(x.b, N)}; }
+// Adds the products of four unsigned bytes of a lane with four signed ones: for CPUs with AVX-VNNI. Written out, since it is compiled for others, too.
+QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, U32x16 by) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.a) : "x"(bytes.a), "x"(by.a));
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.b) : "x"(bytes.b), "x"(by.b));
+  return sum;
+}
+QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) { return dot_bytes(sum, bytes, load_cell(cell)); }
+QUIRE_INLINE U32x16 settled(U32x16 x) {
+  asm("" : "+x"(x.a), "+x"(x.b));
+  return x;
+}
+QUIRE_INLINE uint32_t max_lanes(U32x16 x) {
+  const __m256i h = _mm256_max_epu32(x.a, x.b);
+  __m128i q = _mm_max_epu32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_max_epu32(q, _mm_shuffle_epi32(q, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(q, _mm_shuffle_epi32(q, 0xb1))));
+}
+QUIRE_INLINE uint32_t sum_lanes(U32x16 x) {
+  const __m256i h = _mm256_add_epi32(x.a, x.b);
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1))));
+}
+QUIRE_INLINE U32x16 shuffle16(U32x16 x, const uint8_t (&order)[16]) {
+  const __m256i by = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)order));
+  return {_mm256_shuffle_epi8(x.a, by), _mm256_shuffle_epi8(x.b, by)};
+}
+QUIRE_INLINE void store_bytes(char* p, U32x16 words) {
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi16(words.a, words.b), 0xd8));
 }
 
 QUIRE_INLINE void transpose8(__m256 r[8]) {

@@ -45,12 +45,18 @@ QUIRE_INLINE U32x16 mul(U32x16 a, U32x16 b) { return {_mm512_mullo_epi32(a.v, b.
 QUIRE_INLINE U32x16 xor_(U32x16 a, U32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 QUIRE_INLINE U32x16 and_(U32x16 a, U32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 QUIRE_INLINE U32x16 or_(U32x16 a, U32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+QUIRE_INLINE U32x16 load_cell(const void* p) {
+  int x;
+  memcpy(&x, p, sizeof(x));
+  return {_mm512_set1_epi32(x)};
+}
 template <int N>
 QUIRE_INLINE U32x16 shl(U32x16 a) { return {_mm512_slli_epi32(a.v, N)}; }
 template <int N>
 QUIRE_INLINE U32x16 shr(U32x16 a) { return {_mm512_srli_epi32(a.v, N)}; }
 // The lanes as signed integers.
 QUIRE_INLINE F32x16 to_f32(U32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+QUIRE_INLINE U32x16 to_i32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 QUIRE_INLINE U32x16 bits(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
 QUIRE_INLINE F32x16 floats(U32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
 
@@ -118,8 +124,25 @@ QUIRE_INLINE U32x16 load_u8_n(const char* p, int n) { return {_mm512_cvtepu8_epi
 QUIRE_INLINE F32x16 load_int8(const char* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)))}; }
 
-#if defined(QUIRE_VECTOR_DOTS)
-// Adds the products of four unsigned bytes of a lane with four signed ones. Written out: GCC 12 keeps sums of its intrinsic in memory between steps.
+QUIRE_INLINE U32x16 max_halves(U32x16 a, U32x16 b) { return {_mm512_max_epu16(a.v, b.v)}; }
+QUIRE_INLINE uint32_t max_lanes(U32x16 a) { return _mm512_reduce_max_epu32(a.v); }
+QUIRE_INLINE uint32_t sum_lanes(U32x16 a) { return uint32_t(_mm512_reduce_add_epi32(a.v)); }
+template <int N>
+QUIRE_INLINE U32x16 shr_words(U32x16 a) { return {_mm512_srli_epi16(a.v, N)}; }
+QUIRE_INLINE U32x16 add_words(U32x16 a, U32x16 b) { return {_mm512_add_epi16(a.v, b.v)}; }
+QUIRE_INLINE U32x16 settled(U32x16 a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
+QUIRE_INLINE U32x16 dot_words(U32x16 a, U32x16 b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+QUIRE_INLINE U32x16 words_of_bytes(U32x16 bytes, U32x16 by) { return {_mm512_maddubs_epi16(bytes.v, by.v)}; }
+QUIRE_INLINE U32x16 shuffle16(U32x16 a, const uint8_t (&order)[16]) {
+  return {_mm512_shuffle_epi8(a.v, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)order)))};
+}
+QUIRE_INLINE void store_bytes(char* p, U32x16 words) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi16_epi8(words.v)); }
+
+// Adds the products of four unsigned bytes of a lane with four signed ones: for CPUs with AVX512-VNNI. Written out, since it is compiled for others, too,
+// and GCC 12 keeps sums of its intrinsic in memory between steps.
 QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, U32x16 by) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(bytes.v), "v"(by.v));
   return sum;
@@ -129,7 +152,6 @@ QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(bytes.v), "m"(*(const uint32_t*)cell));
   return sum;
 }
-#endif
 #if defined(QUIRE_BF16_DOT)
 QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};

@@ -8,6 +8,7 @@ namespace {
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef uint32_t u32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
+typedef int16_t i16x8 __attribute__((vector_size(16)));
 
 struct F32x16 {
   f32x4 v[4];
@@ -87,6 +88,11 @@ QUIRE_INLINE U32x16 set1_u32(uint32_t x) {
   const u32x4 v = {x, x, x, x};
   return {{v, v, v, v}};
 }
+QUIRE_INLINE U32x16 load_cell(const void* p) {
+  uint32_t x;
+  memcpy(&x, p, sizeof(x));
+  return set1_u32(x);
+}
 template <int N>
 QUIRE_INLINE U32x16 shl(U32x16 a) {
   QUIRE_EACH a.v[i] <<= N;
@@ -101,6 +107,12 @@ QUIRE_INLINE U32x16 shr(U32x16 a) {
 QUIRE_INLINE F32x16 to_f32(U32x16 a) {
   F32x16 r;
   QUIRE_EACH r.v[i] = __builtin_convertvector((i32x4)a.v[i], f32x4);
+  return r;
+}
+QUIRE_INLINE U32x16 to_i32(F32x16 a) {
+  const F32x16 whole = round_nearest(a);
+  U32x16 r;
+  QUIRE_EACH r.v[i] = (u32x4)__builtin_convertvector(whole.v[i], i32x4);
   return r;
 }
 QUIRE_INLINE U32x16 bits(F32x16 a) {
@@ -257,6 +269,69 @@ QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) {
   return r;
 }
 QUIRE_INLINE F32x16 load_int8(const char* p) { return load_int8_n(p, 16); }
+
+QUIRE_INLINE U32x16 settled(U32x16 a) { return a; }
+QUIRE_INLINE uint32_t max_lanes(U32x16 a) {
+  uint32_t m = 0;
+  for (int i = 0; i < 16; ++i) m = a.v[i / 4][i % 4] > m ? a.v[i / 4][i % 4] : m;
+  return m;
+}
+QUIRE_INLINE uint32_t sum_lanes(U32x16 a) {
+  uint32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += a.v[i / 4][i % 4];
+  return sum;
+}
+QUIRE_INLINE U32x16 max_halves(U32x16 a, U32x16 b) {
+  uint16_t x[32], y[32];
+  memcpy(x, &a, 64);
+  memcpy(y, &b, 64);
+  for (int i = 0; i < 32; ++i) x[i] = x[i] > y[i] ? x[i] : y[i];
+  memcpy(&a, x, 64);
+  return a;
+}
+template <int N>
+QUIRE_INLINE U32x16 shr_words(U32x16 a) {
+  typedef uint16_t u16x8 __attribute__((vector_size(16)));
+  QUIRE_EACH a.v[i] = (u32x4)((u16x8)a.v[i] >> N);
+  return a;
+}
+QUIRE_INLINE U32x16 add_words(U32x16 a, U32x16 b) {
+  QUIRE_EACH a.v[i] = (u32x4)((i16x8)a.v[i] + (i16x8)b.v[i]);
+  return a;
+}
+QUIRE_INLINE U32x16 dot_words(U32x16 a, U32x16 b) {
+  QUIRE_EACH {
+#if defined(__SSE2__)  // which has no multiplication of 32-bit lanes
+    a.v[i] = (u32x4)__builtin_ia32_pmaddwd128((i16x8)a.v[i], (i16x8)b.v[i]);
+#else
+    const i32x4 x = (i32x4)a.v[i], y = (i32x4)b.v[i];
+    a.v[i] = (u32x4)((x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
+#endif
+  }
+  return a;
+}
+QUIRE_INLINE U32x16 words_of_bytes(U32x16 bytes, U32x16 by) {
+  QUIRE_EACH {
+    const i16x8 x = (i16x8)bytes.v[i], y = (i16x8)by.v[i];
+    bytes.v[i] = (u32x4)((x & 0xff) * (y << 8 >> 8) + (x >> 8 & 0xff) * (y >> 8));
+  }
+  return bytes;
+}
+QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
+  const U32x16 by = load_cell(cell), one = set1_u32(0x00010001u);  // a product of two bytes fits in a word, a sum of two need not
+  const U32x16 low = words_of_bytes(and_(bytes, set1_u32(0x00ff00ffu)), by), high = words_of_bytes(and_(bytes, set1_u32(0xff00ff00u)), by);
+  return add(sum, add(dot_words(low, one), dot_words(high, one)));
+}
+QUIRE_INLINE U32x16 shuffle16(U32x16 a, const uint8_t (&order)[16]) {
+  char from[64], to[64];
+  memcpy(from, &a, 64);
+  for (int i = 0; i < 64; ++i) to[i] = from[i / 16 * 16 + order[i % 16]];
+  memcpy(&a, to, 64);
+  return a;
+}
+QUIRE_INLINE void store_bytes(char* p, U32x16 words) {
+  for (int i = 0; i < 32; ++i) p[i] = char(words.v[i / 8][i / 2 % 4] >> (16 * (i % 2)));
+}
 
 // r[i] lane j <-> r[j] lane i.
 QUIRE_INLINE void transpose16(F32x16 r[16]) {

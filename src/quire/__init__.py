@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from quire.faces.tensors import generate, score
     from quire.faces.trl import QuireRollouts
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "LLM",
     "CacheTooSmallError",

@@ -14,10 +14,24 @@ except ImportError:
     native = None
 
 
-@pytest.fixture(params=native.isas() if native else [pytest.param("", marks=pytest.mark.skip(reason="the native kernels are not built"))])
+ISAS = native.isas() if native else []
+MISSING = pytest.param("", marks=pytest.mark.skip(reason="the native kernels are not built"))
+
+
+def in_use(isa: str) -> Iterator[str]:
+    before = native.isa()
+    native.set_isa(isa)
+    yield isa
+    native.set_isa(before)
+
+
+@pytest.fixture(params=[isa for isa in ISAS if not isa.endswith("vnni")] or [MISSING])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this CPU can run, in use during the test."""
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    yield from in_use(request.param)
+
+
+@pytest.fixture(params=ISAS or [MISSING])
+def product_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same for tests of products with packed weights, which are all that AVX-VNNI and AVX512-VNNI change by themselves."""
+    yield from in_use(request.param)

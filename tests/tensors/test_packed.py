@@ -18,7 +18,6 @@ from quire.tensors.products import SPANS, ReferenceProducts, _parts  # noqa: E40
 from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, random  # noqa: E402
 
 CODES = ["int8", "int4"]
-IN_INTEGERS = {"int8": ("avx512bf16", "amx"), "int4": ("avx512bf16",)}  # where bf16 rows meet codes as integers; on AMX they meet int4 ones made bf16
 PARTS = {"int8": 128, "int4": 32}  # k that is summed before it is scaled, where x is taken as it is
 SHAPES = [(33, 31), (130, 129), (200, 257), (64, 640), (70, 2250)]  # the last of several blocks, however few the rows
 ROWS = [*range(1, 17), 29, 64, 100, 260]  # every number of few rows, whole and broken tiles, more than a scratch holds
@@ -34,7 +33,7 @@ def pack(weight: torch.Tensor, quantization: str = "none", products: NativeProdu
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_packed_has_the_bits_of_plain(isa: str, dtype: torch.dtype, n: int, k: int) -> None:
+def test_packed_has_the_bits_of_plain(product_isa: str, dtype: torch.dtype, n: int, k: int) -> None:
     weight, bias = random(1, n, k, dtype=dtype), random(2, n, dtype=dtype)
     packed = pack(weight)
     whole = random(0, max(ROWS), k, dtype=dtype)
@@ -45,7 +44,7 @@ def test_packed_has_the_bits_of_plain(isa: str, dtype: torch.dtype, n: int, k: i
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_keeps_signs_of_zero_and_what_is_not_a_number(isa: str, dtype: torch.dtype) -> None:
+def test_packed_keeps_signs_of_zero_and_what_is_not_a_number(product_isa: str, dtype: torch.dtype) -> None:
     products = NativeProducts(2)
     for m, k in itertools.product((1, 5, 20), (16, 20, 33, 130, 144)):
         x, weight = torch.full((m, k), -1e-4, dtype=dtype), torch.full((40, k), 1e-5, dtype=dtype)
@@ -59,7 +58,7 @@ def test_packed_keeps_signs_of_zero_and_what_is_not_a_number(isa: str, dtype: to
         assert_same_bits(products.linear(x * 0, pack(weight.abs().nan_to_num(1, 1))), products.linear(x * 0, weight.abs().nan_to_num(1, 1)))
 
 
-def test_one_fused_step_at_a_time(isa: str) -> None:
+def test_one_fused_step_at_a_time(product_isa: str) -> None:
     """Products that round, which those of bf16 numbers never do: fused or not shows."""
     x, weight = random(0, 20, 150), random(1, 70, 150)
     assert_same_bits(NativeProducts(2).linear(x, pack(weight)), NativeProducts(1).linear(x, weight))
@@ -67,7 +66,7 @@ def test_one_fused_step_at_a_time(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", ["none", *CODES])
-def test_rows_are_the_weight(isa: str, dtype: torch.dtype, quantization: str) -> None:
+def test_rows_are_the_weight(product_isa: str, dtype: torch.dtype, quantization: str) -> None:
     for n, k in SHAPES:
         weight = random(1, n, k, dtype=dtype)
         packed = pack(weight, quantization)
@@ -78,6 +77,17 @@ def test_rows_are_the_weight(isa: str, dtype: torch.dtype, quantization: str) ->
     for bad in (-1, n):
         with pytest.raises(IndexError):
             packed.rows(torch.tensor([0, bad]))
+
+
+def in_integers_on(isa: str, quantization: str) -> bool:
+    """Whether bf16 rows meet codes as integers; on AMX they meet those of int4 made bf16."""
+    return (isa, quantization) != ("amx", "int4")
+
+
+def fused() -> bool:
+    """Whether a multiply-add rounds once, which it does but in kernels for any CPU on one that has no such instruction."""
+    x, weight = torch.tensor([[-(1 + 2.0**-11), 1 + 2.0**-12]]), torch.tensor([[1, 1 + 2.0**-12]])
+    return bool(NativeProducts(1).linear(x, weight))
 
 
 @functools.cache
@@ -105,6 +115,7 @@ def in_integers(x: torch.Tensor, weight: torch.Tensor, quantization: str) -> tup
     out = torch.empty(ReferenceProducts().packed_bytes(layout), dtype=torch.uint8)
     ReferenceProducts().pack(weight, layout, out)
     codes, scales = (part.double() for part in _parts(out, layout))
+    step = torch.Tensor.double if fused() else torch.Tensor.float
     total, off, span = torch.zeros(x.shape[0], weight.shape[0]), torch.zeros(x.shape[0], weight.shape[0], dtype=torch.double), SPANS[quantization]
     for start in range(0, x.shape[1], span):
         part, code = x[:, start : start + span].float(), codes[:, start : start + span]
@@ -112,22 +123,22 @@ def in_integers(x: torch.Tensor, weight: torch.Tensor, quantization: str) -> tup
         limit = torch.full_like(top, 127)  # a tensor: torch divides a number by way of a reciprocal, which rounds twice
         s = (torch.round(part * (limit / top)).double() @ code.T).float()  # integers below 2^24
         unit = (top / limit).double() * scales[:, start // span]
-        total = (total.double() + s.double() * unit.float().double()).float()  # rounded once, since fp64 holds such sums
+        total = (step(total) + step(s) * step(unit.float())).float()  # rounded once, since fp64 holds such sums, or twice
         off += (top / limit).double() * 0.5001 * scales[:, start // span].abs() * code.abs().sum(1)
     return total, off
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", CODES)
-def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -> None:
+def test_codes_keep_their_law(product_isa: str, quantization: str, dtype: torch.dtype) -> None:
     for n, k in ((33, 31), (130, 129), (70, 300), (64, 512), (20, 576), (64, 850)):
         x, weight, total = coded(quantization, dtype, 100, n, k)
         packed, bias = pack(weight, quantization), random(5, n, dtype=dtype)
         plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
-        if isa in IN_INTEGERS[quantization] and dtype == torch.bfloat16:
+        if in_integers_on(product_isa, quantization) and dtype == torch.bfloat16:
             total, _ = in_integers(x, weight, quantization)
             plain, biased = total.to(dtype), (total + bias.float()).to(dtype)
-        elif isa == "amx" and dtype == torch.bfloat16:  # there it is a bf16 weight that takes less memory
+        elif product_isa == "amx" and dtype == torch.bfloat16:  # there it is a bf16 weight that takes less memory
             elements = packed.rows(torch.arange(n))
             plain, biased = NativeProducts(2).linear(x, elements), NativeProducts(2).linear(x, elements, bias)
         for m in (*range(1, 71), 100):
@@ -138,7 +149,7 @@ def test_codes_keep_their_law(isa: str, quantization: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("num_threads", [2, 3, 5])
 @pytest.mark.parametrize("quantization", ["none", *CODES])
-def test_threads_take_from_each_other(isa: str, quantization: str, num_threads: int) -> None:
+def test_threads_take_from_each_other(product_isa: str, quantization: str, num_threads: int) -> None:
     """Who computes what is left to chance, above all with more threads than cores: every column is there, once, with the bits of one thread."""
     packed, x = pack(random(1, 64 * 13 + 5, 200, dtype=torch.bfloat16), quantization), random(0, 16, 200, dtype=torch.bfloat16)
     for m in (1, 5, 16):
@@ -148,7 +159,7 @@ def test_threads_take_from_each_other(isa: str, quantization: str, num_threads: 
 
 
 @pytest.mark.parametrize("quantization", CODES)
-def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> None:
+def test_rows_of_any_size_stay_by_themselves(product_isa: str, quantization: str) -> None:
     """Rows of large, tiny, mixed and no magnitudes, and some that are not finite, beside plain ones: each as alone, and near fp64."""
     weight, x = random(1, 70, 300, dtype=torch.bfloat16), random(2, 40, 300, dtype=torch.bfloat16)
     x[3], x[4], x[5] = x[3] * 2.0**100, x[4] * 2.0**-120, 0
@@ -162,9 +173,9 @@ def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> Non
     fine = [row for row in range(40) if row not in (7, 8)]
     exact = x[fine].double() @ packed.rows(torch.arange(70), torch.float32).double().T
     size = x[fine].double().abs() @ packed.rows(torch.arange(70), torch.float32).double().abs().T
-    share = 2.0**-8 if isa == "amx" and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
+    share = 2.0**-8 if product_isa == "amx" and quantization == "int4" else 2.0**-12  # int4 there is made bf16 first
     most = 2.0**-8 * exact.abs() + share * size + 2.0**-112
-    if isa in IN_INTEGERS[quantization]:
+    if in_integers_on(product_isa, quantization):
         law, off = in_integers(x[fine], weight, quantization)
         assert_same_bits(got[fine], law.to(torch.bfloat16))
         most += off * (1 + 2.0**-8)
@@ -172,9 +183,9 @@ def test_rows_of_any_size_stay_by_themselves(isa: str, quantization: str) -> Non
 
 
 @pytest.mark.parametrize("quantization", CODES)
-def test_one_span_is_as_coarse_as_its_largest(isa: str, quantization: str) -> None:
+def test_one_span_is_as_coarse_as_its_largest(product_isa: str, quantization: str) -> None:
     """Codes in integers: what one row has in one span says nothing about another span, nor another row; no magnitudes and infinite ones included."""
-    if isa not in IN_INTEGERS[quantization]:
+    if not in_integers_on(product_isa, quantization):
         pytest.skip("x is taken as it is")
     span, n = SPANS[quantization], 70
     weight, x = random(1, n, 3 * span + 20, dtype=torch.bfloat16), random(2, 70, 3 * span + 20, dtype=torch.bfloat16)
@@ -197,7 +208,7 @@ def test_one_span_is_as_coarse_as_its_largest(isa: str, quantization: str) -> No
 
 
 @pytest.mark.parametrize("quantization", ["none", *CODES])
-def test_weights_may_have_another_dtype_than_x(isa: str, quantization: str) -> None:
+def test_weights_may_have_another_dtype_than_x(product_isa: str, quantization: str) -> None:
     weight = random(1, 100, 200, dtype=torch.bfloat16)
     x = random(0, 30, 200)
     expected = pack(weight.float(), quantization)
@@ -262,7 +273,7 @@ def test_other_readers_are_told() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 16, 31, 64, 255, 256, 257, 512, 576, 850])
-def test_packed_bytes_are_codes_and_a_scale_a_span(isa: str, k: int) -> None:
+def test_packed_bytes_are_codes_and_a_scale_a_span(product_isa: str, k: int) -> None:
     """Columns filled up to 64 and k to 16; two bytes for a column and a span that is begun."""
     for n, (quantization, bits) in itertools.product((1, 64, 130), zip(CODES, (8, 4), strict=True)):
         columns, padded = -(-n // 64) * 64, -(-k // 16) * 16
