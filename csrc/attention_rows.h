@@ -90,12 +90,12 @@ struct Fetcher {
   int due = 0;
   const char *at = nullptr, *end = nullptr;  // of the run at hand
 };
-// A tile of heads of 128 in bf16 is 32 KB, a whole first cache of the CPUs that have VDPBF16PS and no tiles. There lines that come into the second one
-// doubled what decoding reads (docs/speed.md).
-#if defined(QUIRE_VECTOR_DOTS)
-constexpr bool kFetchFar = true;
-#else
+// A tile of heads of 128 in bf16 is 32 KB, a whole first cache of many CPUs: lines that come into the second one made decoding read up to twice as much
+// (docs/speed.md). With AMX the first one has 48 KB.
+#if defined(QUIRE_AMX)
 constexpr bool kFetchFar = false;
+#else
+constexpr bool kFetchFar = true;
 #endif
 // Into the first cache, or `kFar`, where that one is full, into the second.
 template <bool kFar = kFetchFar>

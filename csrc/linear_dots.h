@@ -58,7 +58,8 @@ void dots_in_registers(const DotArgs&, Ahead&);
 struct PairDots {
   using Format = PackedBf16;
   using Sum = F32x16;
-  static constexpr int kCellK = 2, kExtra = 0, kAsks = kBlockSteps / kStepsAtOnce;  // k of a cell; bytes of a row beside a block's cells; how often a block asks ahead
+  // k of a cell; bytes of a row beside a block's cells; how often a walk through a block asks ahead.
+  static constexpr int kCellK = 2, kExtra = 0, kAsks = kBlockSteps / kStepsAtOnce;
   static constexpr double kReadNs = 0.1;
 #if defined(QUIRE_BF16_DOT)
   static constexpr int kCellBytes = 4;
@@ -194,7 +195,9 @@ struct DotProduct {
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
     const int rows_of_all = int(smaller(g.m - m, int64_t(count) * p.tile_rows));
     // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted.
-    const int64_t most = smaller(p.tile_rows, kDotRows), walks = ceil_div(p.tile_rows, kDotRows) * (kLines / P::lines_at_once(int(most))) * count, each = walks > 1 ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
+    const int at_once = P::lines_at_once(int(smaller(p.tile_rows, kDotRows)));
+    const int64_t walks = ceil_div(p.tile_rows, kDotRows) * (kLines / at_once) * count;
+    const int64_t each = walks > 1 ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
     auto* const sums = (float*)own;
     const char* w = (const char*)g.w + panel * panel_bytes<Format>(g.k);
     for (int64_t block = 0; block < blocks(g); ++block, w += kBytes) {

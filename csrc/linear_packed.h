@@ -17,16 +17,19 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
+// Lines at once of so many rows: enough sums to hide a multiply-add's latency, as far as there are registers.
 #if defined(QUIRE_AVX512)
 constexpr int kFewPacked = 8;
-template <int MR>
-constexpr int kFewVectors = MR <= 4 ? 4 : 2;  // lines at once: enough sums to hide a multiply-add's latency
+constexpr int few_lines(int rows) { return rows <= 4 ? 4 : 2; }
+#else
+#if defined(QUIRE_AVX2)
+constexpr int kFewPacked = 6;
 #else
 constexpr int kFewPacked = 4;
-template <int MR>
-constexpr int kFewVectors = 1;
 #endif
-constexpr int kAhead = 4096;  // bytes ahead of what is read, on the way to the cache
+constexpr int few_lines(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#endif
+constexpr int kAhead = 4096;  // bytes ahead of what is read, on the way to the cache, where a block is walked through once
 
 // One block of k of a panel, its columns from 16 * line on.
 struct FewPacked {
@@ -35,6 +38,7 @@ struct FewPacked {
   float* sums;        // [lines, rows, 16]
   int line, k;        // k in this block, filled up
   bool first;
+  const char* ahead;  // what will be wanted next
 };
 
 // One unit of k: each cell is made when it is multiplied, so that sums and not weights fill the registers.
@@ -53,7 +57,8 @@ QUIRE_INLINE void few_unit(F32x16 (&acc)[NV][MR], const typename P::Raw* raws, c
 
 template <class P, int MR>
 void few_packed(const FewPacked& g) {
-  constexpr int NV = kFewVectors<MR>;
+  constexpr int NV = few_lines(MR);
+  const char* ahead = g.ahead;
   const float* x = g.x;
   PartPlace place = g.place;
   bool first = g.first;
@@ -65,12 +70,13 @@ void few_packed(const FewPacked& g) {
     for (int units = (k < kPart<P> ? k : kPart<P>) / P::kUnit; units > 0; --units) {
       typename P::Raw raws[NV];
       QUIRE_UNROLL for (int j = 0; j < NV; ++j) {
-        __builtin_prefetch(w + kAhead + 64 * j, 0, 2);
+        prefetch_l2(ahead + 64 * j);
         raws[j] = P::raw(w + 64 * j);
       }
       few_unit<P, MR, NV>(acc, raws, x);
       x += P::kUnit;
       w += 64 * kLines;
+      ahead += 64 * NV;
     }
     QUIRE_UNROLL for (int j = 0; j < NV; ++j) {
       F32x16 scale;
@@ -128,14 +134,17 @@ void pack_x_as(const LinearArgs& g, int64_t m0, int rows, int first, int last, f
 
 template <class P>
 void few_rows_packed(const LinearArgs& g, const float* x, float* sums, int64_t begin, int64_t end) {
-  const int m = int(g.m), lines = m <= 4 ? kFewVectors<1> : kFewVectors<kFewPacked>;
+  const int m = int(g.m), lines = few_lines(m);
   const int64_t bytes = panel_bytes<P>(g.k);
   for (int64_t panel = begin; panel < end; ++panel) {
     int64_t k0 = 0;
     do {
       const PartPlace place = part_at<P>((const char*)g.w + panel * bytes, k0);
-      FewPacked a{x + k0 / kBlock * m * kBlock, place, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0};
-      for (; a.line < kLines; a.line += lines, a.sums += lines * m * 16) FewRows<P>::rows[m](a);
+      FewPacked a{x + k0 / kBlock * m * kBlock, place, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0, nullptr};
+      for (; a.line < kLines; a.line += lines, a.sums += lines * m * 16) {
+        a.ahead = place.units + (lines == kLines ? kAhead : kBlockBytes<P> + kBlockBytes<P> / kLines * a.line);
+        FewRows<P>::rows[m](a);
+      }
       k0 += kBlock;
     } while (k0 < g.k);
     finish_as(g, sums, 16, 0, m, panel * kWide, smaller((panel + 1) * kWide, g.n));

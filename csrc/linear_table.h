@@ -73,7 +73,8 @@ void multiply_all(const LinearArgs* products, int64_t count) {
 
 // `kVnni`: for CPUs that have dot products of bytes; tiles of AMX are another way to them.
 template <bool kVnni>
-constexpr LinearKernels linear_kernels = {&product::scratch_floats_for<kVnni>, &product::multiply_all<kVnni>, &product::pack, &product::rows, &product::packed_bytes};
+constexpr LinearKernels linear_kernels = {&product::scratch_floats_for<kVnni>, &product::multiply_all<kVnni>,
+                                          &product::pack, &product::rows, &product::packed_bytes};
 
 }  // namespace
 }  // namespace QUIRE_ISA

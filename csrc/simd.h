@@ -4,7 +4,8 @@
 //   F32x16   load load_n store store_n set1 zero  add sub mul div fma fnma max min  round_nearest scale_pow2
 //   U32x16   load_u32 store_u32 set1_u32 load_cell (one for all lanes) add mul xor_ and_ or_ shl<n> shr<n> to_f32 to_i32  bits(F32x16) floats(U32x16)
 //   Mask16   lt gt eq lanes_between  lanes_of(16 bits)  select(mask, if_set, if_clear)  mask_bits
-//   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  load_bf16[_n] store_bf16[_n] load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)  store_upper (the upper half of each lane)
+//   16 bit   load_pairs[_n] store_pairs_n make_pairs pair_low pair_high  store_upper (the upper half of each lane)
+//            load_bf16[_n] store_bf16[_n] load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)
 //   bytes    load_bytes[_n] (64, four to a lane)  load_u8[_n] (16, one to a lane)  load_int8[_n] (16, as fp32)
 //            shuffle16 (bytes within each 16 of them, in an order)
 //   words    32 of 16 bits: max_halves (unsigned) add_words  dot_words (signed pairs, to a lane)  words_of_bytes (unsigned bytes times signed ones,

@@ -21,7 +21,8 @@ from quire.errors import UnsupportedModelError
 from quire.tensors import ahead
 from quire.tensors.ahead import Ahead, made_ahead
 from quire.tensors.models.load import load_model
-from quire.tensors.packed import PackedWeight
+from quire.tensors.models.packing import _stored, _Weight
+from quire.tensors.packed import PackedLayout, PackedWeight
 from quire.tensors.products import ReferenceProducts
 from tests.tensors.checkpoints import make
 
@@ -267,6 +268,9 @@ def test_a_mapping_is_known_by_its_file_and_where_it_begins_there(tmp_path: Path
     held = ahead.FileMappings().holding(first + 10, 100)
     assert held is not None and held.file.endswith(f" {(tmp_path / 'file').stat().st_ino}")
     assert held.first == first and held.offset == 2 * mmap.PAGESIZE
+    weight = torch.frombuffer(memory, dtype=torch.float32, count=64, offset=128).view(8, 8)
+    stored = _stored(_Weight(weight, "weight", False), PackedLayout(8, 8, torch.float32, "none"), NativeProducts(1), ahead.FileMappings())
+    assert stored is not None and stored[0] == held.file and stored[1].offset == 2 * mmap.PAGESIZE + 128
     assert ahead.FileMappings().holding(first + 10, 2**40) is None
     anonymous = torch.zeros(10**7)
     assert ahead.FileMappings().holding(anonymous.data_ptr(), anonymous.nbytes) is None
