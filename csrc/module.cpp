@@ -2,7 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#ifdef QUIRE_HAVE_avx2
+#if defined(QUIRE_HAVE_avx2) && defined(QUIRE_AVX_VNNI)
 #include <cpuid.h>
 #endif
 #ifdef QUIRE_HAVE_amx
@@ -33,7 +33,7 @@ QUIRE_DECLARE(amx)
 
 namespace {
 
-#ifdef QUIRE_HAVE_avx2
+#if defined(QUIRE_HAVE_avx2) && defined(QUIRE_AVX_VNNI)
 // Which not every compiler's __builtin_cpu_supports knows.
 bool has_avx_vnni() {
   unsigned a, b, c, d;
@@ -67,6 +67,8 @@ std::vector<const Kernels*> runnable() {
 #endif
 #ifdef QUIRE_HAVE_avx2
   if (avx2_fits) found.push_back(&avx2::kernels);
+#endif
+#if defined(QUIRE_HAVE_avx2) && defined(QUIRE_AVX_VNNI)
   if (avx2_fits && has_avx_vnni()) found.push_back(&avx2::kernels_vnni);
 #endif
 #ifdef QUIRE_HAVE_avx512

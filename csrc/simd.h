@@ -29,7 +29,7 @@
 #if defined(QUIRE_BF16_DOT) && !defined(QUIRE_AMX)
 #define QUIRE_VECTOR_DOTS 1  // of pairs of bf16 and of fours of bytes (AVX512-VNNI), and no tiles
 #endif
-#if defined(QUIRE_ISA_avx512) || defined(QUIRE_ISA_avx2)
+#if defined(QUIRE_ISA_avx512) || (defined(QUIRE_ISA_avx2) && defined(QUIRE_AVX_VNNI))
 #define QUIRE_MAYBE_VNNI 1  // CPUs with and without dot products of bytes, and a table of kernels for either
 #endif
 #if defined(QUIRE_ISA_avx512) || defined(QUIRE_BF16_DOT)
@@ -87,6 +87,14 @@ QUIRE_INLINE U32x16 make_pairs(F32x16 low, F32x16 high) {
   return or_(shr<16>(round_bf16(low)), and_(round_bf16(high), set1_u32(0xffff0000u)));
 }
 
+#if !defined(QUIRE_AVX512) && !defined(QUIRE_MAYBE_VNNI)
+// Adds the products of four unsigned bytes of a lane with four signed ones, the same for all lanes. A product fits in a word, a sum of two need not.
+QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
+  const U32x16 by = load_cell(cell), one = set1_u32(0x00010001u);
+  const U32x16 low = words_of_bytes(and_(bytes, set1_u32(0x00ff00ffu)), by), high = words_of_bytes(and_(bytes, set1_u32(0xff00ff00u)), by);
+  return add(sum, add(dot_words(low, one), dot_words(high, one)));
+}
+#endif
 #if !defined(QUIRE_BF16_DOT)
 // acc + a.even * b.even + a.odd * b.odd, in that order.
 QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {

@@ -206,6 +206,7 @@ QUIRE_INLINE F32x16 load_int8_n(const char* p, int n) {
 
 template <int N>
 QUIRE_INLINE U32x16 shr_words(U32x16 x) { return {_mm256_srli_epi16(x.a, N), _mm256_srli_epi16(x.b, N)}; }
+#if defined(QUIRE_MAYBE_VNNI)
 // Adds the products of four unsigned bytes of a lane with four signed ones: for CPUs with AVX-VNNI. Written out, since it is compiled for others, too.
 QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, U32x16 by) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.a) : "x"(bytes.a), "x"(by.a));
@@ -213,6 +214,7 @@ QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, U32x16 by) {
   return sum;
 }
 QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) { return dot_bytes(sum, bytes, load_cell(cell)); }
+#endif
 QUIRE_INLINE U32x16 settled(U32x16 x) {
   asm("" : "+x"(x.a), "+x"(x.b));
   return x;

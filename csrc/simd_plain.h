@@ -317,11 +317,6 @@ QUIRE_INLINE U32x16 words_of_bytes(U32x16 bytes, U32x16 by) {
   }
   return bytes;
 }
-QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
-  const U32x16 by = load_cell(cell), one = set1_u32(0x00010001u);  // a product of two bytes fits in a word, a sum of two need not
-  const U32x16 low = words_of_bytes(and_(bytes, set1_u32(0x00ff00ffu)), by), high = words_of_bytes(and_(bytes, set1_u32(0xff00ff00u)), by);
-  return add(sum, add(dot_words(low, one), dot_words(high, one)));
-}
 QUIRE_INLINE U32x16 shuffle16(U32x16 a, const uint8_t (&order)[16]) {
   char from[64], to[64];
   memcpy(from, &a, 64);

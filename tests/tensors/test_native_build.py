@@ -31,6 +31,15 @@ def test_a_missing_module_says_how_to_build_it() -> None:
     assert "NativeMissingError: Quire's native kernels could not be loaded" in done.stderr and "pip install" in done.stderr
 
 
+def test_an_instruction_set_is_chosen_by_name() -> None:
+    ask = [sys.executable, "-c", "import quire.tensors.native as native; print(native.isa())"]
+    for isa in native.isas():
+        assert run(ask, QUIRE_ISA=isa).stdout.split() == [isa]
+    done = run(ask, QUIRE_ISA="z80")
+    known = ", ".join(native.isas())
+    assert done.returncode != 0 and f"ConfigError: QUIRE_ISA=z80: instruction set 'z80' cannot run here; known: {known}" in done.stderr
+
+
 def test_instruction_sets_share_no_code() -> None:
     """A weak symbol in a kernel object may be merged with the same one compiled for a CPU that has more instructions than this one."""
     objects = sorted((ROOT / "build").glob("*/CMakeFiles/kernels_*.dir/csrc/kernels.cpp.o"))

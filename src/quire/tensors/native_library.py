@@ -2,7 +2,7 @@
 
 `lib` is the module `quire._native` itself. Its functions take addresses (`Tensor.data_ptr()`), sizes and strides (of attention in bytes, of the
 others in elements) and check little: call them through the wrappers in this package. The environment variable QUIRE_NATIVE names another build of the
-module to load in its place (a debug or sanitised one).
+module to load in its place (a debug or sanitised one), QUIRE_ISA an instruction set to use in place of the best that can run here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 import os
 from typing import Any, Final
 
-from quire.errors import QuireError
+from quire.errors import ConfigError, QuireError
 
 DTYPE_NUMBERS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
 """The dtypes the kernels read and write (csrc/kernels.h)."""
@@ -27,6 +27,17 @@ class NativeMissingError(QuireError, ImportError):
 
 
 def _load() -> Any:
+    """The module, with the instruction set that is asked for. Raises NativeMissingError, and ConfigError where that set cannot run."""
+    module, name = _module(), os.environ.get("QUIRE_ISA")
+    if name:
+        try:
+            module.set_isa(name)
+        except ValueError as error:
+            raise ConfigError(f"QUIRE_ISA={name}: {error}") from error
+    return module
+
+
+def _module() -> Any:
     path = os.environ.get("QUIRE_NATIVE")
     try:
         if not path:
