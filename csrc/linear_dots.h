@@ -29,6 +29,11 @@ constexpr int kDotRows = 6;
 #else
 constexpr int kDotRows = 4;
 #endif
+#if defined(QUIRE_PLAIN)
+constexpr int64_t kMostPairRows = 8;  // registers of four lanes are too few for more rows of bf16: linear_packed.h is faster there
+#else
+constexpr int64_t kMostPairRows = INT64_MAX;
+#endif
 constexpr int kBlockSteps = 64, kStepsAtOnce = 4;
 constexpr int kStepBytes = 4 * kWide;  // of a panel
 
@@ -123,7 +128,7 @@ struct ByteDots {
     *extra = one_byte(x, k, [&](int i, U32x16 words) {
       if constexpr (kVnni) store_bytes(cells + i, words);
       else store_u32((uint32_t*)(cells + 2 * i), shuffle16(words, even_then_odd));
-      sum = add(sum, dot_words(words, set1_u32(0x00010001u)));
+      sum = add(sum, sum_words(words));
     });
     ((uint32_t*)extra)[next] = 0u - 128u * sum_lanes(sum);
   }

@@ -43,7 +43,7 @@ struct NibbleDots {
       const U32x16 words = code_words(pairs, one.up);
       store_bytes(cells, shuffle16(words, even_then_odd));
       *extra = one.t;
-      ((uint32_t*)extra)[kSpans * next] = 0u - 8u * sum_lanes(dot_words(words, set1_u32(0x00010001u)));
+      ((uint32_t*)extra)[kSpans * next] = 0u - 8u * sum_lanes(sum_words(words));
     }
   }
 
@@ -52,7 +52,7 @@ struct NibbleDots {
     if constexpr (kVnni) return dot_bytes(sum, nibbles, x);
     else return settled(add_words(sum, words_of_bytes(nibbles, load_cell(x))));
   }
-  QUIRE_INLINE U32x16 end(U32x16 sum, uint32_t from) { return kVnni ? sum : add(dot_words(sum, set1_u32(0x00010001u)), set1_u32(from)); }
+  QUIRE_INLINE U32x16 end(U32x16 sum, uint32_t from) { return kVnni ? sum : add(sum_words(sum), set1_u32(from)); }
 
   template <int R>
   static void dots(const DotArgs& a, Ahead& asked) {

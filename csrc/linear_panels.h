@@ -53,14 +53,16 @@ struct Ahead {
   const char* at;
   int64_t each;
 };
-// Written out: with addresses told in the instruction itself, as GCC has it, one row reads 28 GB/s where it reads 34 with each in a register of its own.
+// On x86 written out: with addresses told in the instruction itself, as GCC has it, one row reads 28 GB/s where it reads 34 with each in a register of its own.
 // Why is not known (docs/speed.md).
 QUIRE_INLINE void ask(Ahead& ahead) {
+  for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) {
 #if defined(QUIRE_PLAIN)
-  for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) prefetch_l2(ahead.at);
+    prefetch_l2(ahead.at);
 #else
-  for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) asm volatile("prefetcht1 (%0)" ::"r"(ahead.at));
+    asm volatile("prefetcht1 (%0)" ::"r"(ahead.at));
 #endif
+  }
 }
 
 // Of `bytes`, while `count` tiles of x, two of them together, pass so many steps of four operands.

@@ -11,9 +11,6 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-// Up to so many rows of bf16 go panel by panel where registers have four lanes, which are too few for more rows at once.
-[[maybe_unused]] constexpr int kFewPlainRows = 8;
-
 // f(P{}) for the struct of a product panel by panel (linear_panels.h); false if it goes another way.
 template <bool kVnni, class Function>
 bool with_panels(const LinearArgs& g, const Function& f) {
@@ -27,9 +24,7 @@ bool with_panels(const LinearArgs& g, const Function& f) {
     case kPackedInt4: f(BrainProduct<Decoded<PackedInt4>>{}); return true;
 #else
     case kPackedBF16:
-#if defined(QUIRE_PLAIN)
-      if (g.m > kFewPlainRows) return false;
-#endif
+      if (g.m > kMostPairRows) return false;
       f(DotProduct<PairDots>{});
       return true;
     case kPackedInt8: f(DotProduct<ByteDots<kVnni>>{}); return true;

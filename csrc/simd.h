@@ -9,7 +9,7 @@
 //   bytes    load_bytes[_n] (64, four to a lane)  load_u8[_n] (16, one to a lane)  load_int8[_n] (16, as fp32)
 //            shuffle16 (bytes within each 16 of them, in an order)
 //   words    32 of 16 bits: max_halves (unsigned) add_words  dot_words (signed pairs, to a lane)  words_of_bytes (unsigned bytes times signed ones,
-//            in pairs, which must not be more than a word)  shr_words<n>  store_bytes (the lower byte of each)
+//            in pairs, which must not be more than a word)  shr_words<n>  sum_words  store_bytes (the lower byte of each)
 //   settled  of integer sums: GCC 12 would add up what several steps give first, for which there are not registers enough
 //   in order sum_lanes max_lanes   exp exp2 log tanh (simd_math.h)   transpose16   dot_pair prefetch prefetch_l2
 //
@@ -87,12 +87,15 @@ QUIRE_INLINE U32x16 make_pairs(F32x16 low, F32x16 high) {
   return or_(shr<16>(round_bf16(low)), and_(round_bf16(high), set1_u32(0xffff0000u)));
 }
 
+// The two words of each lane, added up.
+QUIRE_INLINE U32x16 sum_words(U32x16 words) { return dot_words(words, set1_u32(0x00010001u)); }
+
 #if !defined(QUIRE_AVX512) && !defined(QUIRE_MAYBE_VNNI)
 // Adds the products of four unsigned bytes of a lane with four signed ones, the same for all lanes. A product fits in a word, a sum of two need not.
 QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
-  const U32x16 by = load_cell(cell), one = set1_u32(0x00010001u);
+  const U32x16 by = load_cell(cell);
   const U32x16 low = words_of_bytes(and_(bytes, set1_u32(0x00ff00ffu)), by), high = words_of_bytes(and_(bytes, set1_u32(0xff00ff00u)), by);
-  return add(sum, add(dot_words(low, one), dot_words(high, one)));
+  return add(sum, add(sum_words(low), sum_words(high)));
 }
 #endif
 #if !defined(QUIRE_BF16_DOT)
