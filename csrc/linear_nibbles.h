@@ -48,7 +48,8 @@ struct NibbleDots {
   }
 
   QUIRE_INLINE U32x16 begin(uint32_t from) { return set1_u32(kVnni ? from : 0); }
-  QUIRE_INLINE U32x16 dot(U32x16 sum, U32x16 nibbles, const char* x) {
+  template <class Nibbles>  // U32x16, but that dot_bytes is looked for only where it is used
+  QUIRE_INLINE U32x16 dot(U32x16 sum, Nibbles nibbles, const char* x) {
     if constexpr (kVnni) return dot_bytes(sum, nibbles, x);
     else return settled(add_words(sum, words_of_bytes(nibbles, load_cell(x))));
   }

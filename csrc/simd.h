@@ -90,14 +90,6 @@ QUIRE_INLINE U32x16 make_pairs(F32x16 low, F32x16 high) {
 // The two words of each lane, added up.
 QUIRE_INLINE U32x16 sum_words(U32x16 words) { return dot_words(words, set1_u32(0x00010001u)); }
 
-#if !defined(QUIRE_AVX512) && !defined(QUIRE_MAYBE_VNNI)
-// Adds the products of four unsigned bytes of a lane with four signed ones, the same for all lanes. A product fits in a word, a sum of two need not.
-QUIRE_INLINE U32x16 dot_bytes(U32x16 sum, U32x16 bytes, const void* cell) {
-  const U32x16 by = load_cell(cell);
-  const U32x16 low = words_of_bytes(and_(bytes, set1_u32(0x00ff00ffu)), by), high = words_of_bytes(and_(bytes, set1_u32(0xff00ff00u)), by);
-  return add(sum, add(sum_words(low), sum_words(high)));
-}
-#endif
 #if !defined(QUIRE_BF16_DOT)
 // acc + a.even * b.even + a.odd * b.odd, in that order.
 QUIRE_INLINE F32x16 dot_pair(F32x16 acc, U32x16 a, U32x16 b) {
