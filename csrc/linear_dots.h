@@ -5,7 +5,7 @@
 //   cell    what a row of x and a column of the weight have for one step of k: 2 of bf16, 4 codes
 //   block   64 steps, after which sums are added to those before: 128 of bf16, a span of 256 codes. Both are 16 KB of a panel
 //
-//   x       [tile of up to 16 rows][block][row][64 cells]         weight, a panel   [block][step][64 columns]
+//   x       [tile of up to 32 rows][block][row][64 cells]         weight, a panel   [block][step][64 columns]
 //
 //              w 0   w 1   w 2   w 3     16 columns each
 //       x 0    sum   sum   sum   sum

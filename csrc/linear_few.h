@@ -1,4 +1,4 @@
-// Products of one x of up to 16 rows with some weights, as one call of the team. A step of decoding has a hundred such calls, and what a core
+// Products of one x of few rows with some weights, as one call of the team. A step of decoding has a hundred such calls, and what a core
 // does not read while it waits for another is lost (docs/speed.md, "What one core reads"): so each thread has x for its own, and one that is done
 // takes panels that another has not begun.
 //

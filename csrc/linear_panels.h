@@ -13,10 +13,15 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-constexpr int kFewTileRows = 16;  // of one tile: up to so many rows threads share panels in another way (linear_few.h)
+// Rows of one tile: up to so many threads share panels in another way (linear_few.h). kEvenTiles: more rows are shared out evenly to tiles, since with
+// less to compute behind each other one of a few rows would not hide the reading of a panel.
 #if defined(QUIRE_AMX)
+constexpr int kFewTileRows = 16;
+constexpr bool kEvenTiles = false;
 constexpr int64_t kTileXBytes = 3 << 19;  // of x at once for a thread, or for all who share it: it stays in the second cache
 #else
+constexpr int kFewTileRows = 32;
+constexpr bool kEvenTiles = true;
 constexpr int64_t kTileXBytes = 1 << 19;  // half of one, of CPUs that have no tiles
 #endif
 // Rows of x from which on a thread has them for its own, where all would be in the second cache at once, and where not; at once of all threads.
@@ -35,11 +40,12 @@ inline TilePlan tile_plan(const LinearArgs& g, double read, int64_t row_bytes, i
   TilePlan p{};
   const double compute = 0.001 * double(g.m);
   p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
-  p.tile_rows = int(smaller(g.m, kFewTileRows));
   const int64_t unit = 32 * p.threads, fitting = kTileXBytes / (row_bytes + (row_bytes == 0)) / 32 * 32, own = g.m / p.threads;
   const bool few_panels = ceil_div(g.n, kWide) < 2 * p.threads && own >= 32;
   p.by_rows = p.threads > 1 && (few_panels || (in_place && own >= (g.m < fitting ? kOwnRows : kOwnRowsMany)));
   const int64_t even = p.by_rows ? unit : 32, most = p.by_rows ? smaller(fitting * p.threads, round_up(kMostRows, unit)) : fitting;
+  const bool even_tiles = kEvenTiles && !p.by_rows && g.m <= most;
+  p.tile_rows = int(even_tiles ? ceil_div(g.m, ceil_div(g.m, kFewTileRows)) : smaller(g.m, kFewTileRows));
   p.rows = int(smaller(round_up(g.m, p.tile_rows), round_up(ceil_div(g.m, ceil_div(g.m, most > even ? most : even)), even)));
   p.tile_bytes = row_bytes * p.tile_rows;
   p.x_bytes = round_up(row_bytes * p.rows, 64);

@@ -20,7 +20,7 @@ from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, rand
 CODES = ["int8", "int4"]
 PARTS = {"int8": 128, "int4": 32}  # k that is summed before it is scaled, where x is taken as it is
 SHAPES = [(33, 31), (130, 129), (200, 257), (64, 640), (70, 2250)]  # the last of several blocks, however few the rows
-ROWS = [*range(1, 17), 29, 64, 100, 260]  # every number of few rows, whole and broken tiles, more than a scratch holds
+ROWS = [*range(1, 18), 23, 29, 32, 33, 49, 64, 65, 100, 260]  # every number of few rows, whole and broken tiles, more than a scratch holds
 
 
 def pack(weight: torch.Tensor, quantization: str = "none", products: NativeProducts | ReferenceProducts | None = None) -> PackedWeight:
