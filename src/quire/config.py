@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, shown
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LAYOUTS = ("paged", "stacked")
@@ -97,13 +97,13 @@ class EngineConfig:
         _integer("reserve_bytes", self.reserve_bytes, 2**50, low=0)
         for name in ("prefix_sharing", "compile", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False")
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: must be True or False")
         if self.cache_dir is not None and not isinstance(self.cache_dir, str | PathLike):
-            raise ConfigError(f"cache_dir={self.cache_dir!r}: must be a path or None")
+            raise ConfigError(f"cache_dir={shown(self.cache_dir)}: must be a path or None")
         if self.cache_dir_bytes is not None and self.cache_dir is None:
             raise ConfigError(f"cache_dir_bytes={self.cache_dir_bytes}: must be None without a cache_dir")
         if self.revision is not None and not isinstance(self.revision, str):
-            raise ConfigError(f"revision={self.revision!r}: must be a string or None")
+            raise ConfigError(f"revision={shown(self.revision)}: must be a string or None")
 
 
 def split_codec(value: object) -> tuple[str | None, str | None]:
@@ -121,14 +121,14 @@ def split_codec(value: object) -> tuple[str | None, str | None]:
         if sorted(parts) == ["k", "v"] and value.count(",") == 1 and all(codec in (*CODECS, "none") for codec in parts.values()):
             k, v = (None if parts[name] == "none" else parts[name] for name in "kv")
             return k, v
-    raise ConfigError(f'kv_codec={value!r}: must be None, {", ".join(CODECS)}, or one for each as in "k=int8,v=none"')
+    raise ConfigError(f'kv_codec={shown(value)}: must be None, {", ".join(CODECS)}, or one for each as in "k=int8,v=none"')
 
 
 def _integer(field: str, value: object, high: int, low: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{field}={value!r}: must be an integer from {low} to {high}")
+        raise ConfigError(f"{field}={shown(value)}: must be an integer from {low} to {high}")
 
 
 def _choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{field}={value!r}: must be one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{field}={shown(value)}: must be one of {', '.join(choices)}")

@@ -39,7 +39,7 @@ class InvalidRequestError(QuireError, ValueError):
 
     def __init__(self, field: str, value: object, limit: str) -> None:
         self.field, self.value, self.limit = field, value, limit
-        super().__init__(f"{field}={_short(value)}: must be {limit}")
+        super().__init__(f"{field}={shown(value)}: must be {limit}")
 
 
 class ContextLengthError(InvalidRequestError):
@@ -112,6 +112,10 @@ class IntegrityError(QuireError, RuntimeError):
     """An invariant of the cache does not hold. This is a bug in Quire, never a caller's mistake."""
 
 
-def _short(value: object, limit: int = 120) -> str:
-    text = repr(value)
+def shown(value: object, limit: int = 120) -> str:
+    """A value as an error's message tells it, in at most `limit` characters."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python writes, or a caller's own class: its error is not the one to be told
+        text = f"a value of type {type(value).__name__} that has no repr"
     return text if len(text) <= limit else text[: limit - 3] + "..."

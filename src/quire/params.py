@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from quire.errors import InvalidRequestError
 from quire.structured import StructuredOutput
@@ -112,24 +111,27 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_in_output", "skip_special_tokens", "scaled_logprobs", "return_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "True or False")
-        if self.pooling not in (None, "mean", "last"):
+        if self.pooling is not None and not (isinstance(self.pooling, str) and self.pooling in ("mean", "last")):
             raise InvalidRequestError("pooling", self.pooling, "'mean', 'last' or None")
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise InvalidRequestError("structured", self.structured, "a StructuredOutput, or None")
-        # Kept as immutable values of one type each, so that nobody can change a request that is already running.
+        # Kept as values of one type each that nobody else can change. `logit_bias` stays a dict, which can be pickled: each request takes a copy
+        # (engine/intake.py).
         object.__setattr__(self, "stop", _strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", () if self.stop_token_ids is None else _ids("stop_token_ids", self.stop_token_ids))
         if self.allowed_token_ids is not None:
-            if not self.allowed_token_ids:
+            allowed = _ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
                 raise InvalidRequestError("allowed_token_ids", self.allowed_token_ids, "at least one id, or None")
-            object.__setattr__(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+            object.__setattr__(self, "allowed_token_ids", allowed)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise InvalidRequestError("logit_bias", self.logit_bias, "a mapping from token id to number")
-            ids = _ids("logit_bias", tuple(self.logit_bias))
-            for value in self.logit_bias.values():
+            bias = dict(self.logit_bias)
+            _ids("logit_bias", bias)
+            for value in bias.values():
                 _number("logit_bias", value, -MAX_BIAS, MAX_BIAS)
-            object.__setattr__(self, "logit_bias", dict(zip(ids, self.logit_bias.values(), strict=True)))
+            object.__setattr__(self, "logit_bias", bias)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -156,16 +158,14 @@ def _integer(field: str, value: object, low: int, high: int) -> None:
 
 def _number(field: str, value: object, low: float, high: float, above: bool = False) -> None:
     limit = f"a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequestError(field, value, limit)
-    if not low <= value <= high or (above and value == low):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or (above and value == low):
         raise InvalidRequestError(field, value, limit)
 
 
 def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    strings = (stop,) if isinstance(stop, str) else _several("stop", stop, "a string that is not empty, or several")
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidRequestError("stop", f"{len(strings)} strings", f"at most {MAX_STOP_STRINGS} strings")
     for string in strings:
@@ -176,7 +176,15 @@ def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return strings
 
 
-def _ids(field: str, ids: Sequence[int]) -> tuple[int, ...]:
+def _ids(field: str, given: Iterable[int]) -> tuple[int, ...]:
+    ids = _several(field, given, "a list of token ids")
     for token_id in ids:
         _integer(field, token_id, 0, 2**31 - 1)
-    return tuple(ids)
+    return ids
+
+
+def _several(field: str, given: Iterable[Any], limit: str) -> tuple[Any, ...]:
+    try:
+        return tuple(given)
+    except TypeError:
+        raise InvalidRequestError(field, given, limit) from None

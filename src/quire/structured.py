@@ -90,6 +90,8 @@ def _choices(choice: Sequence[str]) -> tuple[str, ...]:
     if not 1 <= len(strings) <= MAX_CHOICES:
         raise InvalidRequestError("structured.choice", choice, f"a list of 1 to {MAX_CHOICES} strings")
     for string in strings:
+        if string is None:
+            raise InvalidRequestError("structured.choice", string, "a string that is not empty")
         _text("structured.choice", string, MAX_STRUCTURED_CHARACTERS)
     _text("structured.choice", "".join(strings), MAX_STRUCTURED_CHARACTERS)
     return strings

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import os
+import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from quire.engine.build import Built
@@ -21,7 +22,6 @@ class Intake:
 
     def __init__(self, built: Built) -> None:
         self._built = built
-        self._names = itertools.count()
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's token ids, of which something could be cached.
@@ -37,6 +37,10 @@ class Intake:
         """A request that can run. Raises InvalidRequestError as `LLM.submit`."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("params", params, "a SamplingParams")
+        if params.logit_bias is not None:
+            params = replace(params)  # with a mapping of its own, checked again: the caller's may have changed since, or may yet
+        if request_id is not None and not (isinstance(request_id, str) and request_id):
+            raise InvalidRequestError("request_id", request_id, "a string that is not empty, or None")
         if params.stop_strings and self._built.tokenizer is None:
             raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
         if params.pooling is not None and self._built.model.hidden_size is None:
@@ -50,11 +54,14 @@ class Intake:
         check_fits(num_committed, engine.scheduler.cache.pages_to_finish(num_committed), engine.keeper.num_pages_for_requests)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         grammar = self._built.grammars.compile(params.structured) if params.structured is not None else None
-        return Request(request_id or f"request-{next(self._names)}", text, token_ids, params, max_tokens, seed, *whose, grammar, read)
+        name = request_id if request_id is not None else f"request-{secrets.token_hex(8)}"  # which no caller's own can be
+        return Request(name, text, token_ids, params, max_tokens, seed, *whose, grammar, read)
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
             try:
+                if isinstance(prompt, bytes | bytearray):
+                    raise TypeError
                 return [token if isinstance(token, bool) else operator.index(token) for token in prompt]
             except TypeError:
                 raise InvalidRequestError("prompt", prompt, "text or a list of token ids") from None
@@ -64,6 +71,13 @@ class Intake:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt is text, or ids: a list that begins with an integer. An empty list is a list of no prompts."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))
+    """One prompt is text, or ids: a list that begins with an integer. An empty list is a list of no prompts.
+
+    Raises:
+        InvalidRequestError: it is none of these.
+    """
+    try:
+        one = isinstance(prompts, str | bytes | bytearray) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))
+    except (TypeError, LookupError):
+        raise InvalidRequestError("prompts", prompts, "text, a list of token ids, or a list of such prompts") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from quire.tensors.models.probe import probe_again
 from quire.tensors.stacked import StackedView
 
 MAX_PIN_ATTEMPTS = 3
+MAX_PIN_S = 10**10  # three centuries
 
 
 class LLM:
@@ -102,7 +102,10 @@ class LLM:
         """
         many = as_list(prompts)
         given = params if params is not None else SamplingParams()
-        each = [given] * len(many) if isinstance(given, SamplingParams) else list(given)
+        try:
+            each = [given] * len(many) if isinstance(given, SamplingParams) else list(given)
+        except TypeError:
+            raise InvalidRequestError("params", params, "a SamplingParams, or one for each prompt") from None
         if len(each) != len(many):
             raise InvalidRequestError("params", f"{len(each)} SamplingParams", f"one, or one for each of the {len(many)} prompts")
         requests = [
@@ -170,7 +173,13 @@ class LLM:
         return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), namespace, priority, request_id))
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its pages are back before the next step. Harmless when it has ended."""
+        """End a request; its pages are back before the next step. Harmless when it has ended, or never was.
+
+        Raises:
+            InvalidRequestError: `request_id` is not a string.
+        """
+        if not isinstance(request_id, str):
+            raise InvalidRequestError("request_id", request_id, "a string")
         self._worker.cancel(request_id)
 
     def stats(self) -> dict[str, Any]:
@@ -191,6 +200,8 @@ class LLM:
         Raises:
             InvalidRequestError: there is no such page.
         """
+        if isinstance(page_id, bool) or not isinstance(page_id, int):
+            raise InvalidRequestError("page_id", page_id, "an integer")
         space = check_namespace(namespace)
         return self._worker.call(lambda: page_content(self._built.engine, page_id, space))
 
@@ -212,11 +223,11 @@ class LLM:
         """Compute a prompt if it is not cached, and keep its pages until `unpin`, or for `ttl` seconds. Waits until that is done.
 
         Raises:
-            InvalidRequestError: `ttl` is not above 0, the prompt is refused, or more than half of the pool would be pinned, or more than open
+            InvalidRequestError: `ttl` is out of range, the prompt is refused, or more than half of the pool would be pinned, or more than open
                 requests leave.
         """
-        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl < math.inf):
-            raise InvalidRequestError("ttl", ttl, "a number of seconds above 0, or None")
+        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= MAX_PIN_S):
+            raise InvalidRequestError("ttl", ttl, f"a number of seconds above 0 and at most {MAX_PIN_S}, or None")
         token_ids, space = self._checked(prompt), check_namespace(namespace)
         if not self._built.engine.scheduler.cache.sharing:
             raise InvalidRequestError("pin", "a prompt", "left out with prefix_sharing=False: nobody could hit it")
@@ -236,6 +247,8 @@ class LLM:
             InvalidRequestError: it is not pinned, or no more.
         """
         pin_id = pin.pin_id if isinstance(pin, Pin) else pin
+        if not isinstance(pin_id, int):
+            raise InvalidRequestError("pin", pin_id, "a Pin, or its pin_id")
         self._worker.call(lambda: self._keeper.unpin(pin_id))
 
     def pins(self) -> list[Pin]:

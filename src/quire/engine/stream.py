@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from dataclasses import replace
 from typing import TypeVar
 
+from quire.errors import InvalidRequestError
 from quire.outputs import RequestOutput, TokenEvent
 
 T = TypeVar("T")
@@ -73,7 +74,10 @@ class RequestStream:
 
         Raises:
             TimeoutError: it has not ended within `timeout_s` seconds.
+            InvalidRequestError: `timeout_s` is no such number.
         """
+        if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s <= threading.TIMEOUT_MAX):
+            raise InvalidRequestError("timeout_s", timeout_s, f"a number of at most {threading.TIMEOUT_MAX:g}, or None")
         with self._ready:
             if not self._ready.wait_for(lambda: self._output is not None, timeout_s):
                 raise TimeoutError(f"request {self.request_id} has not ended within {timeout_s} s")
@@ -99,15 +103,20 @@ class RequestStream:
             self._reader = waiter if not events else None
         return events
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended and nothing of it is unread."""
+        with self._ready:
+            return self._output is not None and not self._events
+
     def __iter__(self) -> Iterator[TokenEvent]:
         done = False
         while not done:
             with self._ready:
-                self._ready.wait_for(lambda: self._events)
+                self._ready.wait_for(lambda: self._events or self._output is not None)
                 events, self._events = self._events, []
-            for event in events:
-                done = done or event.output is not None
-                yield event
+                done = self._output is not None
+            yield from events
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         async for _, event in interleaved([self]):
@@ -116,7 +125,7 @@ class RequestStream:
 
 async def interleaved(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, TokenEvent]]:
     """(place of the stream, event) of all streams as they come, until all have ended."""
-    loop, reading = asyncio.get_running_loop(), dict(enumerate(streams))
+    loop, reading = asyncio.get_running_loop(), {i: stream for i, stream in enumerate(streams) if not stream.over}
     while reading:
         news = [(i, event) for i, stream in reading.items() for event in stream.take()]
         if not news:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from quire.engine.engine import Engine
+from quire.engine.state import RequestState
 from quire.engine.stream import RequestStream, Waiter, wake
 from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.outputs import FinishReason, TokenEvent
@@ -32,7 +33,7 @@ class Worker:
     def __init__(self, engine: Engine, *, max_open: int) -> None:
         self._engine = engine
         self._max_open = max_open
-        self._open: set[str] = set()
+        self._open: dict[str, Callable[[EngineDeadError], None]] = {}  # how to end a request that the engine itself does not
         self._mail: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._readers: list[Waiter] = []  # who wait for what this turn has brought; the engine's thread alone
@@ -54,8 +55,12 @@ class Worker:
         def sink(event: TokenEvent) -> None:
             if event.output is not None:
                 with self._wake:
-                    self._open.remove(request.request_id)
+                    self._open.pop(request.request_id, None)
             stream.put(event)
+
+        def lose(error: EngineDeadError) -> None:
+            state = RequestState(request, sink, error=error)
+            sink(TokenEvent(request.request_id, 0, finish_reason="error", output=state.output(0, lambda token_id: None)))
 
         with self._wake:
             self._refuse_if_dead()
@@ -63,7 +68,7 @@ class Worker:
                 raise InvalidRequestError("request_id", request.request_id, "one that no open request has")
             if len(self._open) >= self._max_open:
                 raise QueueFullError(f"{len(self._open)} requests are open, the most there may be (max_waiting + max_sequences)")
-            self._open.add(request.request_id)
+            self._open[request.request_id] = lose
             self._mail.append(lambda: self._engine.add(request, sink))
             self._wake.notify()
         return stream
@@ -137,10 +142,9 @@ class Worker:
                     break  # an idle engine too gives memory back when others need it
             if self._stopping:
                 return False
-            mail = list(self._mail)
-            self._mail.clear()
-        for message in mail:
-            message()
+            num_messages = len(self._mail)
+        for _ in range(num_messages):  # one by one: what a message that ends the loop leaves in the mail is still answered
+            self._mail.popleft()()
         self._wake_readers()
         self._engine.step()
         self._wake_readers()
@@ -152,11 +156,13 @@ class Worker:
             self._readers.clear()
 
     def _drain(self, reason: FinishReason, error: EngineDeadError | None) -> None:
-        with self._wake:
-            mail = list(self._mail)
-            self._mail.clear()
-        for message in mail:  # requests left in the mail are added, so that they end like all others
+        while self._mail:  # requests left in the mail are added, so that they end like all others; nothing comes after those
             with contextlib.suppress(Exception):
-                message()
-        self._engine.end_all(reason, error)
+                self._mail.popleft()()
+        try:
+            self._engine.end_all(reason, error)
+        except Exception as second:  # what ended the loop may have left the engine so that it cannot even end its requests
+            log.critical("the engine could not end its requests", exc_info=second, extra={"event": "engine_died"})
+        for lose in list(self._open.values()):
+            lose(error or EngineDeadError("the engine has been closed"))
         self._wake_readers()

@@ -34,7 +34,7 @@ class PageCache:
         self.copies = Copies(self.pool)
         self.finder = HitFinder(self.groups, self.index, hash_bytes)
         self.unit, self.ids_by_size = self.finder.unit, self.finder.ids_by_size
-        self._one_size = len(self.ids_by_size) == 1
+        self.keeps_parts = len(self.ids_by_size) == 1  # of pages, which can be told from whole ones only where all have one size
         self.namespaces = Namespaces(identity, self.unit, hash_bytes)
         # Groups with the same page size and mask have tables of one shape: what is decided for one holds for all.
         self._alike: dict[Group, list[int]] = {}
@@ -125,7 +125,7 @@ class PageCache:
         """(pages, n): an indexed page of every group whose first n tokens are the sequence's own from `start`, the end of a page, on."""
         size = self.unit
         rest = pack(seq.tokens[start : min(start + size, limit)])
-        return self.index.longest_start(seq.parent_of(size, start // size, self.hash_bytes), rest) if self._one_size else ([], 0)
+        return self.index.longest_start(seq.parent_of(size, start // size, self.hash_bytes), rest) if self.keeps_parts else ([], 0)
 
     # -- growth and commit ----------------------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class PageCache:
     def grow_by_one(self, seqs: Seq[Sequence]) -> bool:
         """Room for one more token in each of these sequences, which have none left; False, with nothing taken, if it must be made one by one."""
         num_groups = len(self.groups)
-        if not self._one_size or self.unit == 1 or self.pool.num_available < len(seqs) * num_groups:
+        if not self.keeps_parts or self.unit == 1 or self.pool.num_available < len(seqs) * num_groups:
             return False
         new = iter(self.pool.take(len(seqs) * num_groups))
         for seq in seqs:
@@ -277,7 +277,7 @@ class PageCache:
     def _index_part(self, seq: Sequence) -> None:
         """Index the last, incomplete page under the tokens it has, so that a continuation can copy them; its owner may go on filling it."""
         full, part = divmod(seq.num_committed, self.unit)
-        if not part or not self.shares(seq) or not self._one_size:
+        if not part or not self.shares(seq) or not self.keeps_parts:
             return
         tokens = pack(seq.tokens[seq.num_committed - part : seq.num_committed])
         key = PrefixKey(seq.parent_of(self.unit, full, self.hash_bytes), tokens, self.hash_bytes)

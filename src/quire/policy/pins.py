@@ -49,21 +49,26 @@ class Pins:
         """Pin all whole pages of a sequence's prompt, and the last part of one; None if the cache does not hold them now.
 
         Raises:
-            InvalidRequestError: more would be pinned than may be, or fewer pages left than `num_pages_kept_free`.
+            InvalidRequestError: nothing of so short a prompt is ever cached, more would be pinned than may be, or fewer pages left than
+                `num_pages_kept_free`.
         """
         self.expire()
         pages, num_tokens = self._find(seq)
-        if num_tokens < seq.num_prompt - seq.num_prompt % self._cache.unit:
+        unit = self._cache.unit
+        kept = seq.num_prompt if self._cache.keeps_parts else seq.num_prompt - seq.num_prompt % unit
+        if not kept:
+            raise InvalidRequestError("prompt", f"{seq.num_prompt} tokens", f"at least {unit}, a page: this model's cache keeps no part of one")
+        if num_tokens < kept:
             return None
         pool = self._cache.pool
         num_pinned = len(self._holders.keys() | set(pages))
         limit = min(int(pool.num_usable * MAX_PINNED_SHARE), pool.num_usable - num_pages_kept_free)
         if num_pinned > limit:
             raise InvalidRequestError("prompt", f"{len(pages)} pages", f"such that at most {max(0, limit)} pages are pinned in all, not {num_pinned}")
-        pool.set_aside(pages)
-        self._holders.update(pages)
         expires_s = None if ttl_s is None else self._clock() + ttl_s
         pin = Pin(next(self._names), seq.namespace, num_tokens, len(pages), expires_s)
+        pool.set_aside(pages)
+        self._holders.update(pages)
         self._pins[pin.pin_id] = (pin, pages)
         return pin
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quire.errors import ConfigError
 from quire.policy.groups import Arrangement
 from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StepInputs, page_rows
 from quire.tensors.codec import RowFormat, row_format
@@ -77,7 +78,10 @@ class PageStore:
     def __init__(self, places: Iterable[LayerPlace], num_pages: int, page_bytes: int, backend: AttentionBackend) -> None:
         self.places = {place.layer_idx: place for place in places}
         size = num_pages * page_bytes
-        memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+        try:
+            memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+        except RuntimeError:
+            raise ConfigError(f"cache_bytes={size}: must be less, the system has no room for so much even where nothing is written") from None
         first = -memory.data_ptr() % mmap.PAGESIZE  # so that rows which fill a page of the system lie in one, not in two
         self.pages = memory[first : first + size].view(num_pages, page_bytes)
         self.backend = backend
