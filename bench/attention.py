@@ -1,4 +1,4 @@
-"""(b) Decode attention against memory bandwidth, (c) prefill attention against the matrix rate: one layer of 16 query and 8 KV heads of 128."""
+"""Decode attention against memory bandwidth, prefill attention against the matrix rate: one layer of 16 query and 8 KV heads of 128."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(f) The cache: forks, the disk tier, the two layouts and the deferred write, on a random checkpoint of Qwen3-0.6B's shape."""
+"""The cache: forks, the disk tier, the two layouts and the deferred write, on a random checkpoint of Qwen3-0.6B's shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(e) Quantised pages: what they cost in quality, what they take and what they give: KL divergence, perplexity, bytes a token, speed of decoding.
+"""Quantised pages: what they cost in quality, what they take and what they give: KL divergence, perplexity, bytes a token, speed of decoding.
 
 Texts go through the model teacher-forced, in chunks, over paged keys and values, exactly as in the engine; every position's whole distribution is
 compared with that over plain pages. The demo checkpoint reads the held-out ends of the books it was made of, if they are given (`--text`), and

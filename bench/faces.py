@@ -1,4 +1,4 @@
-"""(g) The faces: a padded batch beside transformers' own, as trainers call it, and a long prompt in chunks of several sizes."""
+"""The faces: a padded batch beside transformers' own, as trainers call it, and a long prompt in chunks of several sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(g) `python -m bench.linear`: products with weights packed, quantised and as they lie, beside torch's, in GB/s of weights and GFLOP/s.
+"""`python -m bench.linear`: products with weights packed, quantised and as they lie, beside torch's, in GB/s of weights and GFLOP/s.
 
 Weights are not in cache: each call takes the next of many copies. A product's limit is what reading its weights or computing it takes at the least,
 whichever is more, at the read bandwidth of its own turns and the matrix rate of the run. Times are medians of turns in which all take part, one after

@@ -1,4 +1,4 @@
-"""(a) What this machine can do now: memory read bandwidth and matrix rates. Taken in the same run as everything it is compared with."""
+"""What this machine can do now: memory read bandwidth and matrix rates. Taken in the same run as everything it is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(h) Quantised weights: what they cost in quality and what they take: KL divergence, perplexity, bytes.
+"""Quantised weights: what they cost in quality and what they take: KL divergence, perplexity, bytes.
 
 Texts, windows and the random model are those of codecs.py; every position's whole distribution is compared with that of the weights as they are.
 """

@@ -11,7 +11,7 @@
 //   words    32 of 16 bits: max_halves (unsigned) add_words  dot_words (signed pairs, to a lane)  words_of_bytes (unsigned bytes times signed ones,
 //            in pairs, which must not be more than a word)  shr_words<n>  sum_words  store_bytes (the lower byte of each)
 //   settled  of integer sums: GCC 12 would add up what several steps give first, for which there are not registers enough
-//   in order sum_lanes max_lanes   exp exp2 log tanh (simd_math.h)   transpose16   dot_pair prefetch prefetch_l2
+//   in order sum_lanes max_lanes   exp exp2 tanh (simd_math.h)   transpose16   dot_pair prefetch prefetch_l2
 //
 // `_n` loads read only the first n elements (the other lanes are zero), `_n` stores write only those.
 // fma(a, b, c) = a * b + c with one rounding where the CPU has it; max and min return the second operand on NaN.

@@ -1,4 +1,4 @@
-// exp, log and tanh on sixteen lanes: range reduction and minimax polynomials after Cephes (S. Moshier, expf/logf/tanhf),
+// exp and tanh on sixteen lanes: range reduction and minimax polynomials after Cephes (S. Moshier, expf/tanhf),
 // so that results do not depend on which C library is installed.
 #pragma once
 
@@ -41,39 +41,6 @@ QUIRE_INLINE F32x16 exp2_nonpositive(F32x16 x) {
   p = fma(p, f, set1(6.931472028550421e-1f));
   p = fma(p, f, set1(1.0f));
   return select(lt(x, lowest), zero(), scale_pow2(p, n));
-}
-
-// Natural logarithm within 2 ulp; log(0) = -inf, NaN below zero, inf at inf.
-QUIRE_INLINE F32x16 log(F32x16 x) {
-  const F32x16 tiny = set1(1.17549435e-38f), one = set1(1.0f);
-  const Mask16 subnormal = lt(x, tiny);
-  const F32x16 scaled = select(subnormal, mul(x, set1(0x1p24f)), x);
-  const U32x16 u = bits(scaled);
-  F32x16 e = sub(to_f32(and_(shr<23>(u), set1_u32(0xff))), set1(126.0f));
-  e = sub(e, select(subnormal, set1(24.0f), zero()));
-  F32x16 m = floats(or_(and_(u, set1_u32(0x007fffffu)), set1_u32(0x3f000000u)));  // in [0.5, 1)
-  const Mask16 low = lt(m, set1(0.707106781186547524f));
-  e = sub(e, select(low, one, zero()));
-  m = sub(add(m, select(low, m, zero())), one);
-  const F32x16 z = mul(m, m);
-  F32x16 p = set1(7.0376836292e-2f);
-  p = fma(p, m, set1(-1.1514610310e-1f));
-  p = fma(p, m, set1(1.1676998740e-1f));
-  p = fma(p, m, set1(-1.2420140846e-1f));
-  p = fma(p, m, set1(1.4249322787e-1f));
-  p = fma(p, m, set1(-1.6668057665e-1f));
-  p = fma(p, m, set1(2.0000714765e-1f));
-  p = fma(p, m, set1(-2.4999993993e-1f));
-  p = fma(p, m, set1(3.3333331174e-1f));
-  F32x16 y = mul(mul(p, m), z);
-  y = fma(e, set1(-2.12194440e-4f), y);
-  y = fma(set1(-0.5f), z, y);
-  y = fma(e, set1(0.693359375f), add(m, y));
-  const F32x16 inf = set1(__builtin_inff());
-  y = select(eq(x, inf), inf, y);
-  y = select(eq(x, zero()), sub(zero(), inf), y);
-  const Mask16 fine = gt(x, set1(-1.401298464e-45f));  // false below zero and for NaN
-  return select(fine, y, set1(__builtin_nanf("")));
 }
 
 QUIRE_INLINE F32x16 tanh(F32x16 x) {

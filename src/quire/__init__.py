@@ -24,11 +24,13 @@ from quire.errors import (
     StepError,
     UnsupportedModelError,
 )
-from quire.outputs import Completion, Receipt, RequestOutput, TokenEvent, TopLogprob
+from quire.outputs import Completion, Explanation, Receipt, RequestOutput, TokenEvent, TopLogprob
 from quire.params import SamplingParams
+from quire.policy.pins import Pin
 from quire.structured import StructuredOutput
 
 if TYPE_CHECKING:
+    from quire.engine.build import EngineInfo
     from quire.engine.llm import LLM
     from quire.engine.stream import RequestStream
     from quire.faces.hf import Generator
@@ -37,24 +39,28 @@ if TYPE_CHECKING:
     from quire.faces.slots import Prefix, Slots
     from quire.faces.tensors import generate, score
     from quire.faces.trl import QuireRollouts
+    from quire.tensors.stacked import StackedView
 
 __version__ = "0.4.0"
 __all__ = [
-    "LLM",
     "CacheTooSmallError",
     "Completion",
     "ConfigError",
     "ContextLengthError",
     "EngineConfig",
     "EngineDeadError",
+    "EngineInfo",
+    "Explanation",
     "Generator",
     "IntegrityError",
     "InvalidRequestError",
+    "LLM",
     "ModelError",
     "ModelNotFoundError",
     "NonFiniteLogitsError",
     "OutOfPagesError",
     "PagedCache",
+    "Pin",
     "Prefix",
     "ProbeMismatchError",
     "QueueFullError",
@@ -66,6 +72,7 @@ __all__ = [
     "RequestStream",
     "SamplingParams",
     "Slots",
+    "StackedView",
     "StepError",
     "StructuredOutput",
     "TokenEvent",
@@ -80,6 +87,7 @@ __all__ = [
 
 # torch and transformers take seconds to import: only those who ask for a model wait for them, not `quire --help` or the policy's tests.
 _LATER = {
+    "EngineInfo": "quire.engine.build",
     "LLM": "quire.engine.llm",
     "RequestStream": "quire.engine.stream",
     "Generator": "quire.faces.hf",
@@ -88,6 +96,7 @@ _LATER = {
     **dict.fromkeys(("Prefix", "Slots"), "quire.faces.slots"),
     **dict.fromkeys(("generate", "score"), "quire.faces.tensors"),
     "QuireRollouts": "quire.faces.trl",
+    "StackedView": "quire.tensors.stacked",
 }
 
 

@@ -22,7 +22,8 @@ class EngineConfig:
     Fields:
         dtype: of weights and cache; "auto" takes the checkpoint's own. A live model keeps its own.
         quantization: of the weights of linear layers, made at load from any checkpoint: "none", "int8" or "int4". Not for a live model.
-            On AMX int8 rounds what such a layer is given as well, to 8 bits for each token and 256 channels (docs/speed.md has what that costs).
+            What such a layer is given in bf16 is rounded as well, to 8 bits for each token and 256 channels with int8, 32 with int4 (not on AMX);
+            docs/speed.md has what that costs.
         max_tokens_per_step: the token budget, the most tokens one step may compute, >= 1.
         workspace_bytes: the most bytes that a step's tensors may take beside weights and cache; fewer tokens are computed in a step where
             `max_tokens_per_step` would take more. `None` sets no bound.

@@ -9,6 +9,7 @@ from quire.errors import CacheTooSmallError, ContextLengthError, InvalidRequestE
 from quire.params import SamplingParams
 
 MAX_NAMESPACE_LEN = 256
+MAX_PIN_S = 10**10  # three centuries
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,16 @@ def check_priority(priority: int) -> int:
     if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
         raise InvalidRequestError("priority", priority, f"an integer from {-(2**31)} to {2**31 - 1}")
     return priority
+
+
+def check_ttl(ttl_s: float | None) -> None:
+    """Refuse what is no time to keep a pin for.
+
+    Raises:
+        InvalidRequestError: it is neither None nor a number of seconds above 0, at most MAX_PIN_S.
+    """
+    if ttl_s is not None and (isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_PIN_S):
+        raise InvalidRequestError("ttl", ttl_s, f"a number of seconds above 0 and at most {MAX_PIN_S}, or None")
 
 
 def check_fits(num_tokens: int, pages_needed: int, num_pages: int) -> None:

@@ -129,3 +129,23 @@ def test_nan_logits_fail_one_request(checkpoint: Checkpoint) -> None:
         assert isinstance(bad.error, NonFiniteLogitsError) and bad.outputs[0].finish_reason == "error"
         llm.check_integrity()
         assert llm.generate([[5, 6, 599, 7]], GREEDY)[0].receipt.cached_tokens == 0, "pages behind NaN are not reused"
+
+
+def test_nan_logits_of_one_sister_end_both_and_nothing_else(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama")) as llm:
+        model = llm._built.engine.runner.model
+        original = model.forward
+
+        def poisoned(step: Any, ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, *more: Any) -> torch.Tensor:
+            logits = original(step, ids, positions, logits_at, *more).clone()
+            if len(logits_at) == 2:
+                logits[0] = float("nan")
+            return logits
+
+        model.forward = poisoned
+        (output,) = llm.generate([PROMPT[:9]], SamplingParams(n=2, max_tokens=8, seed=1, ignore_eos=True))
+        assert isinstance(output.error, NonFiniteLogitsError) and [one.finish_reason for one in output.outputs] == ["error", "error"]
+        assert llm.failure is None
+        llm.check_integrity()
+        model.forward = original
+        assert llm.generate([PROMPT[:9]], GREEDY)[0].error is None

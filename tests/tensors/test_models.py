@@ -54,7 +54,7 @@ def test_close_to_transformers(family: str, tmp_path: Path) -> None:
             own = theirs(input_ids=sequence[None], use_cache=False).logits[0]
         assert (got - own).abs().max() < 1e-4 * own.std()
     assert model.dtype == torch.float32 and model.vocab_size == VOCAB and model.context_len == 2048
-    assert model.eos_token_ids == {2} and model.tokenizer_source == folder and not model.live
+    assert model.eos_token_ids == {2} and not model.live
     assert model.weight_bytes >= sum(weight.numel() * 4 for weight in theirs.parameters())
 
 

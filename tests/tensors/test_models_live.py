@@ -218,7 +218,6 @@ def test_options_that_do_not_apply() -> None:
     assert load(model, "float32").dtype == torch.float32
     with pytest.raises(ConfigError, match="dtype='bfloat16': a live model keeps its own"):
         load(model, "bfloat16")
-    assert load(model).tokenizer_source is None
 
 
 def test_another_device_is_refused_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def test_quantised_is_close(family: str, quantization: str, tmp_path: Path) -> N
     sequence = ids(1, 30)
     got, expected = (packed(x, [sequence])[0].log_softmax(-1) for x in (model, plain))
     divergence = (expected.exp() * (expected - got)).sum(-1).mean()
-    assert 0 < divergence < {"int8": 0.02, "int4": 2}[quantization]
+    told = (expected.exp() * (expected + math.log(expected.shape[-1]))).sum(-1).mean()  # what a model that knows nothing diverges by
+    assert 0 < divergence < {"int8": 0.02, "int4": 0.3 * told}[quantization]
     reference = load(folder, quantization, ReferenceProducts())
     probe(reference)
     assert (packed(reference, [sequence])[0] - packed(model, [sequence])[0]).abs().max() < 1e-2

@@ -54,7 +54,7 @@ def batch(
                 with inside(model, served_model_name, config) if url is None else outside(url, api_key, in_flight) as asker:
                     asyncio.run(answer_rows(asker, file, rows, ledger, in_flight))
     failed = [name for name, succeeded in ledger.answered.items() if not succeeded]
-    told = f"{len(rows)} rows: {len(rows) - len(failed)} answered, {len(failed)} failed"
+    told = f"{len(rows)} row{'s' if len(rows) != 1 else ''}: {len(rows) - len(failed)} answered, {len(failed)} failed"
     stderr().print(Text(told + (f", {before} of them before" if before else "")))
     if failed:
         raise typer.Exit(FAILED)

@@ -1,4 +1,4 @@
-"""The library's front door: a model, its engine and its thread behind four verbs."""
+"""The library's front door: a model, its engine and its thread behind one object."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from quire.errors import ConfigError, InvalidRequestError
 from quire.outputs import Explanation, RequestOutput, TokenEvent
 from quire.params import Pooling, SamplingParams
 from quire.policy.pins import Pin
-from quire.request import Request, check_namespace
+from quire.request import Request, check_namespace, check_ttl
 from quire.tensors.models.probe import probe_again
 from quire.tensors.stacked import StackedView
 
 MAX_PIN_ATTEMPTS = 3
-MAX_PIN_S = 10**10  # three centuries
 
 
 class LLM:
@@ -173,13 +172,7 @@ class LLM:
         return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), namespace, priority, request_id))
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its pages are back before the next step. Harmless when it has ended, or never was.
-
-        Raises:
-            InvalidRequestError: `request_id` is not a string.
-        """
-        if not isinstance(request_id, str):
-            raise InvalidRequestError("request_id", request_id, "a string")
+        """End a request; its pages are back before the next step. Harmless when it has ended, or never was; InvalidRequestError for no string."""
         self._worker.cancel(request_id)
 
     def stats(self) -> dict[str, Any]:
@@ -200,8 +193,6 @@ class LLM:
         Raises:
             InvalidRequestError: there is no such page.
         """
-        if isinstance(page_id, bool) or not isinstance(page_id, int):
-            raise InvalidRequestError("page_id", page_id, "an integer")
         space = check_namespace(namespace)
         return self._worker.call(lambda: page_content(self._built.engine, page_id, space))
 
@@ -226,8 +217,7 @@ class LLM:
             InvalidRequestError: `ttl` is out of range, the prompt is refused, or more than half of the pool would be pinned, or more than open
                 requests leave.
         """
-        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= MAX_PIN_S):
-            raise InvalidRequestError("ttl", ttl, f"a number of seconds above 0 and at most {MAX_PIN_S}, or None")
+        check_ttl(ttl)
         token_ids, space = self._checked(prompt), check_namespace(namespace)
         if not self._built.engine.scheduler.cache.sharing:
             raise InvalidRequestError("pin", "a prompt", "left out with prefix_sharing=False: nobody could hit it")
@@ -247,8 +237,6 @@ class LLM:
             InvalidRequestError: it is not pinned, or no more.
         """
         pin_id = pin.pin_id if isinstance(pin, Pin) else pin
-        if not isinstance(pin_id, int):
-            raise InvalidRequestError("pin", pin_id, "a Pin, or its pin_id")
         self._worker.call(lambda: self._keeper.unpin(pin_id))
 
     def pins(self) -> list[Pin]:

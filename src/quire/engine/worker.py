@@ -74,7 +74,13 @@ class Worker:
         return stream
 
     def cancel(self, request_id: str) -> None:
-        """End a request before the next step. Harmless when it has ended, or the engine has."""
+        """End a request before the next step. Harmless when it has ended, or the engine has.
+
+        Raises:
+            InvalidRequestError: `request_id` is not a string.
+        """
+        if not isinstance(request_id, str):  # it would end the loop
+            raise InvalidRequestError("request_id", request_id, "a string")
         with self._wake:
             if not self._stopping and self._death is None:
                 self._mail.append(lambda: self._engine.cancel(request_id))

@@ -140,10 +140,6 @@ class PrefixIndex:
         """Whether pages of this key left for want of room, as far as is remembered."""
         return key.digest in self._evicted
 
-    def has_continuation(self, parent: PrefixKey) -> bool:
-        """Whether anything that continues `parent` is indexed."""
-        return parent.digest in self._children
-
     def key_of(self, page_id: int) -> PrefixKey | None:
         """The key a page is indexed under."""
         return self._pages.get(page_id)

@@ -43,7 +43,6 @@ class CausalModel:
 
     Attributes:
         name: hub id, folder, or the class of a live model. model_type: the config's.
-        tokenizer_source: hub id or folder where its tokenizer should be, None for a live model that came from neither.
         dtype: of the weights. vocab_size: rows of the logits. context_len: the longest position + 1.
         eos_token_ids: of the config and the generation config.
         layers: one `LayerGeometry` per attention layer, in order.
@@ -63,7 +62,6 @@ class CausalModel:
         config = text_config(model)
         self.name, self.identity, self.live = name, identity, live
         self.model_type: str = model.config.model_type
-        self.tokenizer_source: str | None = (model.name_or_path or None) if live else name
         self.dtype: torch.dtype = model.dtype
         self.eos_token_ids = eos_token_ids(model)
         self.context_len = context_len(config)
