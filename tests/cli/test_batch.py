@@ -186,6 +186,24 @@ def test_a_torn_last_line_is_cut(quire: Quire, tmp_path: Path, fake: Fake) -> No
         assert bits(out) == wanted and len(fake.asked) == 6 - whole[:-cut].count(b"\n")
 
 
+@pytest.mark.parametrize("held", [b"# Title\n\nlast paragraph without newline", b"one line", b'{"a": 1}\n{"a": 2}', b'{"custom_id":"a"}'])
+def test_what_is_no_batchs_answers_is_left_as_it_was(quire: Quire, tmp_path: Path, fake: Fake, held: bytes) -> None:
+    source, out = write(tmp_path / "in.jsonl", [row("a")]), tmp_path / "notes.md"
+    out.write_bytes(held)
+    refused = quire("batch", source, str(out))
+    assert refused.exit_code == 2 and "is this the right file?" in " ".join(refused.stderr.split())
+    assert out.read_bytes() == held and not fake.asked
+    asked = Path(source).read_bytes().rstrip(b"\n")
+    Path(source).write_bytes(asked)
+    assert quire("batch", source, source).exit_code == 2 and Path(source).read_bytes() == asked
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "/dev/full", "/dev/zero"])
+def test_answers_go_to_a_plain_file(quire: Quire, tmp_path: Path, fake: Fake, out: str) -> None:
+    refused = quire("batch", write(tmp_path / "in.jsonl", [row("a")]), out)
+    assert refused.exit_code == 2 and "a plain file" in " ".join(refused.stderr.split()) and not fake.asked
+
+
 def test_one_batch_at_a_time(quire: Quire, tmp_path: Path, fake: Fake) -> None:
     import fcntl
 

@@ -107,6 +107,8 @@ def test_where_prompts_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     stdin(monkeypatch, b"never read")
     assert read_prompts(["a", "b"], None) == ["a", "b"]
     assert read_prompts(["a"], str(file)) == ["a", "one", "  two ", "three"]
+    file.write_bytes("a\fb\r\nhe\u2028l\u0085lo\n".encode())
+    assert read_prompts([], str(file)) == ["a\fb", "he\u2028l\u0085lo"], "lines end where lines end, and nowhere else"
     stdin(monkeypatch, "first line\nsecond é\n".encode())
     assert read_prompts([], None) == ["first line\nsecond é"]
     stdin(monkeypatch, b"piped\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import pytest
 from quire import errors
 from quire.server.errors import ServerError, as_server_error, without_paths
 from quire.server.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
-from tests.server.bad_requests import BAD, COMPLETIONS, GOOD, Bad
+from tests.server.bad_requests import BAD, CHATS, COMPLETIONS, GOOD, Bad
 from tests.server.conftest import KEY, Running
 
 PER_BATCH = 15
@@ -160,6 +161,16 @@ def test_a_full_queue_is_429(server: Running, monkeypatch: pytest.MonkeyPatch) -
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and checked(answer)["code"] == "queue_full"
     monkeypatch.undo()
     assert server.llm.stats()["num_running"] == 0, "those that were taken have been cancelled"
+
+
+@pytest.mark.parametrize("address", [COMPLETIONS, CHATS])
+def test_a_stream_that_fails_ends_with_its_error_alone(server: Running, address: str) -> None:
+    """And none of its choices with a reason that clients of this protocol do not know."""
+    body = {"prompt": "a"} if address == COMPLETIONS else {"messages": [{"role": "user", "content": "a"}]}
+    asked = body | {"model": "tiny", "stream": True, "n": 3, "min_tokens": 5, "stop_token_ids": [7], "allowed_token_ids": [7]}
+    told = [json.loads(line[6:]) for line in server.post(address, asked).text.splitlines() if line.startswith("data: {")]
+    assert "no token to draw" in told[-1]["error"]["message"]
+    assert {choice["finish_reason"] for event in told[:-1] for choice in event["choices"]} <= {None}
 
 
 @pytest.mark.parametrize("stream", [False, True])

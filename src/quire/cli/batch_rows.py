@@ -12,13 +12,15 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from quire.errors import InvalidRequestError, RequestFailedError
 
-CHUNK = 2**16
+ROW_ID = "batch_req_"
+BEGINNING = f'{{"id":"{ROW_ID}'.encode()  # of every answer
 
 
 class Row(NamedTuple):
@@ -50,7 +52,7 @@ def read_rows(file: BinaryIO, name: str) -> list[Row]:
             if custom_id in lines:
                 raise _bad("in", name, number, f"a row with a custom_id of its own: {custom_id!r} is that of line {lines[custom_id]} too")
             lines[custom_id] = number
-            rows.append(Row(custom_id, f"batch_req_{hashlib.blake2b(line.strip(), digest_size=16).hexdigest()}", start, len(line)))
+            rows.append(Row(custom_id, f"{ROW_ID}{hashlib.blake2b(line.strip(), digest_size=16).hexdigest()}", start, len(line)))
         start += len(line)
     return rows
 
@@ -70,9 +72,11 @@ class Ledger:
         except OSError as error:
             raise InvalidRequestError("out", str(path), f"a file that can be written ({error.strerror})") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise InvalidRequestError("out", str(path), "a plain file, which can be read again and cut")
             self._lock(path)
-            self._cut_torn_line()
-            self._read(path, {row.custom_id: row.row_id for row in rows})
+            end = self._read(path, {row.custom_id: row.row_id for row in rows})
+            os.ftruncate(self._fd, end)  # a torn line; not before all else has been found to be a batch's answers
         except BaseException:
             os.close(self._fd)
             raise
@@ -102,7 +106,10 @@ class Ledger:
         """Have what was written survive the machine too."""
         if not self._synced:
             self._synced = True
-            os.fsync(self._fd)
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                raise RequestFailedError(f"the batch cannot go on: its answers cannot be written ({error.strerror})") from error
 
     def _lock(self, path: Path) -> None:
         try:
@@ -110,22 +117,13 @@ class Ledger:
         except OSError as error:
             raise InvalidRequestError("out", str(path), "a file that no other batch is writing") from error
 
-    def _cut_torn_line(self) -> None:
-        end = os.lseek(self._fd, 0, os.SEEK_END)
-        at = end
-        while at > 0:
-            begin = max(0, at - CHUNK)
-            newline = os.pread(self._fd, at - begin, begin).rfind(b"\n")
-            if newline >= 0:
-                at = begin + newline + 1
-                break
-            at = begin
-        if at < end:
-            os.ftruncate(self._fd, at)
-            os.fsync(self._fd)
-
-    def _read(self, path: Path, wanted: Mapping[str, str]) -> None:
+    def _read(self, path: Path, wanted: Mapping[str, str]) -> int:
+        """Note what is answered; the end of the last whole line."""
+        end = 0
         for number, line in enumerate(_lines(self._fd), 1):
+            if not line.endswith(b"\n") and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+                break
+            end += len(line)
             try:
                 told = json.loads(line)
                 custom_id, succeeded, own = told["custom_id"], _succeeded(told), wanted.get(told["custom_id"]) == told["id"]
@@ -137,6 +135,7 @@ class Ledger:
             if custom_id in self.answered:
                 raise _bad("out", str(path), number, f"the only answer to its row ({custom_id!r} has two)")
             self.answered[custom_id] = succeeded
+        return end
 
 
 def _lines(fd: int) -> Iterator[bytes]:

@@ -58,7 +58,7 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     prompts = [_stdin() if prompt == "-" else prompt for prompt in given]
     if file is not None:
         text = _text(sys.stdin.buffer.read(), "stdin") if file == "-" else _file(file)
-        prompts += [line for line in text.splitlines() if line.strip()]
+        prompts += [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]  # and at no other sign
     elif not given and not sys.stdin.isatty():
         prompts = [_stdin()]
     if not any(prompts):

@@ -87,6 +87,8 @@ class Run:
             self._note_times(last_s, i, event)
             if event.output is not None:
                 self._ended(i, event.output)
+            elif event.finish_reason in ("cancelled", "error"):
+                continue  # of one of its sequences: the last event, which has the output, says what befell the request
             yield i, event
 
     async def outputs(self) -> list[RequestOutput]:
