@@ -11,7 +11,8 @@
     │       └── ProbeMismatchError            its packed output is not its own unbatched output
     ├── RequestFailedError     (RuntimeError) a request that was accepted and then failed alone
     │   ├── StepError                         the model's forward raised in a step it took part in
-    │   └── NonFiniteLogitsError              the model gave NaN for it
+    │   ├── NonFiniteLogitsError              the model gave NaN for it
+    │   └── NothingToDrawError                what it asks for leaves no token to draw
     ├── QueueFullError         (RuntimeError) too many requests wait; try again later
     ├── OutOfPagesError        (RuntimeError) the caller of slots holds all pages; free some
     ├── EngineDeadError        (RuntimeError) the engine's loop has ended, nothing will run any more
@@ -90,6 +91,10 @@ class StepError(RequestFailedError):
 
 class NonFiniteLogitsError(RequestFailedError):
     """The model's logits for this request held NaN."""
+
+
+class NothingToDrawError(RequestFailedError):
+    """What the request itself asks for (allowed tokens, bias, `min_tokens`, structure) left no token to draw, at its first one or later."""
 
 
 class QueueFullError(QuireError, RuntimeError):

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, Completion, InvalidRequestError, Receipt, RequestOutput, RequestStream, SamplingParams, StepError, TokenEvent
+from quire.cli.door import Stdout
 from quire.cli.generate import read_prompts
 from tests.cli.conftest import Quire
 
@@ -201,3 +202,14 @@ def test_a_broken_pipe_ends_it_quietly() -> None:
         process.stdout.close()
         said = process.stderr.read().decode()
         assert (process.wait(timeout=60), said) == (141, "cancelled\n")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([sys.executable, "-c", ENDLESS], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1] == "error: No space left on device" and "Traceback" not in ended.stderr
+
+
+def test_what_rich_prints_ends_as_all_else_at_a_broken_pipe() -> None:
+    with pytest.raises(BrokenPipeError):
+        Stdout().on_broken_pipe()

@@ -61,6 +61,7 @@ def test_bad_requests_and_then_a_good_one(server: Running, start: int) -> None:
         (errors.EngineDeadError("the engine has failed: OSError: /home/someone/model/x is gone"), 503, None, ("OSError",)),
         (errors.StepError("request cmpl-1: the model's forward failed: ValueError: x"), 500, None, ("ValueError",)),
         (errors.NonFiniteLogitsError("request cmpl-1: the model's logits hold NaN"), 500, None, ("NaN",)),
+        (errors.NothingToDrawError("request cmpl-1: allowed_token_ids leave no token to draw"), 400, None, ("no token",)),
         (ValueError("/home/someone/secret"), 500, None, ("ValueError",)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from quire.cli.door import loaded
+from quire.cli.door import Stdout, loaded
 from quire.cli.options import MODEL
 from quire.cli.tables import first_token_s, num_new_tokens, table
 from quire.config import EngineConfig
@@ -56,7 +55,7 @@ def bench(
             f"{NUM_RAGGED} ragged": _measure(llm, dice, [(dice.randint(1, 8 * unit), dice.randint(unit, 3 * unit)) for _ in range(NUM_RAGGED)]),
         }
     if not as_json:
-        console = Console(highlight=False)
+        console = Stdout()
         made = table("workload", "prompt\ntokens", "new\ntokens", "seconds", "new tokens\nper s", "first\ntoken", "slowest\nfirst")
         for name, m in found.items():
             ms = (f"{m.first_token_s * 1000:.0f} ms", f"{m.worst_first_token_s * 1000:.0f} ms")

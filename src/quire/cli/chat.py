@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quire.cli.door import FAILED, complain, load
+from quire.cli.door import FAILED, Stdout, complain, load
 from quire.cli.keyboard import Stopped, half_a_line, line_editing, prompt, stoppable
 from quire.cli.remote import Remote, is_url
 from quire.cli.tables import table
@@ -113,7 +112,7 @@ class Conversation:
     """What has been said, and what can be done about it. `ended` is set by /exit."""
 
     def __init__(self, talker: Talker, system: str | None) -> None:
-        self.console = Console(highlight=False)
+        self.console = Stdout()
         self.ended, self.num_failed = False, 0
         self._talker, self._system = talker, system
         self._said: Messages = []

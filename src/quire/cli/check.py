@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quire.cli.door import FAILED, waiting
+from quire.cli.door import FAILED, Stdout, waiting
 from quire.cli.tables import size
 from quire.config import EngineConfig
 from quire.errors import ModelError, ModelNotFoundError
@@ -32,7 +31,7 @@ def check(
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        Console(highlight=False).print(_table(found))
+        Stdout().print(_table(found))
     if not found["supported"]:
         raise typer.Exit(FAILED)
 

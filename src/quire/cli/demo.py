@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from quire.cli.door import FAILED, complain, loaded
+from quire.cli.door import FAILED, Stdout, complain, loaded
 from quire.cli.lanes import Run, Show
 from quire.cli.options import MODEL
 from quire.cli.panels import PanelShow
@@ -42,7 +41,7 @@ def demo(
     """Stream text from several prompts at once. Two of them begin with the same scene, which is computed once."""
     # A seed each: with one for all, the noise at one position would be the same in every text.
     params = [SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95, seed=seed + i) for i in range(len(PROMPTS))]
-    console = Console(highlight=False)
+    console = Stdout()
     live = console.is_terminal and not console.is_dumb_terminal and not plain
     with loaded(model, config) as llm:
         info = llm.info

@@ -39,6 +39,8 @@ def door(run: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(expanded)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        if sys.stdout is None:  # as Python has it where the system's is closed
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 until the process ends
         try:
             expanded(*args, **kwargs)
             sys.stdout.flush()
@@ -50,6 +52,10 @@ def door(run: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError as error:
             _drop_stdout()
             raise typer.Exit(BROKEN_PIPE) from error
+        except OSError as error:  # a disk that is full, mostly
+            _drop_stdout()
+            complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+            raise typer.Exit(FAILED) from error
 
     return guarded
 
@@ -62,6 +68,17 @@ def exit_status(error: QuireError) -> int:
 def complain(error: Exception | str) -> None:
     """One red line on stderr."""
     _say("error: ", "bold red", str(error), "red")
+
+
+class Stdout(Console):
+    """A console on stdout."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end with a status of its own."""
+        raise BrokenPipeError
 
 
 def stderr() -> Console:

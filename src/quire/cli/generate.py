@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from quire.cli.door import FAILED, complain, loaded, stderr
+from quire.cli.door import FAILED, Stdout, complain, loaded, stderr
 from quire.cli.lanes import Run, Show
 from quire.cli.options import MODEL
 from quire.cli.panels import PanelShow
@@ -71,7 +70,7 @@ def _show(run: Run, as_json: bool) -> Show:
         return JsonShow()
     if len(run.lanes) == 1:
         return RawShow()
-    console = Console(highlight=False)
+    console = Stdout()
     return PanelShow(run.lanes, console) if console.is_terminal and not console.is_dumb_terminal else WholeShow()
 
 

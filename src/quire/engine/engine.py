@@ -13,7 +13,7 @@ from quire.engine.keeper import CacheKeeper
 from quire.engine.masks import MaskThread
 from quire.engine.runner import Runner
 from quire.engine.state import Branch, PromptToken, RequestState, Sink
-from quire.errors import CacheTooSmallError, NonFiniteLogitsError, RequestFailedError, StepError
+from quire.errors import CacheTooSmallError, NonFiniteLogitsError, NothingToDrawError, RequestFailedError, StepError
 from quire.outputs import FinishReason, TokenEvent
 from quire.policy.lookup import find_miss
 from quire.policy.plan import StepPlan, Work
@@ -259,4 +259,4 @@ def _failure(request_id: str, token: Sampled, guide: Guide | None = None) -> Req
         return RequestFailedError(f"request {request_id}: structured: {guide.error}")
     if token.failure == "not_finite":
         return NonFiniteLogitsError(f"request {request_id}: the model's logits hold NaN or infinity")
-    return RequestFailedError(f"request {request_id}: allowed_token_ids, logit_bias, min_tokens and structured together leave no token to draw")
+    return NothingToDrawError(f"request {request_id}: allowed_token_ids, logit_bias, min_tokens and structured together leave no token to draw")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
 from quire.engine.build import build_engine
-from quire.errors import InvalidRequestError, NonFiniteLogitsError, OutOfPagesError, RequestFailedError, StepError
+from quire.errors import InvalidRequestError, NonFiniteLogitsError, NothingToDrawError, OutOfPagesError, StepError
 from quire.params import SamplingParams
 from quire.policy import sequence as policy
 from quire.policy.plan import StepPlan, Work
@@ -149,7 +149,7 @@ class ManualEngine:
         if any(token.failure == "not_finite" for token in flat):
             raise NonFiniteLogitsError("the model's logits hold NaN or infinity")
         if not all(token.ok for token in flat):
-            raise RequestFailedError("allowed_token_ids and logit_bias together leave no token to draw")
+            raise NothingToDrawError("allowed_token_ids and logit_bias together leave no token to draw")
         for work in works:
             self._cache.commit(*work)
         return flat

@@ -16,7 +16,15 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from quire.errors import CacheTooSmallError, ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError, RequestFailedError
+from quire.errors import (
+    CacheTooSmallError,
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    NothingToDrawError,
+    QueueFullError,
+    RequestFailedError,
+)
 from quire.server.limits import RETRY_AFTER_S
 
 log = logging.getLogger("quire.server")
@@ -85,6 +93,8 @@ def as_server_error(error: BaseException) -> ServerError:
             return ServerError(429, str(error), code="queue_full")
         case EngineDeadError():
             return ServerError(503, without_paths(str(error)), code="engine_dead")
+        case NothingToDrawError():  # which the model has no part in: no client should try it again
+            return ServerError(400, str(error).split(": ", 1)[-1], code="nothing_to_draw")
         case RequestFailedError():
             return ServerError(500, without_paths(str(error).split(": ", 1)[-1]), code="request_failed")
         case RequestValidationError() | ValidationError():
