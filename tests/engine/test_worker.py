@@ -154,6 +154,15 @@ def test_a_full_queue_refuses(checkpoint: Checkpoint) -> None:
         assert llm.generate([[5, 6]], GREEDY)[0].error is None
 
 
+def test_more_at_once_than_may_ever_be_open_is_refused_before_any_runs(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), max_sequences=2, max_waiting=3) as llm:
+        assert len(llm.generate([[5, 6]] * 5, GREEDY)) == 5
+        steps = llm.stats()["num_steps"]
+        with pytest.raises(InvalidRequestError, match="at most 5 at once"):
+            llm.generate([[5, 6]] * 6, GREEDY)
+        assert llm.stats()["num_steps"] == steps and llm.stats()["num_waiting"] == 0
+
+
 def test_a_dead_engine_fails_everything_at_once(checkpoint: Checkpoint) -> None:
     llm = LLM(checkpoint("llama"))
     streams = [llm.submit([5, 6, 7 + i], LONG) for i in range(3)]

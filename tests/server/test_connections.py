@@ -68,6 +68,7 @@ def test_a_request_must_come_in_time(server: Running, monkeypatch: pytest.Monkey
         at = sent.find(b"\r\n\r\n") + 4 if b"\r\n\r\n" in sent else 0
         sock.sendall(sent[:at])
         answer = drip(sock, sent[at:], 0.02)
+    assert 'quire_request_errors_total{status="408"} 0.0' not in server.get("/metrics").text, "what is answered below the application counts as well"
     assert b" 408 " in answer.splitlines()[0] and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
     assert server.complete(**GOOD)
 

@@ -155,9 +155,17 @@ def test_a_stop_in_the_middle_of_a_stream_is_an_event(server: Running, monkeypat
     assert server.complete(**GOOD)
 
 
+def test_more_prompts_than_may_ever_be_open_is_no_busy_server(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.llm._worker, "_max_open", 3)
+    answer = server.post(COMPLETIONS, GOOD | {"prompt": ["a", "b", "c", "d"]})
+    assert answer.status_code == 400 and checked(answer)["param"] == "prompt" and "at most 3 at once" in checked(answer)["message"]
+    assert len(server.complete(**(GOOD | {"prompt": ["a", "b", "c"]}))["choices"]) == 3
+
+
 def test_a_full_queue_is_429(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.llm._worker, "_max_open", 2)
-    # Long, so that the first two are not done before the third is there.
+    monkeypatch.setattr(server.llm._worker, "_max_open", 4)
+    monkeypatch.setitem(server.llm._worker._open, "somebody else's", lambda error: None)
+    # Long, so that the first three are not done before the fourth is there.
     answer = server.post(COMPLETIONS, GOOD | {"prompt": ["a", "b", "c", "d"], "max_tokens": 200, "ignore_eos": True})
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and checked(answer)["code"] == "queue_full"
     monkeypatch.undo()
@@ -177,7 +185,8 @@ def test_a_stream_that_fails_ends_with_its_error_alone(server: Running, address:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_tries_again_gets_its_answer(server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     wanted, refused = server.complete(**GOOD)["choices"][0]["text"], server.serving.metrics.refused
-    monkeypatch.setattr(server.llm._worker, "_max_open", 0)
+    monkeypatch.setattr(server.llm._worker, "_max_open", 1)
+    monkeypatch.setitem(server.llm._worker._open, "somebody else's", lambda error: None)
     statuses: list[int] = []
 
     def noted(status: int) -> None:

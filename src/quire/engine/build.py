@@ -117,6 +117,14 @@ class Built:
     grammars: GrammarCompiler
     eye: DiskEye | None
 
+    def close(self) -> None:
+        """End what runs beside the engine, and leave a live model as it was. The engine's thread has ended."""
+        self.engine.masks.close()
+        self.grammars.close()
+        if self.tier is not None:
+            self.tier.close()
+        self.model.close()
+
 
 def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     """Load, probe and lay out.

@@ -100,6 +100,7 @@ class LLM:
             EngineDeadError: the engine has ended.
         """
         many = as_list(prompts)
+        self.check_room(len(many))
         given = params if params is not None else SamplingParams()
         try:
             each = [given] * len(many) if isinstance(given, SamplingParams) else list(given)
@@ -174,6 +175,10 @@ class LLM:
     def cancel(self, request_id: str) -> None:
         """End a request; its pages are back before the next step. Harmless when it has ended, or never was; InvalidRequestError for no string."""
         self._worker.cancel(request_id)
+
+    def check_room(self, num_requests: int) -> None:
+        """Refuse, by InvalidRequestError, more requests at once than may ever be open."""
+        self._worker.check_room(num_requests)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and the state of the pool now, taken between two steps."""
@@ -310,7 +315,6 @@ class LLM:
             self._worker.call(lambda: probe_again(model))
 
     def _checked(self, prompt: Prompt) -> tuple[int, ...]:
-        """A prompt's token ids, of which something could be cached."""
         self._forget_old_weights()
         return self._intake.token_ids(prompt)
 
@@ -323,8 +327,4 @@ class LLM:
 
 def _shut_down(worker: Worker, built: Built) -> None:
     worker.stop()
-    built.engine.masks.close()
-    built.grammars.close()
-    if built.tier is not None:
-        built.tier.close()
-    built.model.close()
+    built.close()

@@ -73,6 +73,11 @@ class Worker:
             self._wake.notify()
         return stream
 
+    def check_room(self, num_requests: int) -> None:
+        """Refuse, by InvalidRequestError, more requests at once than may ever be open."""
+        if num_requests > self._max_open:
+            raise InvalidRequestError("prompt", f"{num_requests} prompts", f"at most {self._max_open} at once (max_waiting + max_sequences)")
+
     def cancel(self, request_id: str) -> None:
         """End a request before the next step. Harmless when it has ended, or the engine has.
 

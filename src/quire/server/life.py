@@ -130,7 +130,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=functools.partial(Protocol, max_connections=max_connections),  # type: ignore[arg-type]
+                http=functools.partial(Protocol, max_connections=max_connections, refused=serving.metrics.refused),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,

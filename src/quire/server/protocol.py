@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -23,11 +24,11 @@ COMING = (h11.IDLE, h11.SEND_BODY)
 
 
 class Protocol(H11Protocol):
-    """One connection."""
+    """One connection. `refused` is told the status of what is answered here and not by the application."""
 
-    def __init__(self, *args: Any, max_connections: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_connections: int, refused: Callable[[int], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._max_connections = max_connections
+        self._max_connections, self._refused = max_connections, refused
         self.access_log = False  # it would write addresses as they were sent; guard.py has ours
         self._deadline: asyncio.TimerHandle | None = None
         self._waiting_since_s = 0.0
@@ -83,6 +84,7 @@ class Protocol(H11Protocol):
 
     def _refuse(self, error: ServerError) -> None:
         tell("refused", f"a connection is refused: {error.status}, {error.code}", {"status": error.status, "code": error.code}, to=access_log)
+        self._refused(error.status)
         body = error.response().body
         told = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **error.headers}
         answer = h11.Response(status_code=error.status, headers=list(told.items()), reason=b"")

@@ -64,6 +64,7 @@ class Run:
         Raises:
             InvalidRequestError, QueueFullError, EngineDeadError: one was refused; none runs.
         """
+        llm.check_room(len(jobs))
         self._serving.runs.add(self)
         try:
             for i, job in enumerate(jobs):
