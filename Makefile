@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# For its tests alone, and beside the environment: where it is in it, transformers imports it, a tenth of a second at each start.
+TRITON := $(VENV)/triton
 PIP := $(BIN)/pip --disable-pip-version-check -q
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
@@ -14,7 +16,7 @@ demo: setup
 
 # Two processes share two cores; one of torch's own threads that spins while it waits would take the other one's time.
 test: setup
-	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	GOMP_SPINCOUNT=0 PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 soak: setup $(VENV)/.soak
 	$(BIN)/python -m pytest -q -rP tests/policy tests/tensors/test_disk_random.py tests/engine/test_random.py tests/server/test_soak.py tests/server/test_schemathesis.py --hypothesis-profile=soak
@@ -34,6 +36,7 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja
 	$(PIP) install -c constraints.txt transformers llguidance typer rich fastapi uvicorn prometheus_client jinja2
 	$(PIP) install -c constraints.txt pytest pytest-xdist hypothesis ruff mypy psutil openai httpx playwright
+	$(PIP) install -c constraints.txt --no-deps --target $(TRITON) 'triton; sys_platform == "linux"'
 	touch $@
 
 $(VENV)/.soak: $(VENV)/.deps

@@ -20,7 +20,6 @@ FLOORS = {
     "faces": 4,
     "server": 4,
     "cli": 4,
-    "scale": 4,
 }
 APART = {("tensors", "text"), ("text", "tensors"), ("server", "cli")}  # on one floor: the first never imports the second
 STANDARD_LIBRARY_ONLY = {0, 1}

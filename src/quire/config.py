@@ -10,7 +10,7 @@ from quire.errors import ConfigError, shown
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LAYOUTS = ("paged", "stacked")
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "reference", "triton")
 CODECS = ("int8", "int4")
 QUANTIZATIONS = ("none", "int8", "int4")
 
@@ -39,6 +39,7 @@ class EngineConfig:
         prefix_sharing: reuse pages of equal prefixes.
         max_model_len: the context, at most the checkpoint's own; `None` takes that.
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
+            "triton" is attention as it will run on an accelerator, so far in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.
         num_threads: CPU threads of a step; `None` takes torch's number.
         compile: compile decoder layers with torch's Inductor, which needs a C++ compiler and a minute at the first start with a model. Its output
             keeps every promise, but its bits are not those without it.
@@ -83,6 +84,8 @@ class EngineConfig:
         _choice("quantization", self.quantization, QUANTIZATIONS)
         _choice("backend", self.backend, BACKENDS)
         split_codec(self.kv_codec)
+        if self.backend == "triton" and self.kv_codec is not None:
+            raise ConfigError(f"kv_codec={shown(self.kv_codec)}: must be None with backend='triton', whose kernels read plain rows only")
         _choice("cache_layout", self.cache_layout, LAYOUTS)
         for name, high in (("max_tokens_per_step", 2**20), ("max_sequences", 2**16), ("max_waiting", 2**31), ("page_size", 2**20)):
             _integer(name, getattr(self, name), high)

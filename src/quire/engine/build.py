@@ -88,8 +88,11 @@ def choose_kernels(backend: str, num_threads: int) -> Kernels:
     """The kernels asked for; with "auto" the native ones, or the reference with one warning where they do not load.
 
     Raises:
-        ConfigError: "native" was asked for and does not load.
+        ConfigError: "native" or "triton" was asked for and does not load.
     """
+    if backend == "triton":
+        rest = choose_kernels("auto", num_threads)
+        return replace(rest, attention=_interpreted_attention(), name=f"triton (interpreted), products {rest.name}")
     if backend != "reference":
         try:
             from quire.tensors.attention.native import NativeAttention
@@ -102,6 +105,16 @@ def choose_kernels(backend: str, num_threads: int) -> Kernels:
                 raise ConfigError(f"backend='native': the native kernels do not load: {error}") from error
             warnings.warn(f"Quire's native kernels do not load ({error}); the reference backend in plain torch is exact but slow", stacklevel=2)
     return Kernels(ReferenceAttention(), ReferenceProducts(), "reference", "reference")
+
+
+def _interpreted_attention() -> AttentionBackend:
+    try:
+        from quire.tensors.attention.triton import INTERPRETED, TritonAttention
+    except ImportError as error:
+        raise ConfigError(f"backend='triton': Triton does not load: {error}") from error
+    if not INTERPRETED:
+        raise ConfigError("backend='triton': must run in Triton's interpreter (TRITON_INTERPRET=1 before Python starts): models are on the CPU")
+    return TritonAttention()
 
 
 @dataclass(frozen=True, slots=True)

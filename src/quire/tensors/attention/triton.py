@@ -1,0 +1,245 @@
+"""Attention in Triton: one kernel for prompts, decoding and mixes of both, over pages and staged keys, for any device Triton compiles to.
+
+After Dao, "FlashAttention-2" (2023): a block of query rows meets tiles of keys with an online softmax. Query heads that share a KV head share a
+block, and keys are gathered through the page table, as in vLLM's unified attention (vllm/attention/ops/triton_unified_attention.py).
+
+The law by which a row's bits depend on its own sequence alone:
+
+    a program     one KV head and a block of query tokens of one sequence: ROWS rows, row r being token r // G, query head r % G of the KV head's G
+    its shape     ROWS = 64 (more if G is) and KEYS = 64 whatever the step holds, so a row's dot products are the same instructions beside any rows
+    its tiles     absolute positions [64 j, 64 j + 64) in ascending order, from the first key any row of the block sees to the block's last position
+    its keys      position p < num_committed: page_ids[page_start[s] + p // B], place p % B; else the step's row query_start[s] + p - num_committed
+    its softmax   in fp32, one running maximum a row. A tile of which a row sees nothing changes none of that row's state, not by a bit, so it makes
+                  no difference which tiles other rows of the block bring in: neither chunks nor page size nor neighbours show in the result
+
+Where no row of the block looks, nothing is read: it may be NaN, or belong to a page entry of -1. Tensors of a call lie on the current device.
+
+Under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) the same kernels run on CPU tensors: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+from quire.errors import ConfigError
+from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, page_rows
+from quire.tensors.codec import RowFormat
+
+_ROWS: Final = 64
+_KEYS: Final = 64
+_STAGED_BYTES: Final = 64 << 10  # of shared memory for tiles of keys and values; within it the next ones are loaded while one is computed
+_LOG2E: Final = math.log2(math.e)
+
+
+class TritonAttention:
+    """See `AttentionBackend`. Queries, keys and values of one dtype, float32, bfloat16 or float16; rows of an encoded format raise ConfigError."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._step: StepInputs | None = None
+        self._blocks: dict[int, torch.Tensor] = {}  # of `_step`, by tokens a block
+
+    def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> None:
+        return None
+
+    def encode(self, x: torch.Tensor, row: RowFormat) -> torch.Tensor:
+        _plain(row)
+        return x
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, step: StepInputs, mask: Mask
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`. Raises ValueError where a head's elements are not contiguous, or of another dtype than the layer's."""
+        k_pages, v_pages = _element_rows(pages, place)
+        for x, dtype in ((q, k_pages.dtype), (k, k_pages.dtype), (v, v_pages.dtype)):
+            if x.dtype != dtype or x.stride(2) != 1:
+                raise ValueError(f"attend cannot take {tuple(x.shape)} {x.dtype} strides {x.stride()}: must be {dtype}, a head's elements contiguous")
+        group = q.shape[1] // place.num_kv_heads
+        rows = max(_ROWS, triton.next_power_of_2(group))
+        blocks, table = self._blocks_of(step, rows // group), step.tables[place.group]
+        out = torch.zeros(q.shape[0], q.shape[1], place.v.dim, dtype=q.dtype, device=q.device)
+        if not len(blocks):
+            return out
+        lanes_k, lanes_v = _lanes(place.k.dim), _lanes(place.v.dim)
+        stages = 2 if 2 * _KEYS * (lanes_k + lanes_v) * q.element_size() <= _STAGED_BYTES else 1
+        # Scores are in units of log2, so that exp2 is all the kernel needs; what a softcap makes of them is made so after it.
+        scale, cap = (mask.scale / mask.softcap, mask.softcap * _LOG2E) if mask.softcap else (mask.scale * _LOG2E, 0.0)
+        _attend[(len(blocks), place.num_kv_heads)](
+            q, k, v, k_pages, v_pages, out, blocks, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, scale, cap,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], *out.stride()[:2],
+            HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group, DK=place.k.dim, DV=place.v.dim,
+            LANES_K=lanes_k, LANES_V=lanes_v, ROWS=rows, KEYS=_KEYS, WIDE=INTERPRETED, num_warps=min(16, 4 * rows // _ROWS), num_stages=stages,
+        )  # fmt: skip
+        return out
+
+    def commit(self, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, slots: torch.Tensor) -> None:
+        k_pages, v_pages = _element_rows(pages, place)
+        if not len(slots):
+            return
+        _commit[(len(slots), place.num_kv_heads)](
+            k, v, k_pages, v_pages, slots, *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            PAGE=place.page_size, DK=place.k.dim, DV=place.v.dim, LANES_K=_lanes(place.k.dim), LANES_V=_lanes(place.v.dim), num_warps=1,
+        )  # fmt: skip
+
+    def _blocks_of(self, step: StepInputs, num_tokens: int) -> torch.Tensor:
+        """The step's blocks int32 [N, 2]: each one's sequence and first token in it. Made once a step: to read query_start waits for the device."""
+        if self._step is not step:
+            self._step, self._blocks = step, {}
+        if num_tokens not in self._blocks:
+            starts = step.query_start.tolist()
+            counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+            blocks = [(s, first) for s, count in enumerate(counts) for first in range(0, count, num_tokens)]
+            self._blocks[num_tokens] = torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2).to(step.query_start.device)
+        return self._blocks[num_tokens]
+
+
+def _plain(row: RowFormat) -> torch.dtype:
+    if row.dtype is None:
+        raise ConfigError(f"kv_codec={row.name!r}: must be None with backend='triton', whose kernels read plain rows only")
+    return row.dtype
+
+
+def _element_rows(pages: torch.Tensor, place: LayerPlace) -> tuple[torch.Tensor, torch.Tensor]:
+    """`page_rows` as elements: K [P, Hkv, B, Dk] and V [P, Hkv, B, Dv]."""
+    k, v = page_rows(pages, place)
+    return k.view(_plain(place.k)), v.view(_plain(place.v))
+
+
+def _lanes(dim: int) -> int:
+    """The power of two a head is padded to, at least the 16 that a dot product needs."""
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+# What follows is compiled by Triton: "tensor" below is a tile of registers, a capitalized parameter is known when the kernel is compiled.
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    q, k, v, k_pages, v_pages, out, blocks, query_start, num_committed, page_ids, page_start, sinks, scale, cap,
+    q_token, q_head, k_token, k_head, v_token, v_head, k_page, k_page_head, k_place, v_page, v_page_head, v_place, out_token, out_head,
+    HAS_CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    LANES_K: tl.constexpr, LANES_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One block of `blocks` [N, 2] and one KV head. After the tensors their strides in elements, named for what they step over."""
+    kv_head = tl.program_id(1)
+    sequence = tl.load(blocks + 2 * tl.program_id(0))
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    start = tl.load(query_start + sequence)
+    count = tl.load(query_start + sequence + 1) - start
+    committed = tl.load(num_committed + sequence)
+    table = page_ids + tl.load(page_start + sequence)
+
+    row = tl.arange(0, ROWS)
+    token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
+    real = (row < ROWS // GROUP * GROUP) & (token < count)
+    position = committed + token
+    row_lowest = _first_visible(position, WINDOW, CHUNK)
+    lane_k, lane_v = tl.arange(0, LANES_K), tl.arange(0, LANES_V)
+    at = (start + token).to(tl.int64)
+    query = tl.load(q + (at * q_token + head * q_head)[:, None] + lane_k[None, :], mask=real[:, None] & (lane_k < DK)[None, :], other=0.0)
+    if WIDE:
+        query = query.to(tl.float32)
+
+    # A sink is a key without a value: it has been met before the first tile.
+    if sinks is not None:
+        top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+        total = tl.full([ROWS], 1.0, tl.float32)
+    else:
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, LANES_V], tl.float32)
+
+    lowest = _first_visible(committed + first, WINDOW, CHUNK)
+    last = committed + tl.minimum(first + ROWS // GROUP, count) - 1
+    last_lowest = _first_visible(last, WINDOW, CHUNK)
+    for tile in range(lowest // KEYS, last // KEYS + 1):
+        key = tile * KEYS + tl.arange(0, KEYS)
+        old = (key >= lowest) & (key < committed)
+        new = (key >= committed) & (key >= lowest) & (key <= last)
+        page = tl.load(table + key // PAGE, mask=old, other=0).to(tl.int64)
+        staged = (start + key - committed).to(tl.int64)
+        old_keys = k_pages + kv_head * k_page_head + page * k_page + key % PAGE * k_place
+        old_values = v_pages + kv_head * v_page_head + page * v_page + key % PAGE * v_place
+        keys = _rows(tl.where(old, old_keys, k + kv_head * k_head + staged * k_token), old | new, lane_k, DK)
+        values = _rows(tl.where(old, old_values, v + kv_head * v_head + staged * v_token), old | new, lane_v, DV)
+        weight_type = values.dtype
+        if WIDE:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        if HAS_CAP:
+            scores = cap * _tanh(scores)
+        visible = (key[None, :] >= row_lowest[:, None]) & (key[None, :] <= position[:, None]) & real[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # else a row that has seen nothing yet would take -inf from -inf
+        weights = tl.exp2(scores - base[:, None])
+        # A row that sees nothing here has weights of 0, and alpha is 1 even where it has seen nothing yet: its state stays as it is.
+        alpha = tl.where(new_top == top, 1.0, tl.exp2(top - base))
+        # The rounded weights are summed, not those before: what rounding does to all weights alike then cancels.
+        weights = weights.to(weight_type)
+        total = total * alpha + tl.sum(weights.to(tl.float32), 1)
+        if WIDE:
+            weights = weights.to(tl.float32)
+        if (tile * KEYS + KEYS - 1 > committed + first) | (tile * KEYS < last_lowest):
+            # Some row does not see some key, and 0 * NaN would still reach it: what is not finite breaks by itself the rows that do see it.
+            broken = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
+            values = tl.where(broken, 0.0, values)
+            breaks = tl.dot(visible.to(values.dtype), broken.to(values.dtype), input_precision="ieee") > 0
+            acc = tl.where(breaks, float("nan"), acc)
+        acc = tl.dot(weights, values, acc * alpha[:, None], input_precision="ieee")
+        top = new_top
+
+    result = acc / tl.where(real, total, 1.0)[:, None]
+    where = out + (at * out_token + head * out_head)[:, None] + lane_v[None, :]
+    tl.store(where, result.to(out.dtype.element_ty), mask=real[:, None] & (lane_v < DV)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first position a query at `position`, of any shape, may see."""
+    lowest = position * 0
+    if WINDOW:
+        lowest = tl.maximum(lowest, position - (WINDOW - 1))
+    if CHUNK:
+        lowest = tl.maximum(lowest, position - position % CHUNK)
+    return lowest
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows(first, read, lane, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows [KEYS, lanes] that begin at the pointers `first` [KEYS]; zero, which a weight of 0 may meet, where `read` is not set."""
+    return tl.load(first[:, None] + lane[None, :], mask=read[:, None] & (lane < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    """By an exp2 that cannot overflow: infinities give 1 and -1, NaN gives NaN."""
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    return tl.where(x < 0, -1.0, 1.0) * ((1.0 - e) / (1.0 + e))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _commit(  # type: ignore[no-untyped-def]
+    k, v, k_pages, v_pages, slots, k_token, k_head, v_token, v_head, k_page, k_page_head, k_place, v_page, v_page_head, v_place,
+    PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, LANES_K: tl.constexpr, LANES_V: tl.constexpr,
+):  # fmt: skip
+    """One token's keys and values of one KV head."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        page, place = slot // PAGE, slot % PAGE
+        lane_k, lane_v = tl.arange(0, LANES_K), tl.arange(0, LANES_V)
+        keys = tl.load(k + token * k_token + head * k_head + lane_k, mask=lane_k < DK)
+        tl.store(k_pages + page * k_page + head * k_page_head + place * k_place + lane_k, keys, mask=lane_k < DK)
+        values = tl.load(v + token * v_token + head * v_head + lane_v, mask=lane_v < DV)
+        tl.store(v_pages + page * v_page + head * v_page_head + place * v_place + lane_v, values, mask=lane_v < DV)
+
+
+INTERPRETED: Final[bool] = not isinstance(_attend, triton.runtime.JITFunction)
