@@ -6,6 +6,7 @@ import operator
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
@@ -58,13 +59,11 @@ class Intake:
         return Request(name, text, token_ids, params, max_tokens, seed, *whose, grammar, read)
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            try:
-                if isinstance(prompt, bytes | bytearray):
-                    raise TypeError
+        if not isinstance(prompt, str | bytes | bytearray):
+            with suppress(TypeError):
                 return [token if isinstance(token, bool) else operator.index(token) for token in prompt]
-            except TypeError:
-                raise InvalidRequestError("prompt", prompt, "text or a list of token ids") from None
+        if not isinstance(prompt, str):
+            raise InvalidRequestError("prompt", prompt, "text or a list of token ids")
         if self._built.tokenizer is None:
             raise InvalidRequestError("prompt", prompt, "a list of token ids: this model came without a tokenizer")
         return self._built.tokenizer.encode(prompt)
