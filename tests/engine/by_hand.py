@@ -40,6 +40,9 @@ class SteppedWorker:
         self.engine.add(request, stream.put)
         return stream
 
+    def check_room(self, num_requests: int) -> None:
+        pass
+
     def cancel(self, request_id: str) -> None:
         self.engine.cancel(request_id)
 

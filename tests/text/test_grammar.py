@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -157,6 +159,22 @@ def test_without_llguidance_it_says_what_to_install(made: dict[str, TextTokenize
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
     with pytest.raises(InvalidRequestError, match=r"pip install 'quire\[structured\]'"):
         GrammarCompiler(made["byte_level"], VOCAB).compile(FORMS["regex"])
+
+
+def test_a_process_with_more_descriptors_than_select_knows_compiles(made: dict[str, TextTokenizer]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] != resource.RLIM_INFINITY and limits[1] < 2048:
+        pytest.skip("the system allows no more descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, limits[1]))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    compiler = GrammarCompiler(made["byte_level"], VOCAB)
+    try:
+        assert compiler.compile(StructuredOutput(regex="[ab]{3}")) is not None
+    finally:
+        compiler.close()
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_the_checking_process_ends_with_its_input(compiler: GrammarCompiler) -> None:

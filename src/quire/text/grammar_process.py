@@ -67,9 +67,11 @@ class GrammarProcess:
             return None
         assert self._process.stdout is not None
         out = self._process.stdout.fileno()
+        answer = select.poll()  # a server has more descriptors than `select` can tell apart
+        answer.register(out, select.POLLIN)
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([out], [], [], left)[0]:
+            if left <= 0 or not answer.poll(1000 * left):
                 return None
             part = os.read(out, 65536)
             if not part:
