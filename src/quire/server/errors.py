@@ -24,6 +24,7 @@ from quire.errors import (
     NothingToDrawError,
     QueueFullError,
     RequestFailedError,
+    shown,
 )
 from quire.server.limits import RETRY_AFTER_S
 
@@ -87,8 +88,8 @@ def as_server_error(error: BaseException) -> ServerError:
             return ServerError(400, str(error), param="prompt", code="cache_too_small")
         case InvalidRequestError():
             param = FIELD_NAMES.get(error.field, error.field)
-            shown = "" if param == "prompt" and isinstance(error.value, str) else f"={_short(error.value)}"
-            return ServerError(400, f"{param}{shown}: must be {error.limit}", param=param, code="invalid_value")
+            value = "" if param == "prompt" and isinstance(error.value, str) else f"={shown(error.value, 80)}"
+            return ServerError(400, f"{param}{value}: must be {error.limit}", param=param, code="invalid_value")
         case QueueFullError():
             return ServerError(429, str(error), code="queue_full")
         case EngineDeadError():
@@ -151,8 +152,3 @@ def _http(error: HTTPException) -> ServerError:
         case _:
             message = str(error.detail)
     return ServerError(error.status_code, message, headers=error.headers)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
