@@ -130,14 +130,14 @@ inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& 
   Item item = item_of(args, work, of);
   Block b = block_of(item, s, keys_of_part(item, work.end_part - 1).end, coming);
   const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
-  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.part * work.num_parts * stride : nullptr;
+  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.slice * work.num_parts * stride : nullptr;
   if (!partials) start_totals(b);
   for (int32_t part = work.first_part; part < work.end_part; ++part) {
     run_part(b, part, beginning_of(args, work, of, part));
     partials ? save_part(b, partials + (part - work.block_first_part) * stride) : merge_part(b);
   }
   if (partials) {
-    if (__atomic_add_fetch(args.counters + work.counter + of.part, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
+    if (__atomic_add_fetch(args.counters + work.counter + of.slice, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
     start_totals(b);
     for (int32_t i = 0; i < work.num_parts; ++i) {
       begin_part(b, partials + i * stride);
@@ -184,11 +184,11 @@ void take_each(Next& next, int threads, const Run& run) {
 template <class Way>
 int attend_by(const AttendArgs& args, Error* error) {
   const int32_t kv_heads = args.layout.num_kv_heads, group = args.num_heads / kv_heads;
-  const int32_t heads = group < Way::kRows ? group : Way::kRows, head_parts = (group + heads - 1) / heads;
-  const int64_t per_item = int64_t(kv_heads) * head_parts;
+  const int32_t heads = group < Way::kRows ? group : Way::kRows, num_slices = (group + heads - 1) / heads;
+  const int64_t per_item = int64_t(kv_heads) * num_slices;
   const auto heads_of = [&](int64_t i) -> Heads {
-    const int32_t part = int32_t(i % per_item), kv_head = part / head_parts, first = part % head_parts * heads;
-    return {part, kv_head, kv_head * group + first, group - first < heads ? group - first : heads};
+    const int32_t slice = int32_t(i % per_item), kv_head = slice / num_slices, first = slice % num_slices * heads;
+    return {slice, kv_head, kv_head * group + first, group - first < heads ? group - first : heads};
   };
   int failed = 0;
   Next shared{args.num_shared * per_item}, next{args.num_items * per_item};

@@ -160,7 +160,7 @@ void run_few(const AttendArgs& args, const WorkItem& work, const Heads& of, Scra
   Item item = item_of(args, work, of);
   Few f = few_of<Format>(item, s, keys_of_part(item, work.end_part - 1).end, coming);
   const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
-  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.part * work.num_parts * stride : nullptr;
+  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.slice * work.num_parts * stride : nullptr;
   if (!partials) start_few(f);
   for (int32_t part = work.first_part; part < work.end_part; ++part) {
     const Beginning begun = beginning_of(args, work, of, part);
@@ -172,7 +172,7 @@ void run_few(const AttendArgs& args, const WorkItem& work, const Heads& of, Scra
       merge_part(f);
   }
   if (partials) {
-    if (__atomic_add_fetch(args.counters + work.counter + of.part, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
+    if (__atomic_add_fetch(args.counters + work.counter + of.slice, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
     start_few(f);
     for (int32_t i = 0; i < work.num_parts; ++i) {
       begin_part<Format>(f, partials + i * stride);

@@ -47,11 +47,11 @@ inline const ValueFormat& values_of(const AttendArgs& args) {
   return kValueFormats[args.layout.v.format];
 }
 
-// Calls part(first, count, lo, hi, alpha) so that rows 0..rows-1, of which row r sees keys lo[r]..hi[r]-1, each meet their
+// Calls meet(first, count, lo, hi, alpha) so that rows 0..rows-1, of which row r sees keys lo[r]..hi[r]-1, each meet their
 // keys in ascending order and never one that they do not see: together over the keys that all see, alone over the others. `unit` keys from an absolute
 // multiple of it on are never taken apart, but where a row does not see all of them.
-template <class Part>
-QUIRE_INLINE void for_visible_keys(int unit, int rows, const int* lo, const int* hi, const float* alpha, const Part& part) {
+template <class Meet>
+QUIRE_INLINE void for_visible_keys(int unit, int rows, const int* lo, const int* hi, const float* alpha, const Meet& meet) {
   int common_lo = lo[0], common_hi = hi[0];
   float shrink[kMaxRows > kDirectRows ? kMaxRows : kDirectRows];
   const float one = 1.0f;
@@ -65,13 +65,13 @@ QUIRE_INLINE void for_visible_keys(int unit, int rows, const int* lo, const int*
   for (int r = 0; r < rows; ++r) {
     const int end = hi[r] < common_lo ? hi[r] : common_lo;
     if (lo[r] >= end) continue;
-    part(r, 1, lo[r], end, shrink + r);
+    meet(r, 1, lo[r], end, shrink + r);
     shrink[r] = one;
   }
-  part(0, rows, common_lo, common_hi, shrink);
+  meet(0, rows, common_lo, common_hi, shrink);
   for (int r = 0; r < rows; ++r) {
     const int begin = lo[r] > common_hi ? lo[r] : common_hi;
-    if (begin < hi[r]) part(r, 1, begin, hi[r], &one);
+    if (begin < hi[r]) meet(r, 1, begin, hi[r], &one);
   }
 }
 
@@ -93,14 +93,14 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fet
     const int rows = queries[i].rows, *lo = s.lo + r0, *hi = s.hi + r0;
     float* scores = queries[i].scores;
     b.value.softmax(rows, queries[i].groups, lo, hi, b.args().scale, b.args().softcap, s.value_scales, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
-    const auto part = [&](int r, int count, int from, int to, const float* shrink) {
+    const auto meet = [&](int r, int count, int from, int to, const float* shrink) {
       float* out = s.out + (r0 + r) * b.v_stride;
       b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, fetcher);
     };
     if (b.value.whole)
-      part(0, rows, lo[0], hi[rows - 1], s.alpha + r0);
+      meet(0, rows, lo[0], hi[rows - 1], s.alpha + r0);
     else
-      for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, part);
+      for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, meet);
   }
 }
 
@@ -130,14 +130,14 @@ inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int f
       rows = rows_in_panel(r0, end_row);
       fetch(fetcher, rate);
       const int *lo = s.lo + r0, *hi = s.hi + r0;
-      const auto part = [&](int r, int n, int from, int to, const float* shrink) {
+      const auto meet = [&](int r, int n, int from, int to, const float* shrink) {
         b.value.output_panel(n, s.scores + (r0 + r) * kTile, s.values, from, to, d, vecs, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride);
       };
       // A key that a row does not see has probability zero: adding zero times a finite value changes nothing.
       if (values_finite)
-        part(0, rows, lo[0] / unit * unit, (hi[rows - 1] + unit - 1) / unit * unit, s.alpha + r0);
+        meet(0, rows, lo[0] / unit * unit, (hi[rows - 1] + unit - 1) / unit * unit, s.alpha + r0);
       else
-        for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, part);
+        for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, meet);
     }
   }
 }

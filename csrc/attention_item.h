@@ -56,9 +56,9 @@ inline History history_of(const AttendArgs& args, int32_t seq, int32_t kv_head) 
           kv_head};
 }
 
-// Query heads of one KV head, `part` of them at a time where they are many.
+// A slice of the query heads: those of one KV head, or some of them where they are many. `slice` counts them over all KV heads.
 struct Heads {
-  int32_t part, kv_head, first, count;
+  int32_t slice, kv_head, first, count;
 };
 
 inline Item item_of(const AttendArgs& args, const WorkItem& work, const Heads& of) {
@@ -75,7 +75,7 @@ inline Item item_of(const AttendArgs& args, const SharedItem& work, const Heads&
 
 // Where the rows of a shared item leave their states.
 inline float* states_of(const AttendArgs& args, const SharedItem& work, const Heads& of) {
-  return args.states + work.states + int64_t(of.part) * work.num_tokens * of.count * state_floats(args.layout.v.dim);
+  return args.states + work.states + int64_t(of.slice) * work.num_tokens * of.count * state_floats(args.layout.v.dim);
 }
 
 // What the rows of a block have of a part already: their states after its first keys, if there are any.

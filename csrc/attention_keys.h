@@ -65,7 +65,7 @@ void transpose_keys(const Rows& tile, int k_dim, float* panels, int64_t panel_st
         if constexpr (E::kScaleColumns > 0)
           if (i % E::kScaleColumns == 0) scale = E::spread(scales_at<E>(tile.k + key, k_dim, d + i * E::kPer));
         for (int p = 0; p < (F == Keys::kFloat ? E::kPer : 1); ++p, to += kPanelLanes)
-          store(to, F == Keys::kFloat ? E::part(columns[i], scale, p) : columns[i]);
+          store(to, F == Keys::kFloat ? E::pick(columns[i], scale, p) : columns[i]);
       }
     }
   }

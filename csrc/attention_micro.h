@@ -95,7 +95,7 @@ void score_columns(const float* q, const Columns& keys, int first, int n, bool f
         for (int j = 0; j < N; ++j) scale[j] = E::spread(load(keys.scales + i / E::kScaleColumns * kTile + 16 * (first + j)));
     for (int p = 0; p < (kDot ? 1 : E::kPer); ++p, q += kMaxRows) {
       F32x16 x[N];
-      for (int j = 0; j < N; ++j) x[j] = kDot ? load(k + 16 * j) : E::part(load(k + 16 * j), scale[j], p);
+      for (int j = 0; j < N; ++j) x[j] = kDot ? load(k + 16 * j) : E::pick(load(k + 16 * j), scale[j], p);
       for (int r = 0; r < R; ++r) {
         const F32x16 a = set1(q[r]);
         for (int j = 0; j < N; ++j) acc[r][j] = kDot ? dot_pair(acc[r][j], bits(a), bits(x[j])) : fma(a, x[j], acc[r][j]);

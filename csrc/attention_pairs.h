@@ -84,16 +84,16 @@ void pair_block(const float* p, const V& v, int first, int end, uint32_t seen, i
 
 constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// The keys lo..hi-1 as pairs: part(first pair, end, halves that count, alpha), alpha once. At most one lone key at either end.
-template <class Part>
-QUIRE_INLINE void for_pairs(int lo, int hi, const float* alpha, const Part& part) {
+// The keys lo..hi-1 as pairs: meet(first pair, end, halves that count, alpha), alpha once. At most one lone key at either end.
+template <class Meet>
+QUIRE_INLINE void for_pairs(int lo, int hi, const float* alpha, const Meet& meet) {
   const int first = (lo + 1) / 2, end = hi / 2;
   if (lo % 2 && lo < hi) {
-    part(lo / 2, lo / 2 + 1, 0xffff0000u, alpha);
+    meet(lo / 2, lo / 2 + 1, 0xffff0000u, alpha);
     alpha = kOnes;
   }
-  if (first < end || alpha != kOnes) part(first, end > first ? end : first, ~0u, alpha);
-  if (hi % 2 && hi > lo && end >= first) part(end, end + 1, 0x0000ffffu, kOnes);
+  if (first < end || alpha != kOnes) meet(first, end > first ? end : first, ~0u, alpha);
+  if (hi % 2 && hi > lo && end >= first) meet(end, end + 1, 0x0000ffffu, kOnes);
 }
 
 // Of a panel of values, for up to kMaxRows rows.

@@ -1,7 +1,7 @@
 // How rows are read and results written, one struct per format (kernels.h).
 //
 // Keys go by `lanes`, a vector of kSpan elements of one row, kPer to a 32-bit lane. Of sixteen keys' vectors transposed, a
-// column holds kPer elements of each key; `part` takes the p-th of them out, decoded by the `Scale` of its keys.
+// column holds kPer elements of each key; `pick` takes the p-th of them out, decoded by the `Scale` of its keys.
 // Values go by units of kVecs vectors; a unit of two holds the even elements in one and the odd ones in the other, which costs
 // no shuffle either way.
 #pragma once
@@ -26,7 +26,7 @@ struct Single : Plain {
     const float* at;
   };
   QUIRE_INLINE F32x16 lanes(const char* p, int d, int n) { return n == 16 ? load((const float*)p + d) : load_n((const float*)p + d, n); }
-  QUIRE_INLINE F32x16 part(F32x16 column, const NoScale&, int) { return column; }
+  QUIRE_INLINE F32x16 pick(F32x16 column, const NoScale&, int) { return column; }
   QUIRE_INLINE Row row(const char* p, int, int d) { return {(const float*)p + d}; }
   QUIRE_INLINE void read(const Row& r, int j, F32x16* x) { x[0] = load(r.at + 16 * j); }
   QUIRE_INLINE void read_n(const Row& r, F32x16* x, int n) { x[0] = load_n(r.at, n); }
@@ -41,7 +41,7 @@ struct Half : Plain {
     const uint16_t* from = (const uint16_t*)p + d;
     return n == 16 ? load_f16(from) : load_f16_n(from, n);
   }
-  QUIRE_INLINE F32x16 part(F32x16 column, const NoScale&, int) { return column; }
+  QUIRE_INLINE F32x16 pick(F32x16 column, const NoScale&, int) { return column; }
   QUIRE_INLINE Row row(const char* p, int, int d) { return {(const uint16_t*)p + d}; }
   QUIRE_INLINE void read(const Row& r, int j, F32x16* x) { x[0] = load_f16(r.at + 16 * j); }
   QUIRE_INLINE void read_n(const Row& r, F32x16* x, int n) { x[0] = load_f16_n(r.at, n); }
@@ -56,7 +56,7 @@ struct Brain : Plain {
     const uint16_t* from = (const uint16_t*)p + d;
     return floats(n == 32 ? load_pairs(from) : load_pairs_n(from, n));
   }
-  QUIRE_INLINE F32x16 part(F32x16 column, const NoScale&, int p) { return p == 0 ? pair_low(bits(column)) : pair_high(bits(column)); }
+  QUIRE_INLINE F32x16 pick(F32x16 column, const NoScale&, int p) { return p == 0 ? pair_low(bits(column)) : pair_high(bits(column)); }
   QUIRE_INLINE void split(U32x16 pairs, F32x16* x) {
     x[0] = pair_low(pairs);
     x[1] = pair_high(pairs);
@@ -100,7 +100,7 @@ struct Int8 {
   QUIRE_INLINE F32x16 lanes(const char* p, int d, int n) {
     return floats(xor_(n == 64 ? load_bytes(p + d) : load_bytes_n(p + d, n), set1_u32(0x80808080u)));
   }
-  QUIRE_INLINE F32x16 part(F32x16 column, const Scale& s, int p) {
+  QUIRE_INLINE F32x16 pick(F32x16 column, const Scale& s, int p) {
     const U32x16 code = p == 3 ? shr<24>(bits(column)) : and_(bits(column), set1_u32(0xffu << 8 * p));
     return fma(to_f32(code), s.by[p % 3], s.raised);
   }
@@ -131,7 +131,7 @@ struct Int4 {
   QUIRE_INLINE F32x16 lanes(const char* p, int d, int n) {
     return floats(n == 128 ? load_bytes(p + d / 2) : load_bytes_n(p + d / 2, (n + 1) / 2));
   }
-  QUIRE_INLINE F32x16 part(F32x16 column, const Scale& s, int p) {
+  QUIRE_INLINE F32x16 pick(F32x16 column, const Scale& s, int p) {
     const U32x16 code = p == 7 ? shr<28>(bits(column)) : and_(bits(column), set1_u32(0xfu << 4 * p));
     return fma(to_f32(code), s.by[p % 7], s.raised);
   }

@@ -69,7 +69,7 @@ struct WorkItem {
 struct SharedItem {
   int32_t seq, part, keys;          // one of the sequences; keys: a multiple of a tile
   int32_t first_token, num_tokens;  // of AttendArgs::shared_tokens; those of one sequence lie together
-  int64_t states;                   // of head 0: [rows][state_floats]
+  int64_t states;                   // of slice 0 (attention_item.h): [rows][state_floats]
 };
 
 // Where a block goes on in a part: from the states that a shared item left for its tokens, `token` being the first of them. -1: nothing is begun.
