@@ -25,7 +25,7 @@ RowLayout row_layout(const char* name, int64_t slots, int64_t page_bytes, int64_
     throw std::invalid_argument(field + " rows of " + std::to_string(bytes) + " bytes: must be " + std::to_string(row_bytes(format, dim)));
   if (offset < 0 || offset + slots * bytes > page_bytes)
     throw std::invalid_argument(field + " rows at " + std::to_string(offset) + " do not fit in a page of " + std::to_string(page_bytes) + " bytes");
-  const int32_t element = format == kF32 ? 4 : format == kBF16 || format == kF16 ? 2 : 1;
+  const int64_t element = is_dtype(format) ? element_bytes(format) : 1;
   if (offset % element || page_bytes % element)
     throw std::invalid_argument(field + " rows at " + std::to_string(offset) + " in pages of " + std::to_string(page_bytes) +
                                 " bytes: must be multiples of " + std::to_string(element));
@@ -154,7 +154,7 @@ std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>> shared_items(con
 int32_t row_bytes(int32_t format, int32_t dim) {
   if (format == kInt8) return dim + 1;
   if (format == kInt4) return (dim + 1) / 2 + (dim + kInt4Group - 1) / kInt4Group;
-  return dim * (format == kF32 ? 4 : 2);
+  return dim * int32_t(element_bytes(format));
 }
 
 PageLayout layout_of(uintptr_t pages, int64_t num_pages, int64_t page_bytes, int32_t page_size, int32_t num_kv_heads, int64_t k_offset, int32_t k_dim,

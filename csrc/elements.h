@@ -154,7 +154,6 @@ QUIRE_INLINE void store_elements_n(int32_t dtype, char* p, F32x16 x, int n) {
   if (dtype == kF32) return store_n((float*)p, x, n);
   dtype == kBF16 ? store_bf16_n((uint16_t*)p, x, n) : store_f16_n((uint16_t*)p, x, n);
 }
-QUIRE_INLINE int64_t element_bytes(int32_t dtype) { return dtype == kF32 ? 4 : 2; }
 
 }  // namespace
 }  // namespace QUIRE_ISA

@@ -9,11 +9,6 @@
 #include "bind.h"
 
 namespace quire {
-namespace {
-
-int64_t element_bytes(int32_t dtype) { return dtype == kF32 ? 4 : 2; }
-
-}  // namespace
 
 void Embedding::rows(const int64_t* ids, int64_t count, char* out, int32_t num_threads) const {
   for (int64_t i = 0; i < count; ++i)

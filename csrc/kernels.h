@@ -1,6 +1,6 @@
 // What the bindings and the kernels agree on: plain C structs and one table of functions per instruction set.
-// This header is compiled with different flags in different objects, so it holds declarations and PODs only: an inline
-// function here could be emitted with AVX-512 instructions, merged by the linker, and crash on a CPU without them.
+// This header is compiled with different flags in different objects, so it holds declarations, PODs and static functions only: an
+// inline function here could be emitted with AVX-512 instructions, merged by the linker, and crash on a CPU without them.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -12,6 +12,7 @@
 namespace quire {
 
 enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+static constexpr int64_t element_bytes(int32_t dtype) { return dtype == kF32 ? 4 : 2; }
 
 // How a row, one token-and-head's keys or values, lies in pages and staged tensors: plain elements of a dtype, or codes
 // followed by their scales (encode.h says how they come about).
@@ -128,10 +129,10 @@ struct Kernels {
 
 // What a row has of some keys of a part, its state: outputs, in the order of elements or of its way of computing; from the float on that is named
 // here sixteen sums, what scores are subtracted from, and, not on AMX, whether it saw any of the keys.
-constexpr int64_t state_sums(int64_t v_dim) { return (v_dim + 63) / 64 * 64; }
-constexpr int64_t state_base(int64_t v_dim) { return state_sums(v_dim) + 16; }
-constexpr int64_t state_seen(int64_t v_dim) { return state_base(v_dim) + 1; }
-constexpr int64_t state_floats(int64_t v_dim) { return state_sums(v_dim) + 32; }
+static constexpr int64_t state_sums(int64_t v_dim) { return (v_dim + 63) / 64 * 64; }
+static constexpr int64_t state_base(int64_t v_dim) { return state_sums(v_dim) + 16; }
+static constexpr int64_t state_seen(int64_t v_dim) { return state_base(v_dim) + 1; }
+static constexpr int64_t state_floats(int64_t v_dim) { return state_sums(v_dim) + 32; }
 
 // Bytes of a row of `dim` elements of a DType or Format.
 int32_t row_bytes(int32_t format, int32_t dim);

@@ -68,7 +68,7 @@ void Program::run(int64_t first, int64_t end, int64_t num_rows, const std::vecto
     const PlannedStep& s = steps_[size_t(i)];
     if (s.product) {
       const RowBuffer &x = buffers[size_t(s.x)], &y = buffers[size_t(s.y)];
-      const int64_t element = x.dtype == kF32 ? 4 : 2;
+      const int64_t element = element_bytes(x.dtype);
       products.push_back({x.rows + s.x_at * element, buffers[size_t(s.weight)].rows, s.bias < 0 ? nullptr : buffers[size_t(s.bias)].rows, y.rows,
                           num_rows * s.m, s.n, s.k, s.x_stride, s.weight_stride, x.dtype, int32_t(s.product - 1), num_threads, nullptr});
       if (i + 1 < end && one_x(s, steps_[size_t(i + 1)])) continue;
@@ -125,7 +125,7 @@ void Layers::run_one(const Layer& layer, Step& step, int64_t num_rows, const std
   addresses.insert(addresses.end(), 4, 0);
   addresses.insert(addresses.end(), outputs.begin(), outputs.end());
   std::vector<RowBuffer>& buffers = layer.program->bound(addresses, num_rows);
-  const int64_t element = form.dtype == kF32 ? 4 : 2, heads[] = {form.num_heads, at.num_kv_heads, at.num_kv_heads, form.num_heads};
+  const int64_t element = element_bytes(form.dtype), heads[] = {form.num_heads, at.num_kv_heads, at.num_kv_heads, form.num_heads};
   const int32_t dims[] = {at.k.dim, at.k.dim, at.v.dim, at.v.dim};
   static thread_local Kept kept;
   int64_t size = 0, from[4];

@@ -61,13 +61,14 @@ Staged Step::rows_of(const LayerPlace& place) const {
 void Step::attend(int32_t layer_idx, const AttendForm& form, const void* q, const void* k, const void* v, void* out, int32_t num_threads) {
   const LayerPlace& place = store_.place(layer_idx);
   const Kernels& kernels = active_kernels();
-  const int32_t element = form.dtype == kF32 ? 4 : 2, heads = place.layout.num_kv_heads;
+  const int32_t heads = place.layout.num_kv_heads;
+  const int64_t element = element_bytes(form.dtype);
   AttendArgs args{};
   args.layout = place.layout;
   args.staged = rows_of(place);
   const auto stage = [&](const RowLayout& row, const void* from, const void* to) {
     if (row.format < kInt8) return from == to && row.format == form.dtype;
-    const int64_t bytes = int64_t(row.dim) * element;
+    const int64_t bytes = row.dim * element;
     const EncodeArgs encoded{from, const_cast<void*>(to), heads * bytes, bytes, form.dtype, row.format, row.dim, num_tokens_, heads, num_threads};
     kernels.encode(&encoded);
     return true;
@@ -77,7 +78,7 @@ void Step::attend(int32_t layer_idx, const AttendForm& form, const void* q, cons
   const auto& [page_ids, page_start, num_page_ids] = tables_[size_t(place.group)];
   args.q = q;
   args.out = out;
-  args.q_head_stride = int64_t(place.layout.k.dim) * element;
+  args.q_head_stride = place.layout.k.dim * element;
   args.q_token_stride = args.q_head_stride * form.num_heads;
   args.query_start = query_start_;
   args.num_committed = num_committed_;
