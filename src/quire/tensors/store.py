@@ -110,14 +110,14 @@ class PageStore:
 
 
 class StagedStep:
-    """One step over a store: what a running forward calls for each of its attention layers. `of_programs`: for those that are native programs."""
+    """One step over a store: the `AttentionStep` of the engine."""
 
     def __init__(self, store: PageStore, inputs: StepInputs, slots: Sequence[torch.Tensor]) -> None:
         """`slots[g]` int64 [T]: where each packed token of group g goes (page * B + offset), -1 for nowhere."""
         self._store, self._inputs, self._slots = store, inputs, slots
         self._staged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         num_tokens = slots[0].shape[0] if slots else 0
-        self.of_programs = store.program_steps(inputs, num_tokens) if store.program_steps is not None else None
+        self.of_programs = store.program_steps(inputs, num_tokens) if store.program_steps is not None else None  # see `AttentionStep`
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Stage k [T,Hkv,Dk] and v [T,Hkv,Dv], and attend q [T,Hq,Dk] to the cache and to them; returns [T,Hq,Dv].

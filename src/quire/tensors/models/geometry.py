@@ -30,6 +30,8 @@ class LayerGeometry:
 class DryRun:
     """An `AttentionStep` for one token. Attention over one key is its value, whatever the scores, so nothing needs computing."""
 
+    of_programs = None
+
     def __init__(self) -> None:
         self.layers: list[LayerGeometry] = []
 
@@ -41,6 +43,8 @@ class DryRun:
 
 class NoAttention:
     """An `AttentionStep` whose attention is zero: for a forward of which only shapes are of interest."""
+
+    of_programs = None
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> zeros [T,Hq,Dv]."""

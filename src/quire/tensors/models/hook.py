@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from quire.errors import UnsupportedModelError
-from quire.tensors.attention.base import Mask
+from quire.tensors.attention.base import Mask, ProgramStep
 from quire.tensors.models.exact import ExactMode, in_whole_vectors
 
 NAME = "quire"  # plain on purpose: transformers diverts names that hold flash, sdpa, flex_attention, paged| or a slash
@@ -36,10 +36,12 @@ _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", 
 
 
 class AttentionStep(Protocol):
-    """What a running forward calls for each attention layer. The engine's runner, the dry run and the probe are such steps.
+    """What a running forward calls for each attention layer. The engine's runner, the dry run and the probe are such steps."""
 
-    One that has a `ProgramStep` in `of_programs` is not called for layers that are native programs: they use that.
-    """
+    @property
+    def of_programs(self) -> ProgramStep | None:
+        """What layers that are native programs attend in, instead of calling `attend`; None: they call it as all others do."""
+        ...
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Attention of q [T,Hq,Dk] with this step's own k [T,Hkv,Dk] and v [T,Hkv,Dv], all contiguous; returns [T,Hq,Dv]."""

@@ -159,9 +159,8 @@ class CausalModel:
         Whatever the model raises passes through, with the model as it was before.
         """
         native = self.lowered.replay.native if self.lowered is not None else None
-        programs = getattr(step, "of_programs", None) if native is not None else None
-        if native is not None and programs is not None and (hidden is None or not hidden.at.shape[0]):
-            return native(programs, input_ids, positions, logits_at)
+        if native is not None and step.of_programs is not None and (hidden is None or not hidden.at.shape[0]):
+            return native(step.of_programs, input_ids, positions, logits_at)
         num_rows = logits_at.shape[0]
         if num_rows % self._logits_multiple:
             logits_at = torch.cat([logits_at, logits_at[-1:].expand(-num_rows % self._logits_multiple)])

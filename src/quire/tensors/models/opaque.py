@@ -47,6 +47,8 @@ class OpaqueProducts:
 class OpaqueStep:
     """An `AttentionStep` for the time of tracing. `layers`: the layer_idx of each call, which is no part of the graph: layers share graphs."""
 
+    of_programs = None
+
     def __init__(self) -> None:
         self.layers: list[int] = []
 

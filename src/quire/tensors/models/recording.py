@@ -217,6 +217,8 @@ class RecordingProducts:
 class RecordingStep:
     """An `AttentionStep` that writes its calls down. Each query gets its own value: attention of sequences of one token."""
 
+    of_programs = None
+
     def __init__(self, recorder: Recorder) -> None:
         self._recorder, self._own = recorder, DryRun()
 

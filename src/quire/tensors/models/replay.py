@@ -73,7 +73,7 @@ class Replay:
 
     def run(self, forward: Forward, inputs: dict[str, Any]) -> torch.Tensor:
         """Logits [1, R, V]: what `forward()`, the model's own with these `inputs`, gives, within what it is given."""
-        programs = getattr(current().step, "of_programs", None)
+        programs = current().step.of_programs
         if programs is None or not self._chains.held or (self._live and not self._untouched()):
             return self._chains.run(forward)
         if self.calls:

@@ -18,6 +18,8 @@ class RowByRow:
     A row sees only tensors of sizes given by its own position, so its bits depend on nothing else.
     """
 
+    of_programs = None
+
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = tuple(lengths)
 
