@@ -116,12 +116,12 @@ def test_a_text_model_within_a_composite_one() -> None:
 
 def test_geometry() -> None:
     def geometry(family: str) -> list[tuple[int, ...]]:
-        return [(g.layer_idx, g.num_q_heads, g.num_kv_heads, g.k_dim, g.v_dim, g.window, g.chunk) for g in load(tiny_model(family)).layers]
+        return [(g.layer_idx, g.num_kv_heads, g.k_dim, g.v_dim, g.window, g.chunk) for g in load(tiny_model(family)).layers]
 
-    assert geometry("llama") == [(i, 4, 2, 16, 16, 0, 0) for i in range(3)]
-    assert geometry("gemma3_text") == [(0, 4, 2, 16, 16, 24, 0), (1, 4, 2, 16, 16, 24, 0), (2, 4, 2, 16, 16, 0, 0)]
-    assert geometry("deepseek_v3") == [(i, 4, 4, 20, 24, 0, 0) for i in range(3)]
-    assert geometry("llama4_text") == [(0, 4, 2, 16, 16, 0, 20), (1, 4, 2, 16, 16, 0, 20), (2, 4, 2, 16, 16, 0, 0)]
+    assert geometry("llama") == [(i, 2, 16, 16, 0, 0) for i in range(3)]
+    assert geometry("gemma3_text") == [(0, 2, 16, 16, 24, 0), (1, 2, 16, 16, 24, 0), (2, 2, 16, 16, 0, 0)]
+    assert geometry("deepseek_v3") == [(i, 4, 20, 24, 0, 0) for i in range(3)]
+    assert geometry("llama4_text") == [(0, 2, 16, 16, 0, 20), (1, 2, 16, 16, 0, 20), (2, 2, 16, 16, 0, 0)]
 
 
 def test_attention_is_told_everything() -> None:

@@ -16,14 +16,6 @@ T = TypeVar("T")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def resident_bytes() -> int:
-    """Memory this process holds now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
 def give_back(address: int, num_bytes: int) -> None:
     """Let the system have the memory of whole pages in this range; it reads as zeros when it is touched again."""
     page = mmap.PAGESIZE

@@ -19,7 +19,6 @@ class LayerGeometry:
     """One attention layer. `window` and `chunk` are 0 where the layer has none."""
 
     layer_idx: int
-    num_q_heads: int
     num_kv_heads: int
     k_dim: int
     v_dim: int
@@ -37,7 +36,7 @@ class DryRun:
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """q [1,Hq,Dk], k [1,Hkv,Dk], v [1,Hkv,Dv] -> v for every query head, [1,Hq,Dv]."""
-        self.layers.append(LayerGeometry(layer_idx, q.shape[1], k.shape[1], k.shape[2], v.shape[2], mask.window, mask.chunk))
+        self.layers.append(LayerGeometry(layer_idx, k.shape[1], k.shape[2], v.shape[2], mask.window, mask.chunk))
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
