@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from quire.engine.keeper import CacheKeeper
 from quire.policy.cache import PageCache
-from quire.policy.copies import Copy
+from quire.policy.copies import PageCopy
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
 from quire.policy.prefix import PrefixKey, blake2b_128, pack
@@ -237,7 +237,7 @@ class Driver:
         bridge = (seq.num_shared, seq.root.tokens) if seq.num_shared else None
         return self.prefixes.extend(client.numbers, seq.tokens, seq.shared_root.tokens, bridge)
 
-    def _copy(self, copy: Copy) -> None:
+    def _copy(self, copy: PageCopy) -> None:
         self.num_copies += 1
         self.pages[copy.target].update({slot: held for slot, held in self.pages[copy.source].items() if slot < copy.num_tokens})
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from quire.config import EngineConfig, split_codec
 from quire.engine.build import choose_kernels, open_model
 from quire.errors import InvalidRequestError
+from quire.policy.copies import PageCopy
 from quire.policy.groups import in_one_group
 from quire.tensors.attention.base import StepInputs, TableInputs
 from quire.tensors.device import one_torch_thread_here
@@ -133,7 +134,7 @@ class PagedCache:
         for name, page in (("source", source), ("target", target)):
             if not 0 <= page < self.num_pages:
                 raise InvalidRequestError(name, page, f"a page from 0 to {self.num_pages - 1}")
-        self._thread.submit(self._store.copy_pages, [(source, target, 0, self.page_size)]).result()
+        self._thread.submit(self._store.copy_pages, [PageCopy(source, target, group_id=0, num_tokens=self.page_size)]).result()
 
     def close(self) -> None:
         """Leave a live model as it was. A second call does nothing."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 
 from quire.errors import IntegrityError
 from quire.policy.copies import Copies
-from quire.policy.groups import Group
+from quire.policy.groups import Alike, Group, Need, alike
 from quire.policy.hits import HitFinder
 from quire.policy.namespaces import Namespaces
 from quire.policy.pages import PagePool
@@ -36,11 +36,8 @@ class PageCache:
         self.unit, self.ids_by_size = self.finder.unit, self.finder.ids_by_size
         self.keeps_parts = len(self.ids_by_size) == 1  # of pages, which can be told from whole ones only where all have one size
         self.namespaces = Namespaces(identity, self.unit, hash_bytes)
-        # Groups with the same page size and mask have tables of one shape: what is decided for one holds for all.
-        self._alike: dict[Group, list[int]] = {}
-        for group in self.groups:
-            self._alike.setdefault(Group(-1, group.page_size, group.window, group.chunk, ()), []).append(group.group_id)
-        self._windowed = [(shape, group_ids) for shape, group_ids in self._alike.items() if shape.kind != "full"]
+        self._alike = alike(self.groups)
+        self._windowed = [groups for groups in self._alike if groups.first.kind != "full"]
         self._tidy_every = min(g.page_size for g in self.groups)
 
     @property
@@ -134,18 +131,18 @@ class PageCache:
         end = seq.num_committed + num_tokens
         if end <= seq.capacity:
             return True
-        needs, num_pages = self._needs(seq, end)
-        spare = self.pool.num_available - num_pages
+        needs = self._needs(seq, end)
+        spare = self.pool.num_available - sum(need.num_pages for need in needs)
         if spare < 0:
             return False
         # Pages the window will have left by the end of this very step are kept only for later hits, and only from plenty.
         optional = spare // 2 if self.shares(seq) else 0
-        for have, first, want, group_ids in needs:
-            keep = min(optional // len(group_ids), first - have)
-            optional -= keep * len(group_ids)
-            for g in group_ids:
-                seq.tables[g].extend([-1] * (first - have - keep) + self.pool.take(keep + want - first))
-            seq.num_pages += len(group_ids) * (keep + want - first)
+        for need in needs:
+            keep = min(optional // len(need.group_ids), need.first - need.have)
+            optional -= keep * len(need.group_ids)
+            for g in need.group_ids:
+                seq.tables[g].extend([-1] * (need.first - need.have - keep) + self.pool.take(keep + need.end - need.first))
+            seq.num_pages += need.num_pages + keep * len(need.group_ids)
         self._set_capacity(seq)
         return True
 
@@ -164,21 +161,10 @@ class PageCache:
 
     def pages_wanted(self, seq: Sequence, end: int) -> int:
         """How many more pages `end` committed tokens must have."""
-        return self._needs(seq, end)[1]
+        return sum(need.num_pages for need in self._needs(seq, end))
 
-    def _needs(self, seq: Sequence, end: int) -> tuple[list[tuple[int, int, int, list[int]]], int]:
-        """For `end` committed tokens, of all alike groups: (entries there, first entry kept then, entries wanted, groups).
-
-        And the pages this takes in all.
-        """
-        needs, num_pages = [], 0
-        for shape, group_ids in self._alike.items():
-            have = len(seq.tables[group_ids[0]])
-            want = max(have, -(-end // shape.page_size))
-            first = min(max(have, shape.first_kept(end, self.unit)), want)
-            needs.append((have, first, want, group_ids))
-            num_pages += (want - first) * len(group_ids)
-        return needs, num_pages
+    def _needs(self, seq: Sequence, end: int) -> list[Need]:
+        return [groups.need(len(seq.tables[groups.first.group_id]), end, self.unit) for groups in self._alike]
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """The next `num_tokens` tokens are in the cache. Indexes complete pages and gives back what left a window, now or within a page."""
@@ -194,10 +180,10 @@ class PageCache:
         """
         self.index_complete(seq)
         committed, every = seq.num_committed, self._tidy_every
-        for shape, group_ids in self._windowed:
-            first = shape.first_kept(committed, self.unit)
-            if first > seq.first_page[group_ids[0]]:
-                self._leave(seq, shape, group_ids, first)
+        for groups in self._windowed:
+            first = groups.first.first_kept(committed, self.unit)
+            if first > seq.first_page[groups.first.group_id]:
+                self._leave(seq, groups, first)
         if committed == seq.num_prompt:
             self._index_part(seq)
         seq.next_tidy = committed + every - (committed - seq.arrival) % every if committed >= seq.num_prompt else 0
@@ -235,13 +221,13 @@ class PageCache:
                 seq.tables[g][i] = other
         seq.intern(size, i, found)
 
-    def _leave(self, seq: Sequence, shape: Group, group_ids: list[int], first: int) -> None:
+    def _leave(self, seq: Sequence, groups: Alike, first: int) -> None:
         """Give back the pages before `first`."""
-        size, reach = shape.page_size, shape.window or shape.chunk
+        size, reach = groups.first.page_size, groups.first.window or groups.first.chunk
         seq.peak_pages = max(seq.peak_pages, seq.num_pages)
-        for i in range(seq.first_page[group_ids[0]], first):
+        for i in range(seq.first_page[groups.first.group_id], first):
             pages = []
-            for g in group_ids:
+            for g in groups.group_ids:
                 if seq.tables[g][i] >= 0:
                     pages.append(seq.tables[g][i])
                     seq.tables[g][i] = -1
@@ -250,10 +236,10 @@ class PageCache:
             warm = any(end - reach - self.unit < (i + 1) * size and i * size < end for end in (seq.num_prompt, seq.num_hit))
             self.pool.release(pages, cold=not warm)
             seq.num_pages -= len(pages)
-        seq.first_page[group_ids[0]] = first
+        seq.first_page[groups.first.group_id] = first
 
     def _set_capacity(self, seq: Sequence) -> None:
-        seq.capacity = min([len(seq.tables[group_ids[0]]) * shape.page_size for shape, group_ids in self._alike.items()])
+        seq.capacity = min([len(seq.tables[group.group_id]) * group.page_size for group, _ in self._alike])
 
     # -- the end --------------------------------------------------------------------------------------------------------------------------
 

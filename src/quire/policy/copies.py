@@ -8,7 +8,7 @@ from typing import NamedTuple
 from quire.policy.pages import PagePool
 
 
-class Copy(NamedTuple):
+class PageCopy(NamedTuple):
     """Copy the first `num_tokens` tokens of page `source` of a group to page `target` before the step. The source is held until `done`."""
 
     source: int
@@ -22,20 +22,20 @@ class Copies:
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._asked: list[Copy] = []
-        self._in_step: list[Copy] = []
+        self._asked: list[PageCopy] = []
+        self._in_step: list[PageCopy] = []
 
     def ask(self, source: int, target: int, group_id: int, num_tokens: int) -> None:
         """The source is held for it already."""
-        self._asked.append(Copy(source, target, group_id, num_tokens))
+        self._asked.append(PageCopy(source, target, group_id, num_tokens))
 
-    def take(self) -> tuple[Copy, ...]:
+    def take(self) -> tuple[PageCopy, ...]:
         """The copies asked for since the last call; their sources stay held until `done` is called with them."""
         taken, self._asked = self._asked, []
         self._in_step += taken
         return tuple(taken)
 
-    def done(self, copies: Seq[Copy]) -> None:
+    def done(self, copies: Seq[PageCopy]) -> None:
         """The copies were made, or will never be: let their sources go."""
         for copy in copies:
             self._in_step.remove(copy)

@@ -78,6 +78,40 @@ class Group:
         return "sliding" if self.window else "chunked" if self.chunk else "full"
 
 
+class Need(NamedTuple):
+    """What the tables of alike groups must have: `end` entries, of which they have `have`; of new ones those before `first` may be without a page."""
+
+    group_ids: list[int]
+    have: int
+    first: int
+    end: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages this takes, at least."""
+        return (self.end - self.first) * len(self.group_ids)
+
+
+class Alike(NamedTuple):
+    """Groups with one page size and one mask. Their tables have one shape: what is decided for the `first` of them holds for all."""
+
+    first: Group
+    group_ids: list[int]
+
+    def need(self, have: int, num_tokens: int, unit: int) -> Need:
+        """What tables of `have` entries must have for so many committed tokens; not the pages that the window will have left by then."""
+        end = max(have, -(-num_tokens // self.first.page_size))
+        return Need(self.group_ids, have, min(max(have, self.first.first_kept(num_tokens, unit)), end), end)
+
+
+def alike(groups: Sequence[Group]) -> list[Alike]:
+    """The groups, those together that are alike."""
+    found: dict[tuple[int, int, int], Alike] = {}
+    for group in groups:
+        found.setdefault((group.page_size, group.window, group.chunk), Alike(group, [])).group_ids.append(group.group_id)
+    return list(found.values())
+
+
 @dataclass(frozen=True, slots=True)
 class Arrangement:
     """All groups, and the bytes every page has."""

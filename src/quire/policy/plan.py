@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quire.policy.copies import Copy
+from quire.policy.copies import PageCopy
 from quire.policy.sequence import Sequence
 
 
@@ -40,7 +40,7 @@ class StepPlan:
     """One step: never empty, and never more tokens than the budget."""
 
     works: tuple[Work, ...]
-    copies: tuple[Copy, ...]
+    copies: tuple[PageCopy, ...]
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from quire.errors import ConfigError
+from quire.policy.copies import PageCopy
 from quire.policy.groups import Arrangement
 from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StepInputs, page_rows
 from quire.tensors.codec import RowFormat, row_format
@@ -92,10 +93,10 @@ class PageStore:
         """Bytes of one page."""
         return self.pages.shape[1]
 
-    def copy_pages(self, copies: Sequence[tuple[int, int, int, int]]) -> None:
-        """Copy the first tokens of pages; (source, target, group, num_tokens) each."""
-        for source, target, group, num_tokens in copies:
-            for place in [place for place in self.places.values() if place.group == group]:
+    def copy_pages(self, copies: Iterable[PageCopy]) -> None:
+        """Copy the first tokens of pages."""
+        for source, target, group_id, num_tokens in copies:
+            for place in [place for place in self.places.values() if place.group == group_id]:
                 for rows in page_rows(self.pages, place):
                     rows[target, :, :num_tokens] = rows[source, :, :num_tokens]
 
