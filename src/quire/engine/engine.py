@@ -69,15 +69,14 @@ class Engine:
             return
         self.scheduler.add(sequence, priority=request.priority, num_tokens=len(prompt) + request.max_tokens * request.num_branches)
 
-    def _add_branch(self, state: RequestState, sequence: Sequence) -> Branch:
+    def _add_branch(self, state: RequestState, sequence: Sequence) -> None:
         model, index = self.runner.model, len(state.branches)
         branch = Branch(state.request, index, sequence, self.tokenizer, model.eos_token_ids, model.vocab_size)
         state.branches.append(branch)
         self._branches[sequence.arrival] = (state, branch)
-        return branch
 
     def _fork(self, state: RequestState) -> None:
-        """Make the other branches of a request; each is drawn its first token from the first one's logits."""
+        """Make the other branches of a request, where they are not there yet; each is drawn its first token from the first one's logits."""
         first = state.branches[0].sequence
         for i in range(len(state.branches), state.request.num_branches):
             self._add_branch(state, first.fork(first.arrival + i))
@@ -95,7 +94,10 @@ class Engine:
         if plan is None:
             self.scheduler.tier.wait()
             return
-        self._note_start(plan)
+        self._note_starts(plan)
+        for work in plan.works:
+            if work.draws:
+                self._fork(self._branches[work.sequence.arrival][0])
         wanted = [together for work in plan.works for together in self._wanted(work)]
         pooled = [(self._branches[work.sequence.arrival][0], work.pooled) for work in plan.works if work.pooled]
         self.runner.log.mark("plan")
@@ -108,6 +110,8 @@ class Engine:
             self._fail(plan, error)
             return
         self.scheduler.commit(plan)
+        for seq, num_tokens in plan.works:
+            self._branches[seq.arrival][0].computed_tokens += num_tokens
         self.scheduler.tier.note_step(plan.num_tokens, time.perf_counter() - began)
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
@@ -122,20 +126,17 @@ class Engine:
         self.runner.log.mark("deliver")
 
     def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken]]]:
-        """For each row of logits that a work gives: what is drawn from it, for a sequence and, behind a prompt, its sisters; or what it scores."""
+        """For each row of logits that a work gives: whose next token it scores or draws. A request's first tokens are drawn from one."""
         state, branch = self._branches[work.sequence.arrival]
         first = work.sequence.num_committed + 1
         for position in range(first, first + work.num_scored):
             yield state, [state.prompt_token(position)]
-        if work.draws and state.request.max_tokens == 0 and state.pool is not None:
+        if work.draws and state.request.max_tokens:
+            yield state, [branch] if branch.token_ids else [*state.branches]
+        elif work.draws and state.pool is not None:
             yield state, []
-        elif work.draws and state.request.max_tokens == 0:
-            yield state, [state.prompt_token(first + work.num_tokens - 1)]
-        elif work.draws and len(state.branches) == state.request.num_branches:
-            yield state, [branch]
         elif work.draws:
-            self._fork(state)
-            yield state, [*state.branches]
+            yield state, [state.prompt_token(first + work.num_tokens - 1)]
 
     def _pool(self, pooled: list[tuple[RequestState, range]], hidden: torch.Tensor) -> None:
         """Hand the hidden states of a step to the requests that want them, each those of its positions."""
@@ -184,7 +185,6 @@ class Engine:
         requests = set()
         for seq, num_tokens in plan.works:
             state = self._branches[seq.arrival][0]
-            state.computed_tokens -= num_tokens
             state.rejected_tokens += num_tokens
             requests.add(state.request.request_id)
         self.scheduler.abandon(plan)
@@ -223,17 +223,18 @@ class Engine:
             return
         state.sink(event)
 
-    def _note_start(self, plan: StepPlan) -> None:
+    def _note_starts(self, plan: StepPlan) -> None:
+        """Note, of requests without a token yet, what they found when they started, and how many tokens of them this step computes."""
         for seq, num_tokens in plan.works:
             state, _ = self._branches[seq.arrival]
+            if state.first_token_s is not None:
+                continue
             if state.started_s is None:
                 state.started_s = time.perf_counter()
                 state.cached_tokens = seq.num_committed
                 state.waited_for = seq.waits_for or None
                 state.miss = find_miss(self.scheduler.cache, seq, seq.num_committed)
-            state.computed_tokens += num_tokens
-            if state.first_token_s is None:
-                self.runner.log.note_chunk(state.request.request_id, num_tokens)
+            self.runner.log.note_chunk(state.request.request_id, num_tokens)
 
     def stacked(self) -> StackedView:
         """See `LLM.stacked`."""
