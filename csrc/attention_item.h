@@ -4,7 +4,7 @@
 #include "attention_rows.h"
 #include "elements.h"
 #include "kernels.h"
-#include "simd.h"
+#include "simd_math.h"
 
 namespace quire {
 namespace QUIRE_ISA {

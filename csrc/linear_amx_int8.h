@@ -9,9 +9,10 @@
 // time to be seen, and vectors work while tiles do. What memory is to bring is asked for in small parts as well: many lines at once stand in the way
 // of those that are used.
 #pragma once
-#include "two_bytes.h"
 #include "linear_codes.h"
 #include "linear_panels.h"
+#include "tiles_amx.h"
+#include "two_bytes.h"
 
 #if defined(QUIRE_AMX)
 namespace quire {

@@ -8,6 +8,7 @@
 #pragma once
 #include "elements.h"
 #include "parallel.h"
+#include "simd_math.h"
 
 namespace quire {
 namespace QUIRE_ISA {

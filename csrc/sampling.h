@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "sampling_noise.h"
 #include "sampling_select.h"
+#include "simd_math.h"
 
 namespace quire {
 namespace QUIRE_ISA {

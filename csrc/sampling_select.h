@@ -3,7 +3,7 @@
 // the tokens equal to it survive say it all.
 #pragma once
 #include "kernels.h"
-#include "simd.h"
+#include "simd_math.h"
 
 namespace quire {
 namespace QUIRE_ISA {

@@ -1,6 +1,8 @@
 // simd.h for AVX2, FMA and F16C: two registers of eight lanes.
 #pragma once
+#include "isa.h"
 
+#if defined(QUIRE_AVX2)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -282,3 +284,4 @@ QUIRE_INLINE void transpose16(F32x16 r[16]) {
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
+#endif

@@ -1,6 +1,8 @@
 // simd.h for AVX-512 F, BW, VL, DQ.
 #pragma once
+#include "isa.h"
 
+#if defined(QUIRE_AVX512)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -192,3 +194,4 @@ QUIRE_INLINE void transpose16(F32x16 r[16]) {
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
+#endif

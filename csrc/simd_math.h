@@ -1,6 +1,7 @@
 // exp and tanh on sixteen lanes: range reduction and minimax polynomials after Cephes (S. Moshier, expf/tanhf),
 // so that results do not depend on which C library is installed.
 #pragma once
+#include "simd.h"
 
 namespace quire {
 namespace QUIRE_ISA {

@@ -1,6 +1,8 @@
 // simd.h for any CPU: four GCC/Clang vectors of four lanes, which every target lowers to its 128-bit registers or to scalars.
 #pragma once
+#include "isa.h"
 
+#if defined(QUIRE_PLAIN)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -294,5 +296,4 @@ QUIRE_INLINE void transpose16(F32x16 r[16]) {
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
-
-#include "simd_plain_words.h"
+#endif

@@ -1,6 +1,8 @@
 // simd.h for any CPU: lanes as two words of 16 bits, or as four bytes.
 #pragma once
+#include "simd_plain.h"
 
+#if defined(QUIRE_PLAIN)
 namespace quire {
 namespace QUIRE_ISA {
 namespace {
@@ -57,3 +59,4 @@ QUIRE_INLINE void store_bytes(char* p, U32x16 words) {
 }  // namespace
 }  // namespace QUIRE_ISA
 }  // namespace quire
+#endif
