@@ -8,7 +8,7 @@ tags rise with arrivals, so that the order is first come, first served.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from quire.policy.sequence import Rank, Sequence
 
@@ -53,20 +53,18 @@ class Line:
     def __getitem__(self, place: int) -> Sequence:
         return self._line[place]
 
-    def __contains__(self, seq: Sequence) -> bool:
-        place = bisect_left(self._line, seq.rank, key=_rank)
-        return place < len(self._line) and self._line[place] is seq
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._line)
 
     def add(self, seq: Sequence) -> None:
         """Take its place by rank."""
-        self._line.insert(bisect_left(self._line, seq.rank, key=_rank), seq)
+        self._line.insert(bisect_left(self._line, seq.rank, key=by_rank), seq)
 
-    def remove(self, seq: Sequence) -> bool:
-        """Leave the line; False if it was not in it."""
-        found = seq in self
-        if found:
-            del self._line[bisect_left(self._line, seq.rank, key=_rank)]
-        return found
+    def remove(self, seq: Sequence) -> None:
+        """Leave the line, if it is in it."""
+        place = bisect_left(self._line, seq.rank, key=by_rank)
+        if place < len(self._line) and self._line[place] is seq:
+            del self._line[place]
 
 
 def to_give_way(seq: Sequence, running: Iterable[Sequence], num_pages: int, needed: int) -> Sequence | None:
@@ -76,7 +74,7 @@ def to_give_way(seq: Sequence, running: Iterable[Sequence], num_pages: int, need
     pool, for one that stays within its own. Who gave way often enough does so no more, so that everybody ends.
     """
     candidates = [other for other in running if other.num_preemptions < MAX_GIVEN_WAY]
-    worst = max(candidates, key=_rank, default=None)
+    worst = max(candidates, key=by_rank, default=None)
     if worst is None or worst.rank.order > seq.rank.order:
         return worst
     held: dict[str, int] = {seq.namespace: 0}
@@ -91,5 +89,6 @@ def to_give_way(seq: Sequence, running: Iterable[Sequence], num_pages: int, need
     return max(greedy, key=lambda other: (held[other.namespace], other.rank), default=None)
 
 
-def _rank(seq: Sequence) -> Rank:
+def by_rank(seq: Sequence) -> Rank:
+    """What sequences are ordered by, the best first."""
     return seq.rank

@@ -13,9 +13,9 @@ from itertools import islice
 
 from quire.errors import IntegrityError
 from quire.policy.cache import PageCache
-from quire.policy.fairness import FairShares, Line, to_give_way
+from quire.policy.fairness import FairShares, Line, by_rank, to_give_way
 from quire.policy.plan import StepPlan, Work
-from quire.policy.sequence import Rank, Sequence
+from quire.policy.sequence import Sequence
 from quire.policy.tier import NoTier, Tier
 
 MAX_DEFERRED = 64  # bounds a plan: never linear in the queue
@@ -35,13 +35,14 @@ class Draft:
         num_tokens = min(seq.num_remaining, self.budget)
         return min(num_tokens, self.scores_left) if seq.scores and seq.num_committed < seq.num_prompt - 1 else num_tokens
 
-    def put(self, seq: Sequence, num_tokens: int) -> Work:
+    def put(self, seq: Sequence, num_tokens: int) -> None:
+        """Have it compute so many tokens."""
         work = self.works[seq.arrival] = Work(seq, num_tokens)
         self.budget -= num_tokens
         self.scores_left -= work.num_scored
-        return work
 
     def drop(self, seq: Sequence) -> None:
+        """Have it compute nothing, whether it was to or not. Its tokens are others' then; it must stand where it stood."""
         work = self.works.pop(seq.arrival, None)
         if work is not None:
             self.budget += work.num_tokens
@@ -76,8 +77,7 @@ class Scheduler:
     @property
     def pages_at_most(self) -> int:
         """The most pages any open sequence may need to finish, alone."""
-        waiting = (self._waiting[i] for i in range(len(self._waiting)))
-        return max((seq.pages_at_most for seq in (*self._running.values(), *waiting)), default=0)
+        return max((seq.pages_at_most for seq in (*self._running.values(), *self._waiting)), default=0)
 
     def add(self, seq: Sequence, *, priority: int = 0, num_tokens: int = 1) -> None:
         """Queue a sequence that will take about `num_tokens` tokens of work; higher priorities go first. Arrivals must rise."""
@@ -127,12 +127,12 @@ class Scheduler:
 
     def preempt_all(self) -> None:
         """Make everything running wait, worst rank first, so that no sequence holds a page."""
-        for seq in sorted(self._running.values(), key=_rank, reverse=True):
+        for seq in sorted(self._running.values(), key=by_rank, reverse=True):
             self._preempt(seq)
 
     def preempt_worst(self) -> None:
         """Make the running sequence of the worst rank wait."""
-        self._preempt(max(self._running.values(), key=_rank))
+        self._preempt(max(self._running.values(), key=by_rank))
 
     def _release(self, seq: Sequence, *, keep: bool) -> None:
         if keep and seq.num_pages and not seq.own_root:
@@ -154,14 +154,14 @@ class Scheduler:
             ending = []
         for seq in ready[: self._budget]:
             draft.put(seq, 1)
-        for seq in sorted(ending, key=_rank) + sorted(longer, key=_rank):
+        for seq in sorted(ending, key=by_rank) + sorted(longer, key=by_rank):
             if draft.most(seq) and seq.arrival in self._running:
                 self._plan_with_room(seq, draft.most(seq), draft)
 
     def _plan_with_room(self, seq: Sequence, num_tokens: int, draft: Draft) -> None:
         """Grow and plan it, preempting those of worse rank while there is no room; the worst itself just waits a step."""
         while not self.cache.grow(seq, num_tokens):
-            victim = max(self._running.values(), key=_rank)
+            victim = max(self._running.values(), key=by_rank)
             if victim is seq:
                 return
             draft.drop(victim)
@@ -257,7 +257,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless a sequence is waiting or running, not both, only running ones hold pages, and the cache is sound."""
-        waiting = [self._waiting[i] for i in range(len(self._waiting))]
+        waiting = list(self._waiting)
         if any(seq.arrival in self._running for seq in waiting):
             raise IntegrityError("a sequence is both waiting and running")
         if [seq.rank for seq in waiting] != sorted({seq.rank for seq in waiting}):
@@ -267,7 +267,3 @@ class Scheduler:
         self.cache.check_integrity()
         if not self._running and self.cache.pool.num_held > self.cache.pool.num_set_aside:
             raise IntegrityError(f"{self.cache.pool.num_held} pages are held and nothing runs")
-
-
-def _rank(seq: Sequence) -> Rank:
-    return seq.rank
