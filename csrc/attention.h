@@ -129,22 +129,7 @@ inline Block block_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
 inline void run_item(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s, Coming* coming) {
   Item item = item_of(args, work, of);
   Block b = block_of(item, s, keys_of_part(item, work.end_part - 1).end, coming);
-  const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
-  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.slice * work.num_parts * stride : nullptr;
-  if (!partials) start_totals(b);
-  for (int32_t part = work.first_part; part < work.end_part; ++part) {
-    run_part(b, part, beginning_of(args, work, of, part));
-    partials ? save_part(b, partials + (part - work.block_first_part) * stride) : merge_part(b);
-  }
-  if (partials) {
-    if (__atomic_add_fetch(args.counters + work.counter + of.slice, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
-    start_totals(b);
-    for (int32_t i = 0; i < work.num_parts; ++i) {
-      begin_part(b, partials + i * stride);
-      merge_part(b);
-    }
-  }
-  write_out(b);
+  run_parts(args, work, of, b);
 }
 
 inline void share_item(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {

@@ -23,6 +23,10 @@ struct Few {
   float* sums(int r) { return s.sums + r * kLanes; }
 };
 
+// Their keys and values in one format (attention_amx.h).
+template <class Format>
+struct FewOf : Few {};
+
 // Sixteen keys of four rows, [16 keys][kLanes], to a vector for each row.
 QUIRE_INLINE void turn_four(const float* from, F32x16* rows) {
   __m512 x[4];  // in its quarter q: key 4 q + i of four rows
@@ -73,7 +77,7 @@ inline F32x16 settle_rows(Few& f, Span span, int64_t base) {
 
 // A part from its first key on, or from the states that rows have of it.
 template <class Format>
-void begin_part(Few& f, const float* states) {
+void begin_part(FewOf<Format>& f, const float* states) {
   const int v_dim = f.item.args.layout.v.dim;
   f.part.fresh = !states;
   store(f.part.base, set1(-__builtin_inff()));
@@ -87,7 +91,7 @@ void begin_part(Few& f, const float* states) {
 }
 
 template <class Format>
-void save_part(Few& f, float* states) {
+void save_part(FewOf<Format>& f, float* states) {
   const int v_dim = f.item.args.layout.v.dim;
   for (int r = 0; r < f.item.rows(); ++r, states += state_floats(v_dim)) {
     Format::in_order(f.s.out + r * f.v_dims, f.v_dims, states);
@@ -113,7 +117,7 @@ inline void merge_part(Few& f) {
 
 // Totals divided by their sums, in the order that dimensions have elsewhere.
 template <class Format>
-void write_rows(const Few& f) {
+void write_out(const FewOf<Format>& f) {
   const int v_dim = f.item.args.layout.v.dim;
   alignas(64) float share[kLanes];
   store(share, div(set1(1.0f), load(f.total.sum)));
@@ -137,59 +141,40 @@ inline void ask_for_rows(const AttendArgs& args, const WorkItem& work, const Hea
   }
 }
 
-inline void start_few(Few& f) {
+inline void start_totals(Few& f) {
   start_sums(f.item, 0, f.total);
   if (!f.total.fresh) memset(f.s.total, 0, size_t(kLanes * f.v_dims) * 4);
 }
 
 template <class Format>
-Few few_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
+FewOf<Format> few_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
   const PageLayout& at = item.args.layout;
-  Few f{item, s, steps_of<Format>(at), int(round_up(at.v.dim, Format::kOutputs)), score_factor(item.args.scale, item.args.softcap), end, coming, {}, {}};
+  const float factor = score_factor(item.args.scale, item.args.softcap);
+  FewOf<Format> f{{item, s, steps_of<Format>(at), int(round_up(at.v.dim, Format::kOutputs)), factor, end, coming, {}, {}}};
   Format::load_few(f);
   return f;
 }
 
 template <class Format>
-void run_keys(Few& f, KeyRange keys) {
+void run_part(FewOf<Format>& f, int64_t part, const Beginning& begun) {
+  begin_part(f, begun.states);
+  const KeyRange keys = keys_of_part(f.item, part, begun.keys);
   for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) Format::run_few_tile(f, base);
 }
 
 template <class Format>
 void run_few(const AttendArgs& args, const WorkItem& work, const Heads& of, Scratch& s, Coming* coming) {
   Item item = item_of(args, work, of);
-  Few f = few_of<Format>(item, s, keys_of_part(item, work.end_part - 1).end, coming);
-  const int64_t stride = item.rows() * state_floats(args.layout.v.dim);
-  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.slice * work.num_parts * stride : nullptr;
-  if (!partials) start_few(f);
-  for (int32_t part = work.first_part; part < work.end_part; ++part) {
-    const Beginning begun = beginning_of(args, work, of, part);
-    begin_part<Format>(f, begun.states);
-    run_keys<Format>(f, keys_of_part(item, part, begun.keys));
-    if (partials)
-      save_part<Format>(f, partials + (part - work.block_first_part) * stride);
-    else
-      merge_part(f);
-  }
-  if (partials) {
-    if (__atomic_add_fetch(args.counters + work.counter + of.slice, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
-    start_few(f);
-    for (int32_t i = 0; i < work.num_parts; ++i) {
-      begin_part<Format>(f, partials + i * stride);
-      merge_part(f);
-    }
-  }
-  write_rows<Format>(f);
+  FewOf<Format> f = few_of<Format>(item, s, keys_of_part(item, work.end_part - 1).end, coming);
+  run_parts(args, work, of, f);
 }
 
 template <class Format>
 void share_few(const AttendArgs& args, const SharedItem& work, const Heads& of, Scratch& s) {
   Item item = item_of(args, work, of);
-  const KeyRange keys = keys_of_part(item, work.part);
-  Few f = few_of<Format>(item, s, keys.end, nullptr);
-  begin_part<Format>(f, nullptr);
-  run_keys<Format>(f, keys);
-  save_part<Format>(f, states_of(args, work, of));
+  FewOf<Format> f = few_of<Format>(item, s, keys_of_part(item, work.part).end, nullptr);
+  run_part(f, work.part, {nullptr, 0});
+  save_part(f, states_of(args, work, of));
 }
 
 }  // namespace tiles

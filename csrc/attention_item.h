@@ -90,6 +90,28 @@ inline Beginning beginning_of(const AttendArgs& args, const WorkItem& work, cons
   return {states_of(args, shared, of) + int64_t(begun.token) * of.count * state_floats(args.layout.v.dim), shared.keys};
 }
 
+// A work item's parts, one after the other. Where its block is split they are left for whichever of its items finishes last: that one merges them,
+// in order. `rows` are the item's in scratch, whose own start_totals, run_part, save_part, begin_part, merge_part and write_out do the work.
+template <class InScratch>
+void run_parts(const AttendArgs& args, const WorkItem& work, const Heads& of, InScratch& rows) {
+  const int64_t stride = rows.item.rows() * state_floats(args.layout.v.dim);
+  float* const partials = work.num_splits > 1 ? args.partials + work.partials + of.slice * work.num_parts * stride : nullptr;
+  if (!partials) start_totals(rows);
+  for (int32_t part = work.first_part; part < work.end_part; ++part) {
+    run_part(rows, part, beginning_of(args, work, of, part));
+    partials ? save_part(rows, partials + (part - work.block_first_part) * stride) : merge_part(rows);
+  }
+  if (partials) {
+    if (__atomic_add_fetch(args.counters + work.counter + of.slice, 1, __ATOMIC_ACQ_REL) < work.num_splits) return;
+    start_totals(rows);
+    for (int32_t i = 0; i < work.num_parts; ++i) {
+      begin_part(rows, partials + i * stride);
+      merge_part(rows);
+    }
+  }
+  write_out(rows);
+}
+
 // Finds the rows of the tile at `base` that some token of the item sees; false if there are none.
 inline bool locate_tile(const Item& item, int64_t base, const char* zeros, Rows& rows) {
   if (rows.base == base) return rows.first_token < rows.end_token;
