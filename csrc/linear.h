@@ -39,26 +39,32 @@ constexpr int kFewRows = (kKN || sizeof(typename F::Elem) == 4) && kTileRows > 2
 struct Plan {
   bool few, by_rows;
   int threads, rows, panels;        // rows of x at once; panels whose sums a thread holds
-  int64_t x_floats, thread_floats;  // scratch: cells of x, shared; each thread's panel and sums. They grow with m.
+  int64_t most_rows;                // that there is scratch for
+  int64_t x_floats, thread_floats;  // scratch: cells of x, shared; each thread's panel and sums. They grow with m, as most_rows does.
 };
 
-template <class F, bool kKN>
-Plan plan_for(const LinearArgs& g) {
+// What is planned alike whatever the weight is: `bytes` of an element of W, `x_row` floats of a row of x as cells.
+inline Plan plan_for(const LinearArgs& g, double bytes, int64_t x_row) {
   Plan p{};
-  const int64_t x_row = ceil_div(g.k, kBlock) * kCells<F>;
   // Nanoseconds on one thread, roughly: reading at 10 GB/s or 100 GFLOP/s. Waking another thread costs microseconds.
-  const double read = 0.1 * sizeof(typename F::Elem), compute = 0.02 * double(g.m);
+  const double read = 0.1 * bytes, compute = 0.02 * double(g.m);
   p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
+  const int64_t fitting = smaller(kMaxRows, kMaxCells / (x_row + 1) / kTileRows * kTileRows), most = fitting > kTileRows ? fitting : kTileRows;
+  p.rows = int(smaller(g.m, round_up(ceil_div(g.m, ceil_div(g.m, most)), kTileRows)));
+  p.most_rows = smaller(g.m, most);
+  p.x_floats = p.most_rows * x_row;
+  return p;
+}
+
+template <class F, bool kKN>
+Plan plan_rows(const LinearArgs& g) {
+  Plan p = plan_for(g, sizeof(typename F::Elem), ceil_div(g.k, kBlock) * kCells<F>);
   p.few = g.m <= kFewRows<F, kKN>;
   // A part must not be one of few rows: those take more scratch than the larger part that its share is measured by.
   constexpr int kLeast = 2 * kTileRows > kFewRows<F, kKN> ? 2 * kTileRows : kFewRows<F, kKN> + 1;
   p.by_rows = p.threads > 1 && g.n < int64_t(p.threads) * 2 * kPanel && g.m >= int64_t(p.threads) * kLeast;
-  const int64_t fitting = smaller(kMaxRows, kMaxCells / (x_row + 1) / kTileRows * kTileRows);
-  const int64_t most = fitting > kTileRows ? fitting : kTileRows;
-  p.rows = int(smaller(g.m, ceil_div(ceil_div(g.m, ceil_div(g.m, most)), kTileRows) * kTileRows));
   p.panels = g.m <= 64 && !kKN ? 1 : kGroupColumns / kPanel;
-  p.x_floats = smaller(g.m, most) * x_row;
-  p.thread_floats = p.few ? g.m * (kKN ? 2 * kFewChunk : 16) : (kCells<F> + smaller(g.m, most) * p.panels) * kPanel;
+  p.thread_floats = p.few ? g.m * (kKN ? 2 * kFewChunk : 16) : (kCells<F> + p.most_rows * p.panels) * kPanel;
   return p;
 }
 
@@ -257,20 +263,20 @@ LinearArgs rows_of(const LinearArgs& g, int64_t first, int64_t last) {
 
 template <class F, bool kKN>
 int64_t scratch_floats(const LinearArgs& g) {
-  const Plan p = plan_for<F, kKN>(g);
+  const Plan p = plan_rows<F, kKN>(g);
   if (p.by_rows) return p.threads * scratch_floats<F, kKN>(rows_of<F>(g, 0, ceil_div(g.m, p.threads)));
   return p.x_floats + p.threads * p.thread_floats;
 }
 
 template <class F, bool kKN>
 void run(const LinearArgs& g) {
-  const Plan p = plan_for<F, kKN>(g);
+  const Plan p = plan_rows<F, kKN>(g);
   if (p.few) pack_x<F>(g, 0, int(g.m), 0, int(g.m), g.scratch);
   if (!p.by_rows) return parallel(p.threads, [&](const Member& me) { part<F, kKN>(g, p, me); });
   parallel_for(p.threads, p.threads, [&](int64_t i, int) {
     LinearArgs some = rows_of<F>(g, g.m * i / p.threads, g.m * (i + 1) / p.threads);
     some.scratch += i * scratch_floats<F, kKN>(rows_of<F>(g, 0, ceil_div(g.m, p.threads)));
-    part<F, kKN>(some, plan_for<F, kKN>(some), {0, 1, nullptr});
+    part<F, kKN>(some, plan_rows<F, kKN>(some), {0, 1, nullptr});
   });
 }
 

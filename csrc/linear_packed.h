@@ -99,24 +99,12 @@ struct FewRows {
   static constexpr Few rows[] = {nullptr, of<1>(), of<2>(), of<3>(), of<4>(), of<5>(), of<6>(), of<7>(), of<8>()};
 };
 
-struct PackedPlan {
-  bool few;
-  int threads, rows, panels;
-  int64_t x_floats, thread_floats;
-};
-
 template <class P>
-PackedPlan packed_plan(const LinearArgs& g) {
-  PackedPlan p{};
-  const int64_t x_row = round_up(g.k, kBlock);
-  const double read = 0.1 * double(kBlockBytes<P>) / (kWide * kBlock), compute = 0.02 * double(g.m);
-  p.threads = double(g.n) * double(g.k) * (read > compute ? read : compute) < 8000 ? 1 : g.num_threads;
+Plan plan_packed(const LinearArgs& g) {
+  Plan p = plan_for(g, double(kBlockBytes<P>) / (kWide * kBlock), round_up(g.k, kBlock));
   p.few = g.m <= kFewPacked;
-  const int64_t fitting = smaller(kMaxRows, kMaxCells / (x_row + 1) / kTileRows * kTileRows), most = fitting > kTileRows ? fitting : kTileRows;
-  p.rows = p.few ? int(g.m) : int(smaller(g.m, round_up(ceil_div(g.m, ceil_div(g.m, most)), kTileRows)));
   p.panels = g.m <= 64 ? 1 : kGroupColumns / kWide;
-  p.x_floats = smaller(g.m, most) * x_row;
-  p.thread_floats = p.few ? g.m * kWide : (kBlock + 1 + smaller(g.m, most) * p.panels * kWide / kPanel) * kPanel;
+  p.thread_floats = p.few ? g.m * kWide : (kBlock + 1 + p.most_rows * p.panels * kWide / kPanel) * kPanel;
   return p;
 }
 
@@ -195,7 +183,7 @@ void block_packed(const float* x, int rows, float* panel, float* sums, PartPlace
 }
 
 template <class P>
-void many_rows_packed(const LinearArgs& g, const PackedPlan& p, const float* x, int64_t m0, int rows, float* scratch, int64_t begin, int64_t end) {
+void many_rows_packed(const LinearArgs& g, const Plan& p, const float* x, int64_t m0, int rows, float* scratch, int64_t begin, int64_t end) {
   float *panel = scratch, *sums = panel + (kBlock + 1) * kPanel;
   const int64_t bytes = panel_bytes<P>(g.k);
   for (int64_t first = begin; first < end; first += p.panels) {
@@ -215,7 +203,7 @@ void many_rows_packed(const LinearArgs& g, const PackedPlan& p, const float* x, 
 }
 
 template <class P>
-void part_packed(const LinearArgs& g, const PackedPlan& p, const Member& me) {
+void part_packed(const LinearArgs& g, const Plan& p, const Member& me) {
   float* scratch = g.scratch + p.x_floats + me.id * p.thread_floats;
   const int64_t panels = ceil_div(g.n, kWide), begin = panels * me.id / me.count, end = panels * (me.id + 1) / me.count;
   if (p.few) return few_rows_packed<P>(g, g.scratch, scratch, begin, end);
@@ -230,7 +218,7 @@ void part_packed(const LinearArgs& g, const PackedPlan& p, const Member& me) {
 
 template <class P>
 void run_packed(const LinearArgs& g) {
-  const PackedPlan p = packed_plan<P>(g);
+  const Plan p = plan_packed<P>(g);
   if (p.few) pack_x_as<P>(g, 0, int(g.m), 0, int(g.m), g.scratch);
   parallel(p.threads, [&](const Member& me) { part_packed<P>(g, p, me); });
 }

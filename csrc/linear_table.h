@@ -44,7 +44,7 @@ int64_t scratch_floats_for(const LinearArgs* g) {
   if (g->format == kRowsNK) return scratch_floats_of<false>(*g);
   if (g->format == kRowsKN) return scratch_floats_of<true>(*g);
   with_packed(g->format, [&](auto operand) {
-    const PackedPlan p = packed_plan<decltype(operand)>(*g);
+    const Plan p = plan_packed<decltype(operand)>(*g);
     floats = p.x_floats + p.threads * p.thread_floats;
   });
   return floats;
