@@ -1,5 +1,6 @@
 // Python bindings of layer programs.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 #include <string.h>
 

@@ -35,7 +35,7 @@ Tables::Block* Tables::find(int64_t number) {
   return found == blocks_.end() ? nullptr : &*found;
 }
 
-int64_t Tables::rows(const int64_t* positions, int64_t count, const std::vector<char*>& out) {
+std::optional<int64_t> Tables::rows(const int64_t* positions, int64_t count, const std::vector<char*>& out) {
   require(count <= kBlocks, "rows of more positions than there are blocks");
   ++now_;
   for (int64_t i = 0; i < count; ++i) {
@@ -48,7 +48,7 @@ int64_t Tables::rows(const int64_t* positions, int64_t count, const std::vector<
       from += kPositions * row_bytes_[t];
     }
   }
-  return -1;
+  return std::nullopt;
 }
 
 void Tables::keep(int64_t number, const std::vector<Address>& tables) {
@@ -89,8 +89,8 @@ Forward::Forward(const Embedding& embedding, std::vector<int64_t> table_row_byte
   addresses_.resize(addresses_.size() + 2);
 }
 
-int64_t Forward::run(Step& step, Address ids, Address positions, const std::vector<Address>& tables, Address wanted, int64_t num_wanted,
-                     Address logits, int32_t num_threads) {
+std::optional<int64_t> Forward::run(Step& step, Address ids, Address positions, const std::vector<Address>& tables, Address wanted,
+                                    int64_t num_wanted, Address logits, int32_t num_threads) {
   const int64_t num_tokens = step.num_tokens(), hidden_bytes = embedding_.k * element_bytes(embedding_.dtype);
   const int64_t* const at = pointer<int64_t>(wanted);
   for (int64_t i = 0; i < num_wanted; ++i)
@@ -100,8 +100,7 @@ int64_t Forward::run(Step& step, Address ids, Address positions, const std::vect
     char* to = table_rows_.bytes(num_tokens * tables_.position_bytes());
     std::vector<char*> out;
     for (int64_t t = 0; t < tables_.size(); to += num_tokens * tables_.row_bytes(t++)) out.push_back(to);
-    const int64_t missing = tables_.rows(pointer<int64_t>(positions), num_tokens, out);
-    if (missing >= 0) return missing;
+    if (const auto missing = tables_.rows(pointer<int64_t>(positions), num_tokens, out)) return missing;
     for (char* const rows : out) given.push_back(reinterpret_cast<Address>(rows));
   }
   require(int64_t(given.size()) == tables_.size(), "one address must be given for each table");
@@ -111,13 +110,13 @@ int64_t Forward::run(Step& step, Address ids, Address positions, const std::vect
   for (const int64_t input : inputs_) inputs.push_back(input < 0 ? reinterpret_cast<Address>(hidden) : given[size_t(input)]);
   char* const result = result_.bytes(num_tokens * hidden_bytes);
   layers_.run(step, num_tokens, std::move(inputs), hidden_at_, {reinterpret_cast<Address>(result)}, num_threads);
-  if (!num_wanted) return -1;
+  if (!num_wanted) return std::nullopt;
   char* const rows = wanted_.bytes(num_wanted * hidden_bytes);
   for (int64_t i = 0; i < num_wanted; ++i) memcpy(rows + i * hidden_bytes, result + at[i] * hidden_bytes, size_t(hidden_bytes));
   addresses_[addresses_.size() - 2] = reinterpret_cast<Address>(rows);
   addresses_.back() = logits;
   tail_.run(0, tail_.num_steps(), num_wanted, tail_.bound(addresses_, num_wanted), num_threads);
-  return -1;
+  return std::nullopt;
 }
 
 }  // namespace quire

@@ -3,6 +3,7 @@
 //   ids ───────> rows of the embedding ──> layers ──> rows wanted ──> tail: last norm and head ──> logits
 //   positions ─> rows of tables (rope) ──────┘
 #pragma once
+#include <optional>
 #include <vector>
 
 #include "program.h"
@@ -30,8 +31,8 @@ class Tables {
   int64_t row_bytes(int64_t table) const { return row_bytes_[size_t(table)]; }
   int64_t position_bytes() const { return position_bytes_; }  // of all of them
 
-  // Rows of `count` positions, at most kBlocks, to out[table]; -1, or the first block that is not there.
-  int64_t rows(const int64_t* positions, int64_t count, const std::vector<char*>& out);
+  // Rows of `count` positions, at most kBlocks, to out[table]. Returns the first block that is not there, if one is not.
+  std::optional<int64_t> rows(const int64_t* positions, int64_t count, const std::vector<char*>& out);
   // Keep a block, kPositions contiguous rows of each table, in the place of the one that was used least recently.
   void keep(int64_t block, const std::vector<Address>& tables);
 
@@ -56,10 +57,10 @@ class Forward {
           std::vector<Address> tail_weights);
 
   // ids, positions: int64 of the step's tokens. tables: their rows of each table, or empty: those kept are used, of a step of at most
-  // Tables::kBlocks tokens. wanted: int64 [num_wanted], the tokens behind which logits [num_wanted, V] are wanted. Returns -1; or the block that the
-  // tables lack, and has done nothing. Throws std::out_of_range for an id or a token wanted, and as Layers::run.
-  int64_t run(Step& step, Address ids, Address positions, const std::vector<Address>& tables, Address wanted, int64_t num_wanted, Address logits,
-              int32_t num_threads);
+  // Tables::kBlocks tokens. wanted: int64 [num_wanted], the tokens behind which logits [num_wanted, V] are wanted. Where the tables lack a block it is
+  // returned, and nothing has been done. Throws std::out_of_range for an id or a token wanted, and as Layers::run.
+  std::optional<int64_t> run(Step& step, Address ids, Address positions, const std::vector<Address>& tables, Address wanted, int64_t num_wanted,
+                             Address logits, int32_t num_threads);
 
   void keep(int64_t block, const std::vector<Address>& tables) { tables_.keep(block, tables); }
 

@@ -1,4 +1,4 @@
-// What an object of kernels is compiled for: QUIRE_ISA_<name>, set by the build, as what kernels ask about; its intrinsics; and what compilers are told.
+// What an object of kernels is compiled for: QUIRE_ISA_<name>, which the build sets, as what kernels ask about; intrinsics; what compilers are told.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -63,7 +63,7 @@ class NativeForward:
         tables = self._tables(positions) if num_tokens > lib.table_blocks else []
         given = [x.data_ptr() for x in tables]
         ids, at, rows, out = input_ids.data_ptr(), positions.data_ptr(), wanted.data_ptr(), logits.data_ptr()
-        while (block := self._native.run(step.handle, ids, at, given, rows, num_rows, out, self._num_threads)) >= 0:
+        while (block := self._native.run(step.handle, ids, at, given, rows, num_rows, out, self._num_threads)) is not None:
             first = block * lib.table_positions
             computed = self._tables(torch.arange(first, first + lib.table_positions))
             self._native.keep(block, [x.data_ptr() for x in computed])
