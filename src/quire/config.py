@@ -39,7 +39,7 @@ class EngineConfig:
         prefix_sharing: reuse pages of equal prefixes.
         max_model_len: the context, at most the checkpoint's own; `None` takes that.
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
-            "triton" is attention as it will run on an accelerator, so far in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.
+            "triton" is both as they will run on an accelerator, so far in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.
         num_threads: CPU threads of a step; `None` takes torch's number.
         compile: compile decoder layers with torch's Inductor, which needs a C++ compiler and a minute at the first start with a model. Its output
             keeps every promise, but its bits are not those without it.

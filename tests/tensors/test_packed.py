@@ -14,7 +14,7 @@ native = pytest.importorskip("quire.tensors.native", reason="the native kernels 
 
 from quire.tensors.native_products import NativeProducts  # noqa: E402
 from quire.tensors.packed import PackedLayout, PackedWeight  # noqa: E402
-from quire.tensors.products import SPANS, ReferenceProducts, _parts  # noqa: E402
+from quire.tensors.products import SPANS, ReferenceProducts, parts  # noqa: E402
 from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, random  # noqa: E402
 
 CODES = ["int8", "int4"]
@@ -98,7 +98,7 @@ def coded(quantization: str, dtype: torch.dtype, m: int, n: int, k: int) -> tupl
     layout = PackedLayout(n, k, dtype, quantization)
     out = torch.empty(reference.packed_bytes(layout), dtype=torch.uint8)
     reference.pack(weight, layout, out)
-    codes, scales = (part.float() for part in _parts(out, layout))
+    codes, scales = (part.float() for part in parts(out, layout))
     total, wide = torch.zeros(m, n), x.float()
     for start in range(0, k, PARTS[quantization]):
         part = torch.zeros(m, n)
@@ -114,7 +114,7 @@ def in_integers(x: torch.Tensor, weight: torch.Tensor, quantization: str) -> tup
     layout = PackedLayout(*weight.shape, weight.dtype, quantization)
     out = torch.empty(ReferenceProducts().packed_bytes(layout), dtype=torch.uint8)
     ReferenceProducts().pack(weight, layout, out)
-    codes, scales = (part.double() for part in _parts(out, layout))
+    codes, scales = (part.double() for part in parts(out, layout))
     step = torch.Tensor.double if fused() else torch.Tensor.float
     total, off, span = torch.zeros(x.shape[0], weight.shape[0]), torch.zeros(x.shape[0], weight.shape[0], dtype=torch.double), SPANS[quantization]
     for start in range(0, x.shape[1], span):

@@ -76,12 +76,13 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What computes attention and products."""
+    """What computes attention and products. `programs`: whether layers can be native programs, which bring their own."""
 
     attention: AttentionBackend
     products: PackingProducts
     sampler: Literal["native", "reference"]
     name: str
+    programs: bool = False
 
 
 def choose_kernels(backend: str, num_threads: int) -> Kernels:
@@ -91,15 +92,14 @@ def choose_kernels(backend: str, num_threads: int) -> Kernels:
         ConfigError: "native" or "triton" was asked for and does not load.
     """
     if backend == "triton":
-        rest = choose_kernels("auto", num_threads)
-        return replace(rest, attention=_interpreted_attention(), name=f"triton (interpreted), products {rest.name}")
+        return Kernels(*_interpreted(), choose_kernels("auto", num_threads).sampler, "triton (interpreted)")
     if backend != "reference":
         try:
             from quire.tensors.attention.native import NativeAttention
             from quire.tensors.native import isa
             from quire.tensors.native_products import NativeProducts
 
-            return Kernels(NativeAttention(num_threads), NativeProducts(num_threads), "native", f"native ({isa()})")
+            return Kernels(NativeAttention(num_threads), NativeProducts(num_threads), "native", f"native ({isa()})", programs=True)
         except (ImportError, AttributeError) as error:  # absent, or built from other sources than these
             if backend == "native":
                 raise ConfigError(f"backend='native': the native kernels do not load: {error}") from error
@@ -107,14 +107,15 @@ def choose_kernels(backend: str, num_threads: int) -> Kernels:
     return Kernels(ReferenceAttention(), ReferenceProducts(), "reference", "reference")
 
 
-def _interpreted_attention() -> AttentionBackend:
+def _interpreted() -> tuple[AttentionBackend, PackingProducts]:
     try:
         from quire.tensors.attention.triton import INTERPRETED, TritonAttention
+        from quire.tensors.triton_products import TritonProducts
     except ImportError as error:
         raise ConfigError(f"backend='triton': Triton does not load: {error}") from error
     if not INTERPRETED:
         raise ConfigError("backend='triton': must run in Triton's interpreter (TRITON_INTERPRET=1 before Python starts): models are on the CPU")
-    return TritonAttention()
+    return TritonAttention(), TritonProducts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         _context_len(config, model)  # refused before compiling and probing take their time
         if config.compile:
             model.compile()
-        on_one_torch_thread(lambda: _examine(model, lower=kernels.sampler == "native" and not config.compile))
+        on_one_torch_thread(lambda: _examine(model, lower=kernels.programs and not config.compile))
     except BaseException:
         model.close()
         raise

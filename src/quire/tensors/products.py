@@ -58,7 +58,7 @@ class ReferenceProducts:
 
     def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
         """Write weight [N, K] to `out`, uint8 [packed_bytes(layout)]."""
-        codes, scales = _parts(out, layout)
+        codes, scales = parts(out, layout)
         padded = functional.pad(weight.float(), (0, -layout.k % SPANS[layout.quantization]))
         spans = padded.view(*scales.shape, SPANS[layout.quantization])
         high, low = spans.amax(-1), spans.amin(-1)
@@ -72,11 +72,11 @@ class ReferenceProducts:
 
     def rows(self, packed: torch.Tensor, layout: PackedLayout, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows ids int64 [R] of a quantised weight as elements [R, K] of `dtype`. Raises IndexError."""
-        codes, scales = (part[ids].float() for part in _parts(packed, layout))
+        codes, scales = (part[ids].float() for part in parts(packed, layout))
         return (codes * scales.repeat_interleave(SPANS[layout.quantization], 1)[:, : layout.k]).to(dtype)
 
 
-def _parts(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+def parts(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales as views of their bytes."""
     num_spans = -(-layout.k // SPANS[layout.quantization])
     scales, codes = torch.split(packed, [2 * layout.n * num_spans, layout.n * layout.k])
@@ -85,7 +85,7 @@ def _parts(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, to
 
 def _product(x: torch.Tensor, packed: torch.Tensor, layout: PackedLayout, bias: torch.Tensor | None) -> torch.Tensor:
     """x [16, K] with a quantised weight: what csrc/linear_packed.h promises, but for the order within a span."""
-    codes, scales = _parts(packed, layout)
+    codes, scales = parts(packed, layout)
     wide, span = x.float(), SPANS[layout.quantization]
     total = wide.new_zeros(x.shape[0], layout.n)
     for i, (part, code) in enumerate(zip(torch.split(wide, span, 1), torch.split(codes, span, 1), strict=True)):

@@ -6,7 +6,8 @@ block, and keys are gathered through the page table, as in vLLM's unified attent
 The law by which a row's bits depend on its own sequence alone:
 
     a program     one KV head and a block of query tokens of one sequence: ROWS rows, row r being token r // G, query head r % G of the KV head's G
-    its shape     ROWS = 64 (more if G is) and KEYS = 64 whatever the step holds, so a row's dot products are the same instructions beside any rows
+    its shape     ROWS = 64 (more if G is) and KEYS = 64 whatever the step holds, its warps known from the layer alone, so a row's dot products are
+                  the same instructions beside any rows; multiply and add are never fused, which a compiler may do here and not there
     its tiles     absolute positions [64 j, 64 j + 64) in ascending order, from the first key any row of the block sees to the block's last position
     its keys      position p < num_committed: page_ids[page_start[s] + p // B], place p % B; else the step's row query_start[s] + p - num_committed
     its softmax   in fp32, one running maximum a row. A tile of which a row sees nothing changes none of that row's state, not by a bit, so it makes
@@ -14,7 +15,8 @@ The law by which a row's bits depend on its own sequence alone:
 
 Where no row of the block looks, nothing is read: it may be NaN, or belong to a page entry of -1. Tensors of a call lie on the current device.
 
-Under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) the same kernels run on CPU tensors: slow, for tests.
+The kernels compile for GPUs (tests/tensors/test_triton_device.py) and have run on none. Under Triton's interpreter (TRITON_INTERPRET=1 before triton
+is imported) they run on CPU tensors: slow, for tests.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class TritonAttention:
         if not len(blocks):
             return out
         lanes_k, lanes_v = _lanes(place.k.dim), _lanes(place.v.dim)
+        num_warps = min(16, (4 if max(lanes_k, lanes_v) <= 64 else 8) * rows // _ROWS)  # fewer would keep larger heads in memory, not in registers
         stages = 2 if 2 * _KEYS * (lanes_k + lanes_v) * q.element_size() <= _STAGED_BYTES else 1
         # Scores are in units of log2, so that exp2 is all the kernel needs; what a softcap makes of them is made so after it.
         scale, cap = (mask.scale / mask.softcap, mask.softcap * _LOG2E) if mask.softcap else (mask.scale * _LOG2E, 0.0)
@@ -75,7 +78,8 @@ class TritonAttention:
             q, k, v, k_pages, v_pages, out, blocks, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, scale, cap,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], *out.stride()[:2],
             HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group, DK=place.k.dim, DV=place.v.dim,
-            LANES_K=lanes_k, LANES_V=lanes_v, ROWS=rows, KEYS=_KEYS, WIDE=INTERPRETED, num_warps=min(16, 4 * rows // _ROWS), num_stages=stages,
+            LANES_K=lanes_k, LANES_V=lanes_v, ROWS=rows, KEYS=_KEYS, WIDE=INTERPRETED, num_warps=num_warps, num_stages=stages,
+            enable_fp_fusion=False,
         )  # fmt: skip
         return out
 
@@ -167,8 +171,9 @@ def _attend(  # type: ignore[no-untyped-def]
         staged = (start + key - committed).to(tl.int64)
         old_keys = k_pages + kv_head * k_page_head + page * k_page + key % PAGE * k_place
         old_values = v_pages + kv_head * v_page_head + page * v_page + key % PAGE * v_place
-        keys = _rows(tl.where(old, old_keys, k + kv_head * k_head + staged * k_token), old | new, lane_k, DK)
-        values = _rows(tl.where(old, old_values, v + kv_head * v_head + staged * v_token), old | new, lane_v, DV)
+        # Two loads, each of which skips the other's rows: of pointers chosen by `where` no alignment is known, and no load is wide.
+        keys = _rows(k + kv_head * k_head + staged * k_token, new, lane_k, DK, _rows(old_keys, old, lane_k, DK, 0.0))
+        values = _rows(v + kv_head * v_head + staged * v_token, new, lane_v, DV, _rows(old_values, old, lane_v, DV, 0.0))
         weight_type = values.dtype
         if WIDE:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
@@ -213,9 +218,9 @@ def _first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):  # type
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(first, read, lane, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows [KEYS, lanes] that begin at the pointers `first` [KEYS]; zero, which a weight of 0 may meet, where `read` is not set."""
-    return tl.load(first[:, None] + lane[None, :], mask=read[:, None] & (lane < DIM)[None, :], other=0.0)
+def _rows(first, read, lane, DIM: tl.constexpr, other):  # type: ignore[no-untyped-def]
+    """Rows [KEYS, lanes] that begin at the pointers `first` [KEYS]; `other`, 0 or such rows, where `read` is not set, and 0 beyond their end."""
+    return tl.load(first[:, None] + lane[None, :], mask=read[:, None] & (lane < DIM)[None, :], other=other)
 
 
 @triton.jit
