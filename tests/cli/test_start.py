@@ -59,3 +59,34 @@ def test_loading_is_not_looked_through_by_the_collector() -> None:
     with pytest.raises(OSError), waiting("."):
         raise OSError
     assert gc.isenabled()
+
+
+def test_a_command_serves_a_model_without_dynamo() -> None:
+    args = ["generate", "Once", "--max-tokens", "2", "--temperature", "0"]
+    told = "atexit.register(lambda: print({'torch._dynamo', 'torch._inductor', 'torch.distributed.tensor'} & set(sys.modules)))"
+    lean = python(f"import atexit, sys; {told}; from quire.cli import main; main({args})")
+    assert lean.returncode == 0, lean.stderr
+    usual = python(f"import torch._dynamo; from quire.cli import main; main({args})")  # then it stays
+    assert usual.returncode == 0, usual.stderr
+    assert lean.stdout.strip() == usual.stdout.strip() + "set()"
+
+
+@pytest.mark.parametrize("when", ["inside", "after"])
+def test_dynamo_comes_when_it_is_asked_for(when: str) -> None:
+    use = "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2; from torch._dynamo import config; assert config.suppress_errors is False"
+    inside, after = (use, "pass") if when == "inside" else ("pass", use)
+    done = python(
+        f"""
+import torch, sys
+from quire.cli.lean import without_dynamo
+with without_dynamo():
+    from transformers import LlamaForCausalLM
+    stands_in = sys.modules["torch._dynamo"]
+    {inside}
+    assert not torch.distributed.is_available()
+assert torch.distributed.is_available()
+{after}
+assert sys.modules["torch._dynamo"] is torch._dynamo is not stands_in
+"""
+    )
+    assert done.returncode == 0, done.stderr

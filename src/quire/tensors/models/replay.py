@@ -109,6 +109,10 @@ class Replay:
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The calls that one forward makes of a model's parts."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the first forward would import Dynamo to be skipped by it
+
     def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._values: list[Any] = [inputs.get(name) for name in _INPUTS]  # held, so that no other tensor gets the id of one of them
