@@ -61,32 +61,51 @@ def test_loading_is_not_looked_through_by_the_collector() -> None:
     assert gc.isenabled()
 
 
-def test_a_command_serves_a_model_without_dynamo() -> None:
+def test_a_command_imports_nothing_that_it_does_not_use() -> None:
     args = ["generate", "Once", "--max-tokens", "2", "--temperature", "0"]
-    told = "atexit.register(lambda: print({'torch._dynamo', 'torch._inductor', 'torch.distributed.tensor'} & set(sys.modules)))"
+    told = (
+        "atexit.register(lambda: print({'torch._dynamo', 'torch._inductor', 'torch.distributed.tensor', 'transformers.models'} & set(sys.modules)))"
+    )
     lean = python(f"import atexit, sys; {told}; from quire.cli import main; main({args})")
     assert lean.returncode == 0, lean.stderr
-    usual = python(f"import torch._dynamo; from quire.cli import main; main({args})")  # then it stays
+    usual = python(f"import torch._dynamo, transformers.models; from quire.cli import main; main({args})")  # then they stay
     assert usual.returncode == 0, usual.stderr
     assert lean.stdout.strip() == usual.stdout.strip() + "set()"
 
 
+USES = """
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+from torch._dynamo import config
+assert config.suppress_errors is False
+from transformers.models import GPT2Config, llama
+assert llama is sys.modules["transformers.models.llama"] is sys.modules["transformers.models"].llama
+from torch._dynamo._trace_wrapped_higher_order_op import trace_wrapped
+"""
+
+
 @pytest.mark.parametrize("when", ["inside", "after"])
-def test_dynamo_comes_when_it_is_asked_for(when: str) -> None:
-    use = "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2; from torch._dynamo import config; assert config.suppress_errors is False"
-    inside, after = (use, "pass") if when == "inside" else ("pass", use)
+def test_what_stood_in_gives_way_when_more_is_asked_for(when: str) -> None:
+    inside, after = (USES, "") if when == "inside" else ("", USES)
     done = python(
         f"""
-import torch, sys
-from quire.cli.lean import without_dynamo
-with without_dynamo():
-    from transformers import LlamaForCausalLM
-    stands_in = sys.modules["torch._dynamo"]
-    {inside}
-    assert not torch.distributed.is_available()
+import sys
+from contextlib import ExitStack
+from quire.cli.lean import lean
+stack = ExitStack()
+stack.enter_context(lean())
+import torch
+from transformers import LlamaForCausalLM
+names = ("torch._dynamo", "transformers.models")
+stood_in = [sys.modules[name] for name in names]
+assert all(map(lambda module: type(module).__name__ == "_StandIn", stood_in))
+{inside}
+assert not torch.distributed.is_available()
+stack.close()
 assert torch.distributed.is_available()
 {after}
-assert sys.modules["torch._dynamo"] is torch._dynamo is not stands_in
+import transformers, torch._dynamo, transformers.models
+now = [torch._dynamo, transformers.models]
+assert now == [sys.modules[name] for name in names] and not set(map(id, now)) & set(map(id, stood_in))
 """
     )
     assert done.returncode == 0, done.stderr

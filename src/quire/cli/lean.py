@@ -1,15 +1,17 @@
-"""A model loaded without Dynamo, which nothing here uses and which takes half a second to import.
+"""A model loaded without what takes long to import and nothing here uses: nearly a second of four.
 
 transformers marks functions for `torch.compile` and prepares for tensors that lie on several machines; torch marks functions of its own when a model
 is first made without memory. To make such a mark imports all of Dynamo and Inductor. But a command is one process, and the layers it compiles go
 through Inductor alone (tensors/models/compiled.py). So while it loads marks mark nothing, and transformers learns that there are no other processes,
-as where torch is built without them. Dynamo itself comes as soon as anything else of it is asked for.
+as where torch is built without them. And transformers looks through the files of all its models twice, for itself and for its package of models: the
+second time is left out. What is asked of a stand-in that it has not got, the module itself comes for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,51 +19,63 @@ from typing import Any
 
 _DYNAMO = "torch._dynamo"
 _TRACED = "torch._dynamo._trace_wrapped_higher_order_op"
+_MODELS = "transformers.models"
 
 
 @contextlib.contextmanager
-def without_dynamo() -> Iterator[None]:
-    """Inside, what is imported and loaded gets stand-ins for Dynamo's marks, unless Dynamo is there already."""
+def lean() -> Iterator[None]:
+    """Inside, what is imported and loaded meets stand-ins, but for modules that are there already."""
     import torch.distributed
     from transformers.utils.import_utils import is_torch_distributed_available
 
-    if _DYNAMO in sys.modules:
-        yield
-        return
     there = torch.distributed.is_available
-    torch.distributed.is_available = lambda: False
-    is_torch_distributed_available()  # transformers asks once and remembers
-    _stand_in()
+    stand_ins = []
+    if _DYNAMO not in sys.modules:
+        torch.distributed.is_available = lambda: False
+        is_torch_distributed_available()  # transformers asks once and remembers
+        stand_ins = [
+            _StandIn(_DYNAMO, disable=_unmarked, allow_in_graph=_unmarked, assume_constant_result=_unmarked),
+            _StandIn(_TRACED, TransformGetItemToIndex=_transform_get_item_to_index, __path__=()),
+        ]
+    if _MODELS not in sys.modules:
+        spec = importlib.util.find_spec(_MODELS)
+        assert spec is not None
+        stand_ins.append(_StandIn(_MODELS, __spec__=spec, __path__=spec.submodule_search_locations))
+    for module in stand_ins:
+        module.come()
     try:
         yield
     finally:
         torch.distributed.is_available = there
-        _step_aside()
+        for module in stand_ins:
+            module.go()
 
 
 class _StandIn(ModuleType):
-    """`torch._dynamo` for those who only mark functions."""
+    """Stands for a module until something is asked of it that is not in `given`."""
+
+    def __init__(self, name: str, **given: Any) -> None:
+        super().__init__(name)
+        vars(self).update(given)
+
+    def come(self) -> None:
+        """Take the module's place."""
+        package, _, name = self.__name__.rpartition(".")
+        sys.modules[self.__name__] = self
+        setattr(sys.modules[package], name, self)
+
+    def go(self) -> None:
+        """Leave it, where it is still there."""
+        package, _, name = self.__name__.rpartition(".")
+        for holder, key in ((sys.modules, self.__name__), (vars(sys.modules.get(package, self)), name)):
+            if holder.get(key) is self:
+                del holder[key]
 
     def __getattr__(self, name: str) -> Any:
-        _step_aside()
-        return getattr(importlib.import_module(_DYNAMO), name)
-
-
-def _stand_in() -> None:
-    import torch
-
-    dynamo, traced = _StandIn(_DYNAMO), ModuleType(_TRACED)
-    vars(dynamo).update(disable=_unmarked, allow_in_graph=_unmarked, assume_constant_result=_unmarked)
-    vars(traced).update(TransformGetItemToIndex=_transform_get_item_to_index)
-    sys.modules.update({_DYNAMO: dynamo, _TRACED: traced})
-    torch._dynamo = dynamo
-
-
-def _step_aside() -> None:
-    import torch
-
-    if isinstance(sys.modules.get(_DYNAMO), _StandIn):
-        del sys.modules[_DYNAMO], sys.modules[_TRACED], torch._dynamo
+        if name.startswith("__") and name != "__path__":  # such names are asked of all modules there are; this one where a part of it is imported
+            raise AttributeError(name)
+        self.go()
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def _unmarked(fn: Any = None, *_: Any, **__: Any) -> Any:
