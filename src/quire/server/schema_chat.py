@@ -97,7 +97,7 @@ class ChatRequest(ChatPrompt, Sampling):
     """The body of POST /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="As many as the context has room for where not given.")
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="As many as there is room for where not given.")
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="The same under its newer name.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
