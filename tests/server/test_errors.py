@@ -51,6 +51,20 @@ def test_bad_requests_and_then_a_good_one(server: Running, start: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "the body has an integer of more than 4300 digits"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body must be nested at most 64 deep"),
+        (b'{"prompt": "\xff"}', "the body is not JSON in UTF-8"),
+        (b'{"prompt": "x", "stream_options": {}}', "stream_options: must be left out without stream: true"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(server: Running, content: bytes, said: str) -> None:
+    answer = server.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and checked(answer)["message"].startswith(said)
+
+
+@pytest.mark.parametrize(
     ("error", "status", "param", "said"),
     [
         (errors.ContextLengthError(7, 8, 9), 400, "prompt", ("7", "8", "9", "15")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from quire.errors import (
     RequestFailedError,
     shown,
 )
-from quire.server.limits import RETRY_AFTER_S
+from quire.server.limits import MAX_JSON_DEPTH, RETRY_AFTER_S
 
 log = logging.getLogger("quire.server")
 
@@ -148,7 +149,17 @@ def _http(error: HTTPException) -> ServerError:
         case 405:
             message = "this address does not take this method"
         case 400 if "parsing the body" in str(error.detail):
-            message = "the body is not JSON in UTF-8, or is nested too deep"
+            return ServerError(400, _unparsed(error.__cause__), code="invalid_json")
         case _:
             message = str(error.detail)
     return ServerError(error.status_code, message, headers=error.headers)
+
+
+def _unparsed(cause: BaseException | None) -> str:
+    """Why a body could not be read, where it was not its grammar."""
+    match cause:
+        case RecursionError():
+            return f"the body must be nested at most {MAX_JSON_DEPTH} deep"
+        case ValueError() if not isinstance(cause, UnicodeError):  # JSON has no bound, and Python's parser this one
+            return f"the body has an integer of more than {sys.get_int_max_str_digits()} digits, the most there may be"
+    return "the body is not JSON in UTF-8"
