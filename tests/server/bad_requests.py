@@ -119,6 +119,7 @@ BAD: list[Bad] = [
     *_chat("messages", [{"content": "x"}], named="messages.0.role"),
     *_chat("messages", [{"role": "user", "content": 5}], [{"role": "user", "content": None}], named="messages.0.content"),
     *_chat("messages", [{"role": "user", "content": "x", "extra": 1}], named="messages.0.extra"),
+    *_chat("messages", [{"role": "assistant", "content": "x", "refusal": "no"}], named="messages.0.refusal"),
     *_chat("max_tokens", 0, -1, "5"),
     *_chat("max_tokens", 2048, named="messages"),
     *_chat("top_logprobs", 2, 21, -1),

@@ -45,6 +45,7 @@ TYPES = {
 # What a field of the engine's is called here.
 FIELD_NAMES = {"include_stop_in_output": "include_stop_str_in_output", "params": None}
 BRANCH = re.compile(r"^(str|int|float|bool|none|[A-Z]\w*)$|[\[(-]")  # how pydantic calls the kinds of a union
+INPUT_SHOULD = re.compile(r"^(Input|List|Dictionary|String) should")  # how it begins what we begin with "must"
 PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?(?:/[^\s/:'\",;)]+){2,}/?")
 
 
@@ -128,12 +129,15 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
     if not where and first["type"] in ("missing", "model_attributes_type"):
         return ServerError(400, "the body must be a JSON object, sent with content-type: application/json", code="invalid_json")
     param = ".".join(str(part)[:64] for part in where) or None
-    message = first["msg"].removeprefix("Value error, ")
+    message = INPUT_SHOULD.sub("must", first["msg"].removeprefix("Value error, ")).replace(" after validation", "")
     if first["type"] == "extra_forbidden":
         return ServerError(400, f"{param}: there is no such field", param=param, code="unknown_field")
     if first["type"] == "missing":
         return ServerError(400, f"{param}: must be given", param=param, code="missing_field")
-    return ServerError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
+    # A number, or a word where there is a choice of them: other texts may be a prompt's.
+    told = type(first["input"]) in (int, float, bool) or (first["type"] == "literal_error" and isinstance(first["input"], str))
+    value = f"={shown(first['input'], 80)}" if told else ""
+    return ServerError(400, f"{param}{value}: {message}" if param else message, param=param, code="invalid_value")
 
 
 def _most_telling(found: Sequence[Any]) -> Any:

@@ -50,6 +50,7 @@ class StreamOptions(Part):
     """What a stream carries beside text."""
 
     include_usage: bool = Field(default=False, description="A last event with the usage of the whole request.")
+    include_obfuscation: Literal[False] | None = Field(default=None, description="Nothing is padded.")
 
 
 Grammar = Annotated[str, Field(min_length=1, max_length=MAX_STRUCTURED_CHARACTERS)]

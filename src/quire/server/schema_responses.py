@@ -71,7 +71,6 @@ class ResponseStreamOptions(StreamOptions):
     """A stream's last event has the usage in any case."""
 
     include_usage: Literal[False] = False
-    include_obfuscation: Literal[False] | None = None
 
 
 class ResponseRequest(Sampling):
