@@ -19,6 +19,10 @@ MAX_TEMPERATURE = 100.0
 MAX_BIAS = 1000.0
 
 
+class Implied(int):
+    """A number of tokens that nobody asked for: where there is room for fewer, fewer it is."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
@@ -27,8 +31,8 @@ class SamplingParams:
     then one draw whose noise depends on (seed, sequence, position, token) alone.
 
     Fields:
-        max_tokens: the most tokens to generate, >= 1, or 0 with `prompt_logprobs` or `pooling`. `None` means as many as the model's context has
-            room for.
+        max_tokens: the most tokens to generate, >= 1, or 0 with `prompt_logprobs` or `pooling`. `None` means as many as the model's context and
+            the cache have room for; the default gives way to that as well, a number that was asked for does not.
         min_tokens: before this many tokens no end-of-sequence or stop token is drawn and no stop string ends the request.
         temperature: 0 takes the argmax of the (penalised) logits, ties to the lowest id; at most 100.
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -61,7 +65,7 @@ class SamplingParams:
         InvalidRequestError: a value out of its range, naming field, value and limit.
     """
 
-    max_tokens: int | None = 128
+    max_tokens: int | None = Implied(128)
     min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
@@ -144,6 +148,11 @@ class SamplingParams:
         named = [("stop_token_ids", i) for i in self.stop_token_ids or ()]
         named += [("allowed_token_ids", i) for i in self.allowed_token_ids or ()]
         return named + [("logit_bias", i) for i in self.logit_bias or ()]
+
+    @property
+    def takes_what_fits(self) -> bool:
+        """Whether `max_tokens` gives way where there is room for fewer."""
+        return self.max_tokens is None or isinstance(self.max_tokens, Implied)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

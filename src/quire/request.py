@@ -57,7 +57,7 @@ class Limits:
 
 
 def check_prompt(token_ids: tuple[int, ...], params: SamplingParams, limits: Limits) -> int:
-    """Refuse what can never run; returns `max_tokens` resolved. Touches nothing shared.
+    """Refuse what can never run; returns `max_tokens` resolved: what nobody asked for as far as the context has room. Touches nothing shared.
 
     Raises:
         InvalidRequestError: an empty prompt, an id outside the vocabulary.
@@ -72,7 +72,9 @@ def check_prompt(token_ids: tuple[int, ...], params: SamplingParams, limits: Lim
         if token_id >= limits.vocab_size:
             raise InvalidRequestError(name, token_id, f"token ids from 0 to {limits.vocab_size - 1}")
     room = limits.context_len - len(token_ids)
-    max_tokens = max(1, room) if params.max_tokens is None else params.max_tokens
+    max_tokens = room if params.max_tokens is None else int(params.max_tokens)
+    if params.takes_what_fits:
+        max_tokens = max(1, min(max_tokens, room))
     if max_tokens > room:
         raise ContextLengthError(len(token_ids), max_tokens, limits.context_len)
     if max_tokens == 0 and len(token_ids) < 2 and params.prompt_logprobs is not None:

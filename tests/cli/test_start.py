@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,19 @@ def test_another_missing_module_is_not_blamed_on_the_extra() -> None:
 def test_python_dash_m() -> None:
     done = subprocess.run([sys.executable, "-m", "quire", "--version"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, f"quire {__version__}\n")
+
+
+ON_STDOUT, ON_STDERR = ("--help", "generate --help", "bench -h", "--version", ""), ("nonsense", "generate --nonsense", "check /no/such/model")
+
+
+@pytest.mark.parametrize(("args", "closed"), [*((args, "stdout") for args in ON_STDOUT), *((args, "stderr") for args in ON_STDERR)])
+def test_a_reader_who_has_left_is_no_error_to_tell(args: str, closed: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as nobody:
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: nobody}
+        done = subprocess.run([sys.executable, "-m", "quire", *args.split()], **streams, text=True, timeout=120)
+    assert (done.returncode, done.stdout or "", done.stderr or "") == (141, "", "")
 
 
 def test_help_names_the_commands(quire: Quire) -> None:

@@ -142,11 +142,21 @@ def test_context_and_cache_limits_name_the_numbers(checkpoint: Checkpoint) -> No
         assert len(llm.generate([[5] * 60], SamplingParams(max_tokens=None, ignore_eos=True))[0].outputs[0].token_ids) == 4
         with pytest.raises(ContextLengthError):
             llm.generate([[5] * 64], SamplingParams(max_tokens=None))
+        assert len(llm.generate([[5] * 60])[0].outputs[0].token_ids) <= 4, "the default was not asked for"
+        assert len(llm.generate([[5] * 60], SamplingParams(ignore_eos=True))[0].outputs[0].token_ids) == 4
+        with pytest.raises(InvalidRequestError, match=r"min_tokens=5: must be at most 4"):
+            llm.generate([[5] * 60], SamplingParams(max_tokens=None, min_tokens=5))
+        with pytest.raises(ContextLengthError, match=r"60 .*max_tokens=128.*64"):
+            llm.generate([[5] * 60], SamplingParams(max_tokens=128))
         page_bytes = llm.info.page_bytes
     with LLM(checkpoint("llama"), page_size=16, cache_bytes=4 * page_bytes) as llm:
         assert len(llm.generate([[5] * 60], SamplingParams(max_tokens=5, ignore_eos=True))[0].outputs[0].token_ids) == 5, "exactly full"
         with pytest.raises(CacheTooSmallError, match=r"5 pages.*4 pages"):
             llm.generate([[5] * 60], SamplingParams(max_tokens=6))
+        for params in (SamplingParams(ignore_eos=True), SamplingParams(max_tokens=None, ignore_eos=True)):
+            assert len(llm.generate([[5] * 60], params)[0].outputs[0].token_ids) == 5, "what nobody asked for is what the pool has room for"
+        with pytest.raises(CacheTooSmallError, match=r"5 pages.*4 pages"):
+            llm.generate([[5] * 65])
         llm.check_integrity()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from quire.errors import InvalidRequestError
@@ -36,6 +38,15 @@ def test_a_hit_in_another_namespace_does_not_exist(groups: tuple[Group, ...]) ->
     for namespace in ("", "a", "b"):
         assert run(driver, tokens(40), namespace=namespace).num_hit == 0
         assert run(driver, tokens(40), namespace=namespace).num_hit >= whole
+
+
+@pytest.mark.parametrize("wanted", [{"scores": True}, {"pooling": "mean"}])
+def test_what_needs_its_whole_prompt_computed_is_not_let_among_what_others_computed(wanted: dict[str, Any]) -> None:
+    keeper = Driver(FULL, 300).keeper
+    with pytest.raises(AssertionError):
+        keeper.sequence(tokens(5), "a", **wanted)
+    alone = keeper.sequence(tokens(5), "a", own_root="request 0", **wanted)
+    assert alone.own_root and {name: getattr(alone, name) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("groups", KINDS)

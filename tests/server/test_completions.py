@@ -196,7 +196,18 @@ def test_a_long_text_is_tokenised_beside_the_loop(server: Running) -> None:
     error = refused.json()["error"]
     assert refused.status_code == 400 and error["code"] == "context_length_exceeded" and error["param"] == "prompt"
     tokens = len(server.llm.tokenizer(text).input_ids)
-    assert all(str(number) in error["message"] for number in (tokens, 16, 2048, tokens + 16)) and "quick" not in error["message"]
+    assert all(str(number) in error["message"] for number in (2048, f"({tokens} + 1 = {tokens + 1})")) and "quick" not in error["message"]
+
+
+def test_a_number_of_tokens_that_nobody_asked_for_is_what_fits(server: Running) -> None:
+    context = server.llm.info.context_len
+    told = server.complete(prompt=[5] * (context - 3), ignore_eos=True)
+    assert told["choices"][0]["finish_reason"] == "length" and told["usage"]["completion_tokens"] == 3
+    assert server.complete(prompt=[5] * 9, ignore_eos=True)["usage"]["completion_tokens"] == 16
+    for asked in ({"prompt": [5] * (context - 3), "max_tokens": 16}, {"prompt": [5] * context}):
+        assert server.post("/v1/completions", asked).json()["error"]["code"] == "context_length_exceeded"
+    refused = server.post("/v1/completions", {"prompt": [5] * (context - 3), "min_tokens": 4}).json()["error"]
+    assert refused["param"] == "min_tokens" and "min_tokens=4: must be at most 3" in refused["message"]
 
 
 def test_suffix_needs_tokens_for_it(server: Running) -> None:

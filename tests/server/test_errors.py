@@ -51,6 +51,29 @@ def test_bad_requests_and_then_a_good_one(server: Running, start: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "the body has an integer of more than 4300 digits"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body must be nested at most 64 deep"),
+        (b'{"prompt": "\xff"}', "the body is not JSON in UTF-8"),
+        (b'{"prompt": "x", "top_p": 0}', "top_p=0: must be greater than 0"),
+        (b'{"prompt": "x", "logprobs": true}', "logprobs=True: must be a valid integer"),
+        (b'{"prompt": "x", "user": 5}', "user=5: must be a valid string"),
+        (b'{"prompt": "x", "ignore_eos": "secret"}', "ignore_eos: must be a valid boolean"),
+        (b'{"prompt": "x", "response_format": {"type": "xml"}}', "response_format.type='xml': must be 'text', 'json_object' or 'json_schema'"),
+        (
+            b'{"prompt": "x", "stop": ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q"]}',
+            "stop: must have at most 16 items, not 17",
+        ),
+        (b'{"prompt": "x", "stream_options": {}}', "stream_options: must be left out without stream: true"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(server: Running, content: bytes, said: str) -> None:
+    answer = server.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and checked(answer)["message"].startswith(said)
+
+
+@pytest.mark.parametrize(
     ("error", "status", "param", "said"),
     [
         (errors.ContextLengthError(7, 8, 9), 400, "prompt", ("7", "8", "9", "15")),

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from quire.errors import ConfigError
+from quire.server.feed import MAX_WATCHERS
 from quire.server.guard import OPEN_FOLDER, OPEN_PATHS
 from quire.server.keys import KeyRing, salted
 from quire.server.settings import ServerSettings, public_name
@@ -60,6 +61,24 @@ def test_every_route_wants_a_key(server: Running) -> None:
             assert client.get(path).status_code == 200, path
         for scheme in ("Bearer", "bearer", "BEARER"):
             assert client.get("/v1/models", headers={"authorization": f"{scheme} {OTHER_KEY}"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/v1/models/tiny", "/metrics", "/version", "/docs", "/openapi.json", "/nothing"])
+@pytest.mark.parametrize("key", [KEY, None])
+def test_head_is_get_without_a_body(server: Running, path: str, key: str | None) -> None:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=10) as client:
+        whole, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content, head.headers["content-type"]) == (whole.status_code, b"", whole.headers["content-type"])
+        assert path == "/metrics" or head.headers["content-length"] == whole.headers["content-length"]
+        assert client.head("/v1/completions").status_code == (405 if key else 401), "the connection goes on"
+
+
+def test_head_of_a_stream_without_an_end_has_one(server: Running) -> None:
+    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=10) as client:
+        for _ in range(MAX_WATCHERS + 1):
+            assert client.head("/page/events").headers["content-type"].startswith("text/event-stream")
+            assert client.head("/health").status_code == 200
 
 
 def test_keys() -> None:

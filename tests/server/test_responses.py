@@ -227,6 +227,11 @@ def test_what_is_refused(server: Running, param: str, body: dict[str, Any]) -> N
     assert not error["message"].startswith("messages")
 
 
+def test_of_an_item_that_is_not_there_it_is_said_which_are(server: Running) -> None:
+    error = server.post("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}).json()["error"]
+    assert error["message"] == "input.0.type: must be 'message', 'function_call' or 'function_call_output'"
+
+
 def test_neutral_values_are_taken(server: Running) -> None:
     neutral = {
         "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "truncation": "disabled", "text": {"format": {"type": "text"}},

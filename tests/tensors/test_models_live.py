@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,19 @@ def test_options_that_do_not_apply() -> None:
 def test_another_device_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="on device meta"):
         load(tiny_model("llama").to("meta"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "model.layers.1.self_attn.k_proj"), ("llama", "model.norm"), ("gpt2", "transformer.h.1.mlp.c_proj")]
+)
+def test_a_weight_of_another_shape_is_named(family: str, name: str) -> None:
+    model = tiny_model(family)
+    weight = model.get_parameter(f"{name}.weight")
+    model.get_submodule(name).weight = torch.nn.Parameter(weight[: len(weight) // 2].clone())
+    with pytest.raises(UnsupportedModelError) as error:
+        load(model)
+    held, wanted = re.escape(str([len(weight) // 2, *weight.shape[1:]])), re.escape(str(list(weight.shape)))
+    assert re.search(rf"other shapes than its config: {re.escape(name)}\.weight {held} where the config says {wanted}$", str(error.value))
 
 
 def test_a_compiled_module_is_refused() -> None:

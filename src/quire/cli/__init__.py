@@ -16,6 +16,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (`sys.argv` where `args` is None) and exit with its status."""
     try:
         from quire.cli.app import app
+        from quire.cli.door import BROKEN_PIPE, drop
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
@@ -23,5 +24,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a generation
-    app(args=args, prog_name="quire")
+    try:
+        app(args=args, prog_name="quire")
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # of a help or an error, which are typer's and rich's to write: they say 1
+            drop(sys.stdout, sys.stderr)
+            end.code = BROKEN_PIPE
+        raise
     sys.exit(0)

@@ -50,7 +50,7 @@ def chat(
     history: Annotated[
         Path | None, typer.Option(help="Keep what is typed in this file, for the up arrow of the next time.", show_default="nothing is kept")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="The most tokens of an answer.", show_default="what the context has room for")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The most tokens of an answer.", show_default="what there is room for")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set of most likely tokens that reaches this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.", show_default="from the system")] = None,

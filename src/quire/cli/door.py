@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -51,10 +51,10 @@ def door(run: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:
-            _drop_stdout()
+            drop(sys.stdout)
             raise typer.Exit(BROKEN_PIPE) from error
         except OSError as error:  # a disk that is full, mostly
-            _drop_stdout()
+            drop(sys.stdout)
             complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
             raise typer.Exit(FAILED) from error
 
@@ -163,6 +163,13 @@ def demo_model() -> Path:
     return folder
 
 
+def drop(*streams: TextIO) -> None:
+    """Whoever read our output has gone: what is still buffered goes nowhere, so that the interpreter ends without a word."""
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _quiet(hub: bool, warn: Callable[[str], None]) -> None:
     """Turn off transformers' log and progress bars (a download's bar stays with `hub`) and tell `warn` of a warning."""
     from transformers.utils import logging
@@ -182,9 +189,3 @@ def _warn(message: str) -> None:
 
 def _say(head: str, head_style: str, text: str, style: str) -> None:
     stderr().print(Text.assemble((head, head_style), (" ".join(text.split()), style)), soft_wrap=True)
-
-
-def _drop_stdout() -> None:
-    """Whoever read our output has gone: what is still buffered goes nowhere, so that the interpreter ends without a word."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

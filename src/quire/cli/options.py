@@ -18,11 +18,11 @@ import typer
 
 from quire.config import BACKENDS, CODECS, DTYPES, LAYOUTS, QUANTIZATIONS, EngineConfig
 from quire.errors import ConfigError, InvalidRequestError
-from quire.params import SamplingParams
+from quire.params import Implied, SamplingParams
 from quire.structured import StructuredOutput
 
 SAMPLING = {
-    "max_tokens": "The most tokens to generate; 'none' for as many as the context has room for.",
+    "max_tokens": "The most tokens to generate; 'none' for as many as there is room for.",
     "min_tokens": "No end-of-sequence, stop token or stop string before this many tokens.",
     "temperature": "0 takes the most likely token.",
     "top_k": "Keep the k most likely tokens; 0 keeps all.",
@@ -128,7 +128,7 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
     """
     hints = get_type_hints(kind)
     values = {}
-    for f in [f for f in fields(kind) if f.name in given]:
+    for f in [f for f in fields(kind) if given.get(f.name) is not None]:
         values[f.name] = value = given[f.name]
         if isinstance(value, bool):
             values[f.name] = not value if f.default is True else value
@@ -172,6 +172,9 @@ def _option(name: str, hint: Any, default: Any, text: str, panel: str) -> inspec
     """Every value is taken as text and read by `build`, so that a bad one is reported like one out of range."""
     flag = name.replace("_", "-")
     names = [f"--{flag}", *ALIASES.get(name, ())]
+    shown = UNSET.get(name, True)
+    if isinstance(default, Implied):  # which the same number is not if somebody types it
+        default, shown = None, f"{default}, or what fits"
     annotation: Any = str | None if default is None else str
     metavar: str | None = None
     if isinstance(default, bool):
@@ -180,7 +183,7 @@ def _option(name: str, hint: Any, default: Any, text: str, panel: str) -> inspec
         annotation, metavar = list[str] | None, "TEXT"
     else:
         metavar, default = _kind(name, hint).metavar, None if default is None else str(default)
-    option = typer.Option(default, *names, help=text, metavar=metavar, show_default=UNSET.get(name, True), rich_help_panel=panel)
+    option = typer.Option(default, *names, help=text, metavar=metavar, show_default=shown, rich_help_panel=panel)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 

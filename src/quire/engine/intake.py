@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import secrets
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -49,14 +50,27 @@ class Intake:
         whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))
-        max_tokens = check_prompt(token_ids, params, self._built.limits)
-        num_committed = num_committed_at_most(len(token_ids), max_tokens, params)
-        engine = self._built.engine
-        check_fits(num_committed, engine.scheduler.cache.pages_to_finish(num_committed), engine.keeper.num_pages_for_requests)
+        max_tokens = self._max_tokens(token_ids, params)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         grammar = self._built.grammars.compile(params.structured) if params.structured is not None else None
         name = request_id if request_id is not None else f"request-{secrets.token_hex(8)}"  # which no caller's own can be
         return Request(name, text, token_ids, params, max_tokens, seed, *whose, grammar, read)
+
+    def _max_tokens(self, token_ids: tuple[int, ...], params: SamplingParams) -> int:
+        """`max_tokens` resolved: of a number that nobody asked for as much as context and pool have room for."""
+        max_tokens = check_prompt(token_ids, params, self._built.limits)
+        engine = self._built.engine
+        num_pages = engine.keeper.num_pages_for_requests
+
+        def pages_needed(max_tokens: int) -> int:
+            return engine.scheduler.cache.pages_to_finish(num_committed_at_most(len(token_ids), max_tokens, params))
+
+        if params.takes_what_fits:
+            max_tokens = max(1, bisect_right(range(1, max_tokens + 1), num_pages, key=pages_needed))
+        check_fits(num_committed_at_most(len(token_ids), max_tokens, params), pages_needed(max_tokens), num_pages)
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError("min_tokens", params.min_tokens, f"at most {max_tokens}, for which there is room behind this prompt")
+        return max_tokens
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str | bytes | bytearray):

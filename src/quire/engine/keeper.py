@@ -38,11 +38,14 @@ class CacheKeeper:
     def sequence(
         self, prompt: Seq[int], namespace: str, *, arrival: int = -1, own_root: str = "", scores: bool = False, pooling: str | None = None
     ) -> Sequence:
-        """A sequence of a namespace, or under a root of its own with that name; see `Sequence`."""
+        """A sequence of a namespace, or under a root of its own with that name; see `Sequence`.
+
+        What needs all of its prompt computed, `scores` and pooling of the mean, needs such a root.
+        """
+        assert own_root or not (scores or pooling == "mean"), "a hit would leave tokens out"
         names = self._cache.namespaces
-        if own_root:
-            return Sequence(arrival, prompt, names.own_root(own_root), namespace=namespace, own_root=True, scores=scores, pooling=pooling)
-        return Sequence(arrival, prompt, names.root(namespace), namespace=namespace, shared=names.shared_part(prompt), pooling=pooling)
+        root, shared = (names.own_root(own_root), None) if own_root else (names.root(namespace), names.shared_part(prompt))
+        return Sequence(arrival, prompt, root, namespace=namespace, own_root=bool(own_root), shared=shared, scores=scores, pooling=pooling)
 
     def explain(self, prompt: Seq[int], namespace: str) -> Explanation:
         """See `LLM.explain`."""

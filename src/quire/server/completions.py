@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from quire.outputs import Completion, RequestOutput, TokenEvent
-from quire.params import SamplingParams
+from quire.params import Implied, SamplingParams
 from quire.server.errors import refused
 from quire.server.infill import infilled
 from quire.server.limits import MAX_CHOICES, MAX_N, MAX_TOP_LOGPROBS
@@ -26,7 +26,7 @@ from quire.server.structure import named_as, structure_names, structure_of
 from quire.server.token_texts import Offsets, TokenTexts
 from quire.server.usage import completion_logprobs, prompt_logprobs, usage_of
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
+DEFAULT_MAX_TOKENS = Implied(16)  # OpenAI's
 ENDPOINT = "completions"
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -47,7 +47,7 @@ class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="16 where not given; 0 with echo scores the prompt alone.")
+    max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="16 where not given, or what fits; 0 with echo scores the prompt alone.")
     best_of: int | None = Field(default=None, ge=1, le=MAX_N, description="Draw this many and give back the n likeliest; not in a stream.")
     echo: bool | None = Field(default=None, description="Begin the text with the prompt, and the logprobs with the prompt's.")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS, description="Logprobs of tokens drawn and of this many likeliest.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from quire.errors import (
     RequestFailedError,
     shown,
 )
-from quire.server.limits import RETRY_AFTER_S
+from quire.server.limits import MAX_JSON_DEPTH, RETRY_AFTER_S
 
 log = logging.getLogger("quire.server")
 
@@ -44,6 +45,7 @@ TYPES = {
 # What a field of the engine's is called here.
 FIELD_NAMES = {"include_stop_in_output": "include_stop_str_in_output", "params": None}
 BRANCH = re.compile(r"^(str|int|float|bool|none|[A-Z]\w*)$|[\[(-]")  # how pydantic calls the kinds of a union
+INPUT_SHOULD = re.compile(r"^(Input|List|Dictionary|String) should")  # how it begins what we begin with "must"
 PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?(?:/[^\s/:'\",;)]+){2,}/?")
 
 
@@ -127,12 +129,15 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
     if not where and first["type"] in ("missing", "model_attributes_type"):
         return ServerError(400, "the body must be a JSON object, sent with content-type: application/json", code="invalid_json")
     param = ".".join(str(part)[:64] for part in where) or None
-    message = first["msg"].removeprefix("Value error, ")
+    message = INPUT_SHOULD.sub("must", first["msg"].removeprefix("Value error, ")).replace(" after validation", "")
     if first["type"] == "extra_forbidden":
         return ServerError(400, f"{param}: there is no such field", param=param, code="unknown_field")
     if first["type"] == "missing":
         return ServerError(400, f"{param}: must be given", param=param, code="missing_field")
-    return ServerError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
+    # A number, or a word where there is a choice of them: other texts may be a prompt's.
+    told = type(first["input"]) in (int, float, bool) or (first["type"] == "literal_error" and isinstance(first["input"], str))
+    value = f"={shown(first['input'], 80)}" if told else ""
+    return ServerError(400, f"{param}{value}: {message}" if param else message, param=param, code="invalid_value")
 
 
 def _most_telling(found: Sequence[Any]) -> Any:
@@ -148,7 +153,17 @@ def _http(error: HTTPException) -> ServerError:
         case 405:
             message = "this address does not take this method"
         case 400 if "parsing the body" in str(error.detail):
-            message = "the body is not JSON in UTF-8, or is nested too deep"
+            return ServerError(400, _unparsed(error.__cause__), code="invalid_json")
         case _:
             message = str(error.detail)
     return ServerError(error.status_code, message, headers=error.headers)
+
+
+def _unparsed(cause: BaseException | None) -> str:
+    """Why a body could not be read, where it was not its grammar."""
+    match cause:
+        case RecursionError():
+            return f"the body must be nested at most {MAX_JSON_DEPTH} deep"
+        case ValueError() if not isinstance(cause, UnicodeError):  # JSON has no bound, and Python's parser this one
+            return f"the body has an integer of more than {sys.get_int_max_str_digits()} digits, the most there may be"
+    return "the body is not JSON in UTF-8"

@@ -1,4 +1,4 @@
-"""Before any route: who asks, how much they send, and a line in the log afterwards.
+"""Before any route: who asks, how much they send, HEAD as GET without its body, and a line in the log afterwards.
 
 Everything is guarded but what is listed here, also addresses that do not exist: who has no key learns nothing.
 """
@@ -34,6 +34,8 @@ class Guard:
             return await self._app(scope, receive, send)
         began_s, status = time.perf_counter(), 0
         state = scope.setdefault("state", {})
+        head = scope["method"] == "HEAD"
+        asked = {**scope, "method": "GET"} if head else scope  # routes know GET alone
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -42,12 +44,16 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
                 if status >= 400:
                     self._serving.metrics.refused(status)
-            await send(message)
+                await send(message)
+                if head:  # over here, so that a stream without an end is as well
+                    await send({"type": "http.response.body"})
+            elif not head:
+                await send(message)
 
         try:
             try:
                 self._admit(scope, state)
-                await self._app(scope, _bounded(receive), sending)
+                await self._app(asked, _bounded(receive), sending)
             except Exception as error:
                 if status:  # half an answer is on its way: the connection is cut
                     raise
@@ -55,7 +61,7 @@ class Guard:
                 state["code"] = refusal.code
                 await refusal.response()(scope, receive, sending)
         finally:
-            self._tell(scope, status, time.perf_counter() - began_s)
+            self._tell(asked, scope["method"], status, time.perf_counter() - began_s)
 
     def _admit(self, scope: Scope, state: dict[str, Any]) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -72,11 +78,11 @@ class Guard:
             too_large = _too_large()
             raise ServerError(413, too_large.detail, code="body_too_large", headers=too_large.headers)
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+    def _tell(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         """Which route and what became of it: never what was asked, not even the address, which is the client's own text."""
         if not access_log.isEnabledFor(logging.INFO):
             return
-        state, method = scope["state"], scope["method"]
+        state = scope["state"]
         facts = {
             "method": method if method in METHODS else "other",
             "route": getattr(scope.get("route"), "path", None),

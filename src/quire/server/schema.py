@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from quire.server.limits import (
     MAX_ALLOWED_IDS,
@@ -50,6 +50,7 @@ class StreamOptions(Part):
     """What a stream carries beside text."""
 
     include_usage: bool = Field(default=False, description="A last event with the usage of the whole request.")
+    include_obfuscation: Literal[False] | None = Field(default=None, description="Nothing is padded.")
 
 
 Grammar = Annotated[str, Field(min_length=1, max_length=MAX_STRUCTURED_CHARACTERS)]
@@ -97,7 +98,7 @@ class Sampling(Asked):
         default=None, description="Token id to what is added to its logit, -100 to 100."
     )
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(default=None, description="With stream: true, and only with it.")
     user: Label | None = Field(default=None, description="A label. Nothing depends on it.")
 
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="Extension. 0 or -1 keeps all.")
@@ -116,6 +117,13 @@ class Sampling(Asked):
         default=None, description="Extension. Cached pages are shared among this key's requests with the same salt alone."
     )
     structured_outputs: StructuredOutputs | None = Field(default=None, description="Extension. The form of the text.")
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream"):
+            raise ValueError("must be left out without stream: true")
+        return options
 
     @property
     def num_choices(self) -> int:

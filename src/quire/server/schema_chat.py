@@ -38,7 +38,7 @@ class ToolCall(Part):
 
 
 class Message(Part):
-    """One message. Fields of OpenAI's answers that come back empty are taken as they are."""
+    """One message. Fields of OpenAI's answers are taken where they come back empty: no template says what they hold."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -46,7 +46,7 @@ class Message(Part):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_N)] | None = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
-    refusal: str | None = None
+    refusal: Annotated[str, Field(max_length=0)] | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
@@ -97,7 +97,7 @@ class ChatRequest(ChatPrompt, Sampling):
     """The body of POST /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="As many as the context has room for where not given.")
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="As many as there is room for where not given.")
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="The same under its newer name.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from quire.server.limits import MAX_LABEL_CHARS
 from quire.server.schema import Label, Part
@@ -25,10 +25,17 @@ def _text(content: str | list[Text]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
+def _known(kind: Any) -> Any:
+    """Of a kind of item that is not there: which there are, and not just that it is no message."""
+    if kind != "message":
+        raise ValueError("must be 'message', 'function_call' or 'function_call_output'")
+    return kind
+
+
 class Item(Part):
     """A message. Messages of an answer may be sent back as they came."""
 
-    type: Literal["message"] = "message"
+    type: Annotated[Literal["message"], BeforeValidator(_known)] = "message"
     role: Literal["developer", "system", "user", "assistant"]
     content: str | list[Text]
     id: Label | None = None

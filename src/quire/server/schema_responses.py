@@ -71,7 +71,6 @@ class ResponseStreamOptions(StreamOptions):
     """A stream's last event has the usage in any case."""
 
     include_usage: Literal[False] = False
-    include_obfuscation: Literal[False] | None = None
 
 
 class ResponseRequest(Sampling):
@@ -82,7 +81,7 @@ class ResponseRequest(Sampling):
     previous_response_id: Label | None = Field(None, description="Go on where this one ended. It must be stored still.")
     store: bool | None = Field(None, description="Keep the answer for a while, in memory; so unless false.")
     background: bool | None = Field(None, description="Answer at once; the response is to be fetched, or cancelled, later.")
-    max_output_tokens: int | None = Field(None, ge=1, lt=2**31, description="As many as the context has room for where not given.")
+    max_output_tokens: int | None = Field(None, ge=1, lt=2**31, description="As many as there is room for where not given.")
     metadata: dict[Annotated[str, Field(max_length=64)], Label] | None = Field(None, max_length=MAX_METADATA)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(None, max_length=8)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Each token's logprob, and those of this many likeliest.")

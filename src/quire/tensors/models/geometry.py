@@ -5,13 +5,19 @@ Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import Mask
+
+FEW_MISFITS = 3  # named in a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +57,48 @@ class NoAttention:
 
 
 class NoProducts:
-    """`Products` of the right shapes, all zero."""
+    """`Products` of the right shapes, all zero. Raises ValueError where x and weight disagree about K."""
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> zeros [..., N] for a weight [N, K]."""
+        _check_width(x, weight, weight.shape[1])
         return x.new_zeros(*x.shape[:-1], weight.shape[0])
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> zeros [..., N] for a weight [K, N]."""
+        _check_width(x, weight, weight.shape[0])
         return x.new_zeros(*x.shape[:-1], weight.shape[1])
+
+
+def _check_width(x: torch.Tensor, weight: torch.Tensor, width: int) -> None:
+    if x.shape[-1] != width:
+        raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)} disagree about K")
+
+
+class Misfit(NamedTuple):
+    """A weight of another shape than the one its model's config makes it."""
+
+    name: str
+    shape: list[int]
+    made: list[int]
+
+
+def misfits(model: PreTrainedModel) -> list[Misfit]:
+    """Those of a model, as far as its class makes weights of the same names from its config."""
+    with suppress(Exception), torch.device("meta"):  # a class of its owner's may want more than a config
+        made = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
+        return [
+            Misfit(name, list(weight.shape), list(made[name].shape))
+            for name, weight in model.named_parameters()
+            if name in made and made[name].shape != weight.shape
+        ]
+    return []
+
+
+def told_misfits(found: Sequence[Misfit]) -> str:
+    """The first few of them, in words."""
+    few = ", ".join(f"{one.name} {one.shape} where the config says {one.made}" for one in found[:FEW_MISFITS])
+    return few + (f", and {len(found) - FEW_MISFITS} more" if len(found) > FEW_MISFITS else "")
 
 
 def check_layers(layers: list[LayerGeometry], config: PreTrainedConfig) -> tuple[LayerGeometry, ...]:

@@ -20,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from quire.tensors.attention.base import PackingProducts, Products
+from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import pack_weights
 from quire.tensors.models.refusals import refuse_config
@@ -153,6 +154,7 @@ def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str,
             attn_implementation="eager",  # what every family has; ours is put in for the time of a forward
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name; transformers refuses without
             **where,
         )
     except Exception as error:
@@ -161,10 +163,14 @@ def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str,
         raise UnsupportedModelError(f"{source} ({config.model_type}): transformers cannot load it: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    for problem, said in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
-        names = sorted(str(name) for name in info.get(problem) or ())
-        if names:
-            raise UnsupportedModelError(f"{source} ({config.model_type}): the checkpoint {said} {len(names)} weights, such as {names[0]}")
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise UnsupportedModelError(f"{source} ({config.model_type}): the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
+    misfits = sorted(Misfit(name, list(held), list(made)) for name, held, made in info.get("mismatched_keys") or ())
+    if misfits:
+        raise UnsupportedModelError(
+            f"{source} ({config.model_type}): the checkpoint has weights of other shapes than its config: {told_misfits(misfits)}"
+        )
     model.train(False).requires_grad_(False)
     return model
 

@@ -22,7 +22,7 @@ from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
 from quire.tensors.models.form import Form
-from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers
+from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers, misfits, told_misfits
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
@@ -100,7 +100,8 @@ class CausalModel:
             what = "its forward fails on one token"
             if not dry.layers:  # code of its own is not ready to do without the mask that we do not build
                 what = "no layer had called transformers' attention interface when its forward failed"
-            raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}") from error
+            shapes = f"; it has weights of other shapes than its config: {told_misfits(found)}" if (found := misfits(model)) else ""
+            raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}{shapes}") from error
         if getattr(text_config(model), "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
             self._logits_multiple = VECTOR // math.gcd(VECTOR, vocab_size)
         return vocab_size, check_layers(dry.layers, text_config(model))
