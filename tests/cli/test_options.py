@@ -150,6 +150,9 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--cache-bytes", "5 parsecs"], "cache_bytes='5 parsecs': must be a number of bytes"),
         (["--page-size", "0"], "page_size=0: must be an integer from 1"),
         (["--dtype", "int3"], "dtype='int3': must be one of auto"),
+        (["--logprobs", "0"], "logprobs=0: must be given with --json"),
+        (["--prompt-logprobs", "2"], "prompt_logprobs=2: must be given with --json"),
+        (["--model", ""], "'': names no model"),
         (["--logprobs", "1000"], "logprobs=1000: must be an integer from 0 to 256"),
     ],
 )
@@ -157,6 +160,12 @@ def test_a_bad_value_is_one_line(quire: Quire, args: list[str], told: str) -> No
     result = quire("generate", "a prompt", *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: {told}") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["chat", "http://127.0.0.1:1"], ["chat"], ["batch", "in.jsonl", "out.jsonl", "--url", "http://127.0.0.1:1"]])
+def test_a_server_has_its_own_engine(quire: Quire, command: list[str]) -> None:
+    result = quire(*command, "--dtype", "float16", "--no-prefix-sharing")
+    assert (result.exit_code, result.stderr) == (2, "error: dtype='float16': must be left out where a server is asked, which has its own\n")
 
 
 def test_the_error_is_of_the_right_half() -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from quire.cli.askers import Answer, Asker, inside, outside
 from quire.cli.batch_rows import Ledger, Row, read_rows
 from quire.cli.door import FAILED, stderr
-from quire.cli.options import MODEL
+from quire.cli.options import MODEL, refuse_engine_options
 from quire.config import EngineConfig
 from quire.errors import ConfigError, InvalidRequestError, RequestFailedError
 
@@ -46,6 +46,8 @@ def batch(
         raise ConfigError(f"in_flight={in_flight}: must be an integer from 1 to 1024")
     if url is not None and (model is not None or served_model_name is not None):
         raise ConfigError(f"url={url!r}: must be given without --model and --served-model-name: the server has its model already")
+    if url is not None:
+        refuse_engine_options(config)
     with _opened(source) as file:
         rows = read_rows(file, str(source))
         with Ledger(out, rows) as ledger:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from quire.cli.door import FAILED, Stdout, complain, load
 from quire.cli.keyboard import Stopped, half_a_line, line_editing, prompt, stoppable
+from quire.cli.options import refuse_engine_options
 from quire.cli.remote import Remote, is_url
 from quire.cli.tables import table
 from quire.cli.talkers import Here, Messages, Talker, There, Turn
@@ -62,6 +63,7 @@ def chat(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     source = NEARBY if model is None else model
     if is_url(source):
+        refuse_engine_options(config)
         given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         try:
             there = There(Remote(source, api_key), name, {name: value for name, value in given.items() if value is not None})

@@ -145,6 +145,18 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
+def refuse_engine_options(config: EngineConfig) -> None:
+    """Refuse options of an engine where a server is asked, which has its own.
+
+    Raises:
+        ConfigError: the first one that is not as it would be unasked.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value != f.default:
+            raise ConfigError(f"{f.name}={value!r}: must be left out where a server is asked, which has its own")
+
+
 def parse_size(text: str) -> int:
     """Bytes of '512MB' (a million each), '2GiB' (2**30 each) or a plain number.
 

@@ -101,15 +101,17 @@ def _live_model(model: PreTrainedModel, dtype: str, revision: str | None, produc
 
 def _local_folder(source: str) -> Path | None:
     """The folder `source` names, or None for a hub id. Nothing is asked of the network for what looks like a path."""
+    if not source.strip():
+        raise ModelNotFoundError(f"{source!r}: names no model; a model is a folder with a config.json, or a hub id")
     path = Path(source).expanduser()
-    if source.strip() and path.is_dir():
+    if path.is_dir():
         _refuse_adapter(source, find_adapter_config_file(str(path)))
         if not (path / "config.json").is_file():
             raise ModelNotFoundError(f"{source!r}: the folder has no config.json")
         return path
     if path.exists():
         raise ModelNotFoundError(f"{source!r}: is a file; a model is a folder with a config.json, or a hub id")
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source.strip():
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelNotFoundError(f"{source!r}: no such folder, and not the form of a hub id (owner/name)")
     return None
 
