@@ -65,7 +65,7 @@ class Intake:
         def pages_needed(max_tokens: int) -> int:
             return engine.scheduler.cache.pages_to_finish(num_committed_at_most(len(token_ids), max_tokens, params))
 
-        if params.takes_what_fits:
+        if params.takes_what_fits and pages_needed(max_tokens) > num_pages:
             max_tokens = max(1, bisect_right(range(1, max_tokens + 1), num_pages, key=pages_needed))
         check_fits(num_committed_at_most(len(token_ids), max_tokens, params), pages_needed(max_tokens), num_pages)
         if params.min_tokens > max_tokens:
