@@ -105,9 +105,9 @@ def test_what_stood_in_gives_way_when_more_is_asked_for(when: str) -> None:
         f"""
 import sys
 from contextlib import ExitStack
-from quire.cli.lean import lean
+from quire.cli.lean import stand_ins
 stack = ExitStack()
-stack.enter_context(lean())
+stack.enter_context(stand_ins())
 import torch
 from transformers import LlamaForCausalLM
 names = ("torch._dynamo", "transformers.models")

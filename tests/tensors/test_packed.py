@@ -15,7 +15,7 @@ native = pytest.importorskip("quire.tensors.native", reason="the native kernels 
 from quire.tensors.native_products import NativeProducts  # noqa: E402
 from quire.tensors.packed import PackedLayout, PackedWeight  # noqa: E402
 from quire.tensors.products import SPANS, ReferenceProducts, parts  # noqa: E402
-from tests.tensors.test_native_linear import DTYPES, NAN, assert_same_bits, random  # noqa: E402
+from tests.tensors.product_cases import DTYPES, NAN, assert_same_bits, random  # noqa: E402
 
 CODES = ["int8", "int4"]
 PARTS = {"int8": 128, "int4": 32}  # k that is summed before it is scaled, where x is taken as it is

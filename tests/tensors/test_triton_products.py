@@ -13,10 +13,9 @@ from quire.tensors import triton_products
 from quire.tensors.packed import PackedLayout, PackedWeight
 from quire.tensors.products import ReferenceProducts
 from quire.tensors.triton_products import TritonProducts
+from tests.tensors.product_cases import DTYPES, NAN, assert_close_to_fp64, assert_same_bits, random
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANTIZATIONS = ["int8", "int4"]
-NAN = float("nan")
 COUNTS = [1, 2, 15, 16, 17, 63, 64, 65, 130]
 
 
@@ -27,31 +26,11 @@ def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(triton_products, "_shape", triton_products._SHAPES.get)
 
 
-def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def pack(weight: torch.Tensor, quantization: str, transposed: bool = False) -> PackedWeight:
     products, layout = TritonProducts(), PackedLayout(*weight.shape, weight.dtype, quantization)
     out = torch.empty(products.packed_bytes(layout), dtype=torch.uint8)
     products.pack(weight, layout, out)
     return PackedWeight(out, layout, products.rows, "weight", transposed)
-
-
-def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
-    integers = torch.int32 if got.dtype == torch.float32 else torch.int16
-    assert got.dtype == expected.dtype
-    assert torch.equal(got.contiguous().view(integers), expected.contiguous().view(integers))
-
-
-def assert_close_to_fp64(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Within one rounding of the result, and an fp32 rounding of the absolute sum for each k (the worst case)."""
-    wide_bias = torch.zeros(weight.shape[0]) if bias is None else bias
-    exact = x.double() @ weight.double().t() + wide_bias.double()
-    size = x.double().abs() @ weight.double().abs().t() + wide_bias.double().abs()
-    limits = torch.finfo(got.dtype)
-    allowed = limits.eps / 2 * (exact.abs() + limits.smallest_normal) + (x.shape[1] + 2) * 2.0**-24 * size
-    assert ((got.double() - exact).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +40,7 @@ def test_is_near_fp64_and_the_reference(shape: None, dtype: torch.dtype) -> None
         for given in (None, bias):
             got, expected = TritonProducts().linear(x, weight, given), ReferenceProducts().linear(x, weight, given)
             assert got.dtype == dtype and got.shape == expected.shape
-            assert_close_to_fp64(got, x, weight, given)
+            assert_close_to_fp64(got, x, weight, given, k + 2)
             torch.testing.assert_close(got, expected, atol=1e-4 + 4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
 
 
@@ -152,11 +131,11 @@ def test_codes_are_multiplied_as_the_weight_they_stand_for(shape: None, dtype: t
     x, weight, bias = random(0, 5, k, dtype=dtype), (random(1, n, k) * spread).to(dtype), random(2, n, dtype=dtype)
     packed = pack(weight, quantization)
     assert packed.packed.shape == (ReferenceProducts().packed_bytes(packed.form),)
-    assert_close_to_fp64(products.linear(x, packed, bias), x, packed.rows(torch.arange(n), torch.float32), bias)
+    assert_close_to_fp64(products.linear(x, packed, bias), x, packed.rows(torch.arange(n), torch.float32), bias, k + 2)
     assert_same_bits(products.matmul(x, pack(weight, quantization, transposed=True), bias), products.linear(x, packed, bias))
     wide = products.linear(x.float(), packed)  # of another dtype than the weight was
     assert wide.dtype == torch.float32
-    assert_close_to_fp64(wide, x.float(), packed.rows(torch.arange(n), torch.float32), None)
+    assert_close_to_fp64(wide, x.float(), packed.rows(torch.arange(n), torch.float32), None, k + 2)
     with pytest.raises(ValueError, match="weight is packed"):
         products.matmul(x, packed)
 

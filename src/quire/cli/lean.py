@@ -23,32 +23,34 @@ _MODELS = "transformers.models"
 
 
 @contextlib.contextmanager
-def lean() -> Iterator[None]:
+def stand_ins() -> Iterator[None]:
     """Inside, what is imported and loaded meets stand-ins, but for modules that are there already."""
     import torch.distributed
     from transformers.utils.import_utils import is_torch_distributed_available
 
     there = torch.distributed.is_available
-    stand_ins = []
-    if _DYNAMO not in sys.modules:
-        torch.distributed.is_available = lambda: False
-        is_torch_distributed_available()  # transformers asks once and remembers
-        stand_ins = [
-            _StandIn(_DYNAMO, disable=_unmarked, allow_in_graph=_unmarked, assume_constant_result=_unmarked),
-            _StandIn(_TRACED, TransformGetItemToIndex=_transform_get_item_to_index, __path__=()),
-        ]
-    if _MODELS not in sys.modules:
-        spec = importlib.util.find_spec(_MODELS)
-        assert spec is not None
-        stand_ins.append(_StandIn(_MODELS, __spec__=spec, __path__=spec.submodule_search_locations))
-    for module in stand_ins:
-        module.come()
+    modules = [module for module in _made() if module.__name__ not in sys.modules]
     try:
+        if _DYNAMO not in sys.modules:
+            torch.distributed.is_available = lambda: False
+            is_torch_distributed_available()  # transformers asks once and remembers
+        for module in modules:
+            module.come()
         yield
     finally:
         torch.distributed.is_available = there
-        for module in stand_ins:
+        for module in modules:
             module.go()
+
+
+def _made() -> list[_StandIn]:
+    models = importlib.util.find_spec(_MODELS)
+    assert models is not None
+    return [
+        _StandIn(_DYNAMO, disable=_unmarked, allow_in_graph=_unmarked, assume_constant_result=_unmarked),
+        _StandIn(_TRACED, TransformGetItemToIndex=_transform_get_item_to_index, __path__=()),
+        _StandIn(_MODELS, __spec__=models, __path__=models.submodule_search_locations),
+    ]
 
 
 class _StandIn(ModuleType):
