@@ -25,12 +25,13 @@ void product(int32_t format, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t
   multiply(args);
 }
 
-void pack(int32_t format, uintptr_t w, uintptr_t packed, int64_t n, int64_t k, int64_t stride, int32_t dtype, int32_t num_threads) {
-  require(n > 0 && k > 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
+int64_t pack(int32_t format, uintptr_t w, uintptr_t packed, int64_t total, int64_t first, int64_t n, int64_t k, int64_t stride, int32_t dtype,
+             int32_t num_threads) {
+  require(n > 0 && first >= 0 && n <= total - first && k > 0 && is_dtype(dtype) && is_packed(format) && num_threads >= 1);
   require(format > kPackedF16 || format == kPackedF32 + dtype);  // elements keep their dtype
-  const PackArgs args{pointer<void>(w), pointer<void>(packed), n, k, stride, dtype, format, num_threads};
+  const PackArgs args{pointer<void>(w), pointer<void>(packed), total, first, n, k, stride, dtype, format, num_threads};
   nb::gil_scoped_release release;
-  active_kernels().linear.pack(&args);
+  return active_kernels().linear.pack(&args);
 }
 
 void packed_rows(int32_t format, uintptr_t packed, uintptr_t ids, uintptr_t out, int64_t count, int64_t n, int64_t k, int32_t dtype, int32_t num_threads) {

@@ -26,6 +26,10 @@
 #define QUIRE_PLAIN 1
 #endif
 
+#if defined(QUIRE_AVX512) && !defined(QUIRE_AMX)
+#define QUIRE_SHORT_EXPONENTS 1  // bf16 is packed in 12 bits (packed_short.h)
+#endif
+
 #define QUIRE_INLINE static inline __attribute__((always_inline))
 // Before loops over sums that are to stay in registers: GCC 12 unrolls others too late to keep an array of them out of memory.
 #if defined(__clang__)

@@ -17,11 +17,12 @@ struct LinearArgs {
   float* scratch;  // scratch_floats of them, aligned to 64 bytes
 };
 
-// A weight [N, K] of a dtype, its rows `stride` elements apart, to the bytes of a packed format.
+// Rows of a weight [total, K] of a dtype, n of them from the first, which begins a panel, `stride` elements apart, to the bytes of a packed format. All
+// before them have been packed.
 struct PackArgs {
   const void* w;
-  void* packed;
-  int64_t n, k, stride;
+  void* packed;  // of the whole weight
+  int64_t total, first, n, k, stride;
   int32_t dtype, format, num_threads;
 };
 
@@ -39,9 +40,9 @@ struct LinearKernels {
   // Products of one x with weights of one form: x, m, k, x_stride, dtype, format, num_threads and scratch, as much as one of them wants at the most,
   // are the same of all.
   void (*multiply)(const LinearArgs* products, int64_t count);
-  void (*pack)(const PackArgs*);
+  int64_t (*pack)(const PackArgs*);  // how many bytes the weight takes up to the last of these rows
   void (*rows)(const UnpackArgs*);
-  int64_t (*packed_bytes)(int32_t format, int64_t n, int64_t k);
+  int64_t (*packed_bytes)(int32_t format, int64_t n, int64_t k);  // at the most
 };
 
 }  // namespace quire

@@ -17,6 +17,7 @@
 #pragma once
 #include "linear_codes.h"
 #include "linear_panels.h"
+#include "packed_short.h"
 
 #if !defined(QUIRE_AMX)
 namespace quire {
@@ -46,6 +47,18 @@ constexpr int dot_lines([[maybe_unused]] int rows, [[maybe_unused]] bool whole) 
 #endif
 }
 
+// Lines `first` to first + N - 1 of a panel's steps, one step after the other.
+template <class Format, int N>
+struct Steps {
+  const char* at;
+
+  Steps(const char* block, int first) : at(block + kScaleBytes<Format> + 64 * first) {}
+  __attribute__((always_inline)) void next(U32x16 (&lines)[N]) {
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) lines[j] = load_u32((const uint32_t*)(at + 64 * j));
+    at += kStepBytes;
+  }
+};
+
 // Of a block: up to kDotRows rows of x, from the first one on, and a panel.
 struct DotArgs {
   const char *x, *w;   // cells of x; the panel's part, scales and all
@@ -63,6 +76,13 @@ void dots_in_registers(const DotArgs&, Ahead&);
 struct PairDots {
   using Format = PackedBf16;
   using Sum = F32x16;
+#if defined(QUIRE_SHORT_EXPONENTS)
+  template <int N>
+  using Lines = ShortSteps<N>;
+#else
+  template <int N>
+  using Lines = Steps<Format, N>;
+#endif
   // k of a cell; bytes of a row beside a block's cells; how often a walk through a block asks ahead.
   static constexpr int kCellK = 2, kExtra = 0, kAsks = kBlockSteps / kStepsAtOnce;
   static constexpr double kReadNs = 0.1;
@@ -105,6 +125,8 @@ template <bool kVnni>
 struct ByteDots {
   using Format = PackedInt8;
   using Sum = U32x16;
+  template <int N>
+  using Lines = Steps<Format, N>;
   static constexpr int kCellK = 4, kCellBytes = kVnni ? 4 : 8, kExtra = sizeof(float) + sizeof(int32_t), kAsks = kBlockSteps / kStepsAtOnce;
   static constexpr double kReadNs = 0.05;
   static constexpr int lines_at_once(int rows) { return dot_lines(rows, kVnni); }
@@ -144,17 +166,19 @@ void dots_in_registers(const DotArgs& a, Ahead& asked) {
     typename P::Sum sum[R][kAtOnce];
     QUIRE_UNROLL for (int r = 0; r < R; ++r)
       QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) sum[r][j] = P::begin(a, r);
-    const char *x = a.x, *w = a.w + kScaleBytes<typename P::Format> + 64 * first;
+    const char* x = a.x;
+    typename P::template Lines<kAtOnce> weight(a.w, first);
     for (int s = a.steps; s > 0; s -= kStepsAtOnce) {
       ask(ahead);
       QUIRE_UNROLL for (int u = 0; u < kStepsAtOnce; ++u) {
+        U32x16 lines[kAtOnce];
+        weight.next(lines);
         decltype(P::cells(U32x16{})) cells[kAtOnce];
-        QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) cells[j] = P::cells(load_u32((const uint32_t*)(w + u * kStepBytes + 64 * j)));
+        QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) cells[j] = P::cells(lines[j]);
         QUIRE_UNROLL for (int r = 0; r < R; ++r)
           QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) sum[r][j] = P::dot(sum[r][j], x + (r * kBlockSteps + u) * P::kCellBytes, cells[j]);
       }
       x += kStepsAtOnce * P::kCellBytes;
-      w += kStepsAtOnce * kStepBytes;
     }
     QUIRE_UNROLL for (int r = 0; r < R; ++r)
       QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) P::add_to(a, sum[r][j], r, 16 * (first + j));
@@ -166,7 +190,7 @@ template <class P>
 struct DotProduct {
   using Format = typename P::Format;
   static constexpr int kBlockK = kBlockSteps * P::kCellK, kXBlock = kBlockSteps * P::kCellBytes;
-  static constexpr int64_t kBytes = kBlockK / Format::kSpan * kSpanBytes<Format>;  // of a block of a panel
+  static constexpr int64_t kBytes = kShort<Format> ? kMostlyShortBytes : kBlockK / Format::kSpan * kSpanBytes<Format>;  // of a block of a panel
   static_assert(kBlockK % Format::kSpan == 0 && Format::kPad % (P::kCellK * kStepsAtOnce) == 0);
   typedef void (*Dots)(const DotArgs&, Ahead&);
   template <int R>
@@ -204,10 +228,11 @@ struct DotProduct {
     const int64_t walks = ceil_div(p.tile_rows, kDotRows) * (kLines / at_once) * count;
     const int64_t each = walks > 1 ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
     auto* const sums = (float*)own;
-    const char* w = (const char*)g.w + panel * panel_bytes<Format>(g.k);
-    for (int64_t block = 0; block < blocks(g); ++block, w += kBytes) {
+    const char *w = panel_at<Format>(g.w, panel, g.k), *next;
+    for (int64_t block = 0; block < blocks(g); ++block, w = next) {
       const int steps = int(round_up(smaller(g.k - block * kBlockK, kBlockK), Format::kPad)) / P::kCellK;
-      Ahead ahead{w + kBytes, each};
+      next = block_end<Format>(w, steps, kBytes);
+      Ahead ahead{next, each};
       for (int t = 0; t < count; ++t) {
         const char* const tile = x + t * p.tile_bytes;
         const int first = t * p.tile_rows, rows_here = int(smaller(rows_of_all - first, p.tile_rows)), groups = int(ceil_div(rows_here, kDotRows));

@@ -4,6 +4,7 @@
 // extreme, whichever its sign, is one of them (of two that are equal, the positive one).
 #pragma once
 #include "linear_packed.h"
+#include "thread_memory.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -66,11 +67,11 @@ void encode_span(const float* cells, int k, char* scales, char* out) {
   }
 }
 
+// 16 columns to their lines of a panel.
 template <class F, class P>
-void pack_group(const PackArgs& g, int64_t group) {
+void pack_group(const PackArgs& g, int64_t group, char* out) {
   const int64_t n = group * 16;
   const int line = int(group % kLines);
-  char* out = (char*)g.packed + group / kLines * panel_bytes<P>(g.k);
   for (int64_t k = 0; k < g.k; k += P::kSpan, out += kSpanBytes<P>) {
     char* codes = out + kScaleBytes<P> + 64 * line;
     if constexpr (P::kScaled) {
@@ -85,19 +86,58 @@ void pack_group(const PackArgs& g, int64_t group) {
   }
 }
 
+#if defined(QUIRE_SHORT_EXPONENTS)
+// Panels of 12 bits. Each thread packs a stretch of them as if those before took the most they can; then the stretches are moved together.
+template <class F>
+int64_t pack_short(const PackArgs& g) {
+  using P = PackedBf16;
+  auto* const begins = (int64_t*)g.packed + g.first / kWide;
+  if (g.first == 0) {
+    memset(begins, 0, size_t(lead_bytes<P>(g.total)));
+    begins[0] = lead_bytes<P>(g.total);
+  }
+  char* const out = (char*)g.packed + begins[0];
+  const int64_t panels = ceil_div(g.n, kWide), parts = smaller(g.num_threads, panels), steps = panel_bytes<P>(g.k) / kWholeStep;
+  const auto first_of = [&](int64_t part) { return panels * part / parts; };
+  parallel_for(g.num_threads, parts, [&](int64_t part, int) {
+    static thread_local ThreadMemory memory;
+    char *const lines = (char*)memory.get(panel_bytes<P>(g.k) / 4), *const from = out + first_of(part) * most_panel_bytes<P>(g.k), *at = from;
+    for (int64_t panel = first_of(part); panel < first_of(part + 1); ++panel) {
+      for (int64_t group = panel * kLines; group < (panel + 1) * kLines; ++group) pack_group<F, P>(g, group, lines);
+      for (int64_t s = 0; s < steps; s += 64) at = close_block(lines + kWholeStep * s, int(smaller(steps - s, 64)), at);
+      begins[panel + 1] = at - from;
+    }
+  });
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t to = begins[first_of(part)];
+    memmove((char*)g.packed + to, out + first_of(part) * most_panel_bytes<P>(g.k), size_t(begins[first_of(part + 1)]));
+    for (int64_t panel = first_of(part); panel < first_of(part + 1); ++panel) begins[panel + 1] += to;
+  }
+  return begins[panels];
+}
+#endif
+
 template <class F, class P>
-void pack_as(const PackArgs& g) {
-  parallel_for(g.num_threads, ceil_div(g.n, kWide) * kLines, [&](int64_t group, int) { pack_group<F, P>(g, group); });
+int64_t pack_as(const PackArgs& g) {
+#if defined(QUIRE_SHORT_EXPONENTS)
+  if constexpr (kShort<P>) return pack_short<F>(g);
+#endif
+  const int64_t bytes = panel_bytes<P>(g.k), before = g.first / kWide, panels = ceil_div(g.n, kWide);
+  char* const out = (char*)g.packed + before * bytes;
+  parallel_for(g.num_threads, panels * kLines, [&](int64_t group, int) { pack_group<F, P>(g, group, out + group / kLines * bytes); });
+  return (before + panels) * bytes;
 }
 
-inline void pack(const PackArgs* g) {
+inline int64_t pack(const PackArgs* g) {
   if (g->format == kPackedF32) return pack_as<Fp32, PackedF32>(*g);
   if (g->format == kPackedBF16) return pack_as<WideBf16, PackedBf16>(*g);
   if (g->format == kPackedF16) return pack_as<Fp16, PackedF16>(*g);
+  int64_t bytes = 0;
   with_packed(g->format, [&](auto packed) {
     using P = decltype(packed);
-    if constexpr (P::kScaled) g->dtype == kF32 ? pack_as<Fp32, P>(*g) : g->dtype == kBF16 ? pack_as<WideBf16, P>(*g) : pack_as<Fp16, P>(*g);
+    if constexpr (P::kScaled) bytes = g->dtype == kF32 ? pack_as<Fp32, P>(*g) : g->dtype == kBF16 ? pack_as<WideBf16, P>(*g) : pack_as<Fp16, P>(*g);
   });
+  return bytes;
 }
 
 template <class P>
@@ -105,11 +145,9 @@ float scale_of(const char* span, int64_t column) {
   return P::kScaled ? bf16_to_f32(((const uint16_t*)span)[column]) : 1.0f;
 }
 
-// 16 whole columns of the packed weight, one after the other, to 16 rows of elements.
+// 16 whole columns of a panel, one after the other, to 16 rows of elements.
 template <class F, class P>
-void whole_group(const UnpackArgs& g, int64_t group, typename F::Elem* out) {
-  const int line = int(group % kLines);
-  const char* span = (const char*)g.packed + group / kLines * panel_bytes<P>(g.k);
+void whole_group(const UnpackArgs& g, const char* span, int line, typename F::Elem* out) {
   for (int64_t k = 0; k < g.k; k += P::kSpan, span += kSpanBytes<P>) {
     const char* w = span + kScaleBytes<P> + 64 * line;
     F32x16 scale = set1(1.0f);
@@ -127,9 +165,8 @@ void whole_group(const UnpackArgs& g, int64_t group, typename F::Elem* out) {
 }
 
 template <class F, class P>
-void one_row(const UnpackArgs& g, int64_t n, typename F::Elem* out) {
+void one_row(const UnpackArgs& g, const char* span, int64_t n, typename F::Elem* out) {
   const int line = int(n / 16 % kLines), column = int(n % 16);
-  const char* span = (const char*)g.packed + n / kWide * panel_bytes<P>(g.k);
   for (int64_t k = 0; k < g.k; k += P::kSpan, span += kSpanBytes<P>) {
     const char* w = span + kScaleBytes<P> + 64 * line;
     const float scale = scale_of<P>(span, n % kWide);
@@ -142,19 +179,39 @@ void one_row(const UnpackArgs& g, int64_t n, typename F::Elem* out) {
   }
 }
 
+// Panels for one thread, the last one kept open.
+template <class P>
+struct Opened {
+  const UnpackArgs& g;
+  int64_t panel = -1;
+  const char* open = nullptr;
+
+  const char* at(int64_t wanted) {
+    if (wanted == panel) return open;
+    static thread_local ThreadMemory memory;
+    panel = wanted;
+    return open = opened<P>(g.packed, wanted, g.k, kShort<P> ? (char*)memory.get(panel_bytes<P>(g.k) / 4) : nullptr);
+  }
+};
+
 template <class F>
 void rows_as(const UnpackArgs& g) {
   with_packed(g.format, [&](auto packed) {
     using P = decltype(packed);
-    parallel_for(g.num_threads, ceil_div(g.count, 16), [&](int64_t some, int) {
-      const int64_t first = 16 * some;
-      auto* out = (typename F::Elem*)g.out + first * g.k;
-      bool whole = first + 16 <= g.count && g.ids[first] % 16 == 0;
-      for (int i = 1; whole && i < 16; ++i) whole = g.ids[first + i] == g.ids[first] + i;
-      if (whole) {
-        whole_group<F, P>(g, g.ids[first] / 16, out);
-      } else {
-        for (int64_t i = 0; i < smaller(g.count - first, 16); ++i) one_row<F, P>(g, g.ids[first + i], out + i * g.k);
+    const int64_t parts = smaller(g.num_threads, ceil_div(g.count, 16));
+    parallel_for(g.num_threads, parts, [&](int64_t part, int) {
+      Opened<P> panels{g};
+      const int64_t groups = ceil_div(g.count, 16), last = smaller(groups * (part + 1) / parts * 16, g.count);
+      for (int64_t first = groups * part / parts * 16; first < last; first += 16) {
+        auto* out = (typename F::Elem*)g.out + first * g.k;
+        const int64_t n = g.ids[first];
+        bool whole = first + 16 <= g.count && n % 16 == 0;
+        for (int i = 1; whole && i < 16; ++i) whole = g.ids[first + i] == n + i;
+        if (whole) {
+          whole_group<F, P>(g, panels.at(n / kWide), int(n / 16 % kLines), out);
+        } else {
+          for (int64_t i = 0; i < smaller(last - first, 16); ++i) one_row<F, P>(g, panels.at(g.ids[first + i] / kWide), g.ids[first + i], out + i * g.k);
+        }
       }
     });
   });
@@ -164,7 +221,7 @@ inline void rows(const UnpackArgs* g) { g->dtype == kF32 ? rows_as<Fp32>(*g) : g
 
 inline int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
   int64_t bytes = 0;
-  with_packed(format, [&](auto packed) { bytes = ceil_div(n, kWide) * panel_bytes<decltype(packed)>(k); });
+  with_packed(format, [&](auto packed) { bytes = most_bytes<decltype(packed)>(n, k); });
   return bytes;
 }
 

@@ -11,6 +11,7 @@
 // register tiles go over it.
 #pragma once
 #include "linear.h"
+#include "packed_short.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -105,6 +106,7 @@ Plan plan_packed(const LinearArgs& g) {
   p.few = g.m <= kFewPacked;
   p.panels = g.m <= 64 ? 1 : kGroupColumns / kWide;
   p.thread_floats = p.few ? g.m * kWide : (kBlock + 1 + p.most_rows * p.panels * kWide / kPanel) * kPanel;
+  if (kShort<P>) p.thread_floats = round_up(p.thread_floats, 16) + (p.few ? 1 : p.panels) * panel_bytes<P>(g.k) / 4;  // where they are opened
   return p;
 }
 
@@ -123,11 +125,12 @@ void pack_x_as(const LinearArgs& g, int64_t m0, int rows, int first, int last, f
 template <class P>
 void few_rows_packed(const LinearArgs& g, const float* x, float* sums, int64_t begin, int64_t end) {
   const int m = int(g.m), lines = few_lines(m);
-  const int64_t bytes = panel_bytes<P>(g.k);
+  char* const room = (char*)(sums + round_up(g.m * kWide, 16));
   for (int64_t panel = begin; panel < end; ++panel) {
+    const char* const w = opened<P>(g.w, panel, g.k, room);
     int64_t k0 = 0;
     do {
-      const PartPlace place = part_at<P>((const char*)g.w + panel * bytes, k0);
+      const PartPlace place = part_at<P>(w, k0);
       FewPacked a{x + k0 / kBlock * m * kBlock, place, sums, 0, int(round_up(smaller(g.k - k0, kBlock), P::kPad)), k0 == 0, nullptr};
       for (; a.line < kLines; a.line += lines, a.sums += lines * m * 16) {
         a.ahead = place.units + (lines == kLines ? kAhead : kBlockBytes<P> + kBlockBytes<P> / kLines * a.line);
@@ -185,14 +188,16 @@ void block_packed(const float* x, int rows, float* panel, float* sums, PartPlace
 template <class P>
 void many_rows_packed(const LinearArgs& g, const Plan& p, const float* x, int64_t m0, int rows, float* scratch, int64_t begin, int64_t end) {
   float *panel = scratch, *sums = panel + (kBlock + 1) * kPanel;
-  const int64_t bytes = panel_bytes<P>(g.k);
+  char* const room = (char*)(sums + round_up(p.most_rows * p.panels * kWide, 16));
   for (int64_t first = begin; first < end; first += p.panels) {
     const int64_t last = smaller(first + p.panels, end);
+    const char* w[kGroupColumns / kWide];
+    for (int64_t at = first; at < last; ++at) w[at - first] = opened<P>(g.w, at, g.k, room + (at - first) * panel_bytes<P>(g.k));
     int64_t k0 = 0;
     do {
       const int k = int(round_up(smaller(g.k - k0, kBlock), P::kPad));
       for (int64_t at = first; at < last; ++at) {
-        const PartPlace place = part_at<P>((const char*)g.w + at * bytes, k0);
+        const PartPlace place = part_at<P>(w[at - first], k0);
         for (int line = 0; line < kLines; line += kTileVectors)
           block_packed<P>(x + k0 / kBlock * rows * kBlock, rows, panel, sums + ((at - first) * kWide + 16 * line) * rows, place, line, k, k0 == 0);
       }

@@ -141,6 +141,15 @@ QUIRE_INLINE U32x16 words_of_bytes(U32x16 bytes, U32x16 by) { return {_mm512_mad
 QUIRE_INLINE U32x16 shuffle16(U32x16 a, const uint8_t (&order)[16]) {
   return {_mm512_shuffle_epi8(a.v, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)order)))};
 }
+QUIRE_INLINE U32x16 shuffle16(U32x16 a, U32x16 order) { return {_mm512_shuffle_epi8(a.v, order.v)}; }
+QUIRE_INLINE U32x16 load_16_for_all(const void* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))}; }
+QUIRE_INLINE U32x16 low_words(U32x16 low, U32x16 high) { return {_mm512_unpacklo_epi8(low.v, high.v)}; }
+QUIRE_INLINE U32x16 high_words(U32x16 low, U32x16 high) { return {_mm512_unpackhi_epi8(low.v, high.v)}; }
+QUIRE_INLINE U32x16 bytes_of_words(U32x16 a, U32x16 b) { return {_mm512_packus_epi16(a.v, b.v)}; }
+QUIRE_INLINE U32x16 sub_bytes(U32x16 a, U32x16 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+QUIRE_INLINE U32x16 min_bytes(U32x16 a, U32x16 b) { return {_mm512_min_epu8(a.v, b.v)}; }
+QUIRE_INLINE U32x16 max_bytes(U32x16 a, U32x16 b) { return {_mm512_max_epu8(a.v, b.v)}; }
+QUIRE_INLINE bool same(U32x16 a, U32x16 b) { return _mm512_cmpneq_epi32_mask(a.v, b.v) == 0; }
 QUIRE_INLINE void store_bytes(char* p, U32x16 words) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi16_epi8(words.v)); }
 
 // Adds the products of four unsigned bytes of a lane with four signed ones: for CPUs with AVX512-VNNI. Written out, since it is compiled for others, too,

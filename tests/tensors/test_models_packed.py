@@ -48,7 +48,7 @@ def test_the_bits_of_plain_weights(family: str, tmp_path: Path) -> None:
         assert torch.equal(got, expected)
     kinds = [module for module in model.transformers_model.modules() if type(module) in (nn.Linear, Conv1D)]
     assert kinds and all(isinstance(module._parameters["weight"], PackedWeight) for module in kinds)
-    assert model.weight_bytes >= 0.9 * plain.weight_bytes
+    assert model.weight_bytes >= 0.7 * plain.weight_bytes
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mixtral", "gemma3_text"])

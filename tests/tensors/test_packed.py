@@ -26,9 +26,11 @@ ROWS = [*range(1, 18), 23, 29, 32, 33, 49, 64, 65, 100, 260]  # every number of 
 def pack(weight: torch.Tensor, quantization: str = "none", products: NativeProducts | ReferenceProducts | None = None) -> PackedWeight:
     products = products or NativeProducts(2)
     layout = PackedLayout(*weight.shape, weight.dtype, quantization)
-    out = torch.full((products.packed_bytes(layout),), 0xFF, dtype=torch.uint8)
-    products.pack(weight, layout, out)
-    return PackedWeight(out, layout, products.rows, "layer.weight")
+    most = products.packed_bytes(layout)
+    out = torch.full((most + 64,), 0xFF, dtype=torch.uint8)
+    used = products.pack(weight, layout, out[:most])
+    assert used <= most and (out[most:] == 0xFF).all()
+    return PackedWeight(out[:used].clone(), layout, products.rows, "layer.weight")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

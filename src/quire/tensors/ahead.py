@@ -36,10 +36,10 @@ _now: Ahead | None = None
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Packed weights in one area, and at which byte of it each begins. A weight is known by its file (`FileMapping.file`) and by what it is there."""
+    """Packed weights in one area, and which bytes of it are each one's; each is known by its file (`FileMapping.file`) and by what it is there."""
 
     memory: mmap.mmap | None = None
-    places: dict[tuple[str, StoredWeight], int] = field(default_factory=dict)
+    places: dict[tuple[str, StoredWeight], range] = field(default_factory=dict)
 
 
 class Ahead:
@@ -49,7 +49,7 @@ class Ahead:
         self._wanted = folder, dtype, quantization
         self._spare_bytes = spare_bytes
         self._memory: mmap.mmap | None = None
-        self._made: dict[tuple[str, StoredWeight], tuple[int, int]] = {}  # -> first byte, and the first that may be another's
+        self._made: dict[tuple[str, StoredWeight], range] = {}
         self._sources: list[mmap.mmap] = []  # mapped to the end, so that no other file comes to be known as one of these
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="quire-ahead", daemon=True)
@@ -66,11 +66,11 @@ class Ahead:
         from quire.tensors.native_library import lib
 
         files = foreseen(*self._wanted)
-        sizes = [-(-lib.packed_bytes(weight.format, weight.n, weight.k) // ALIGNMENT) * ALIGNMENT for _, weights in files for weight in weights]
-        if not LEAST <= sum(sizes) <= self._spare_bytes():
+        most = sum(_aligned(lib.packed_bytes(weight.format, weight.n, weight.k)) for _, weights in files for weight in weights)
+        if not LEAST <= most <= self._spare_bytes():
             return
-        self._memory = mapped(sum(sizes))
-        place, left = 0, iter(sizes)
+        self._memory = mapped(most)
+        place = 0
         for path, weights in files:
             with path.open("rb") as file:
                 source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # which lets its address be known
@@ -79,26 +79,27 @@ class Ahead:
             if held is None:
                 return
             for weight in weights:
-                if not self._pack(weight, source, place):
+                size = self._pack(weight, source, place)
+                if size is None:
                     return
-                last = place + next(left)
-                self._made[held.file, weight], place = (place, last), last
+                self._made[held.file, weight] = range(place, place + size)
+                place += _aligned(size)
 
-    def _pack(self, weight: StoredWeight, source: mmap.mmap, place: int) -> bool:
-        """Pack a weight to byte `place` of the area, or only begin to if somebody waits for the thread's end."""
+    def _pack(self, weight: StoredWeight, source: mmap.mmap, place: int) -> int | None:
+        """Pack a weight to byte `place` of the area and on, how many is returned, or only begin to if somebody waits for the thread's end."""
         from quire.tensors.native_library import PANEL, lib
 
         assert self._memory is not None
         form, k, row_bytes = weight.format, weight.k, weight.k * (4 if weight.dtype == 0 else 2)
-        out, step = _address(self._memory) + place, max(1, SLICE // row_bytes // PANEL) * PANEL
+        out, step, size = _address(self._memory) + place, max(1, SLICE // row_bytes // PANEL) * PANEL, 0
         for row in range(0, weight.n, step):
             if self._stop.is_set():
-                return False
+                return None
             count, at = min(step, weight.n - row), weight.offset + row * row_bytes
-            lib.pack(form, _address(source) + at, out + (lib.packed_bytes(form, row, k) if row else 0), count, k, k, weight.dtype, 1)
+            size = lib.pack(form, _address(source) + at, out, weight.n, row, count, k, k, weight.dtype, 1)
             first, last = (byte // mmap.PAGESIZE * mmap.PAGESIZE for byte in (at, at + count * row_bytes))
             source.madvise(mmap.MADV_DONTNEED, first, last - first)
-        return True
+        return size
 
     def end(self, wanted: Collection[tuple[str, StoredWeight]]) -> Made:
         """Pack no more; what was made of `wanted`. All else is given back."""
@@ -109,11 +110,12 @@ class Ahead:
         kept = {key: self._made[key] for key in wanted if key in self._made}
         if memory is None:
             return Made()
-        edges = [0, *(edge for place in sorted(kept.values()) for edge in place), len(memory)]
+        places = sorted(kept.values(), key=lambda place: place.start)
+        edges = [0, *(edge for place in places for edge in (place.start, _aligned(place.stop))), len(memory)]
         for first, last in list(pairwise(edges))[::2]:
             if first < last:
                 memory.madvise(mmap.MADV_DONTNEED, first, last - first)
-        return Made(memory, {key: first for key, (first, _) in kept.items()})
+        return Made(memory, kept)
 
 
 @contextlib.contextmanager
@@ -144,6 +146,10 @@ def _open_torch() -> None:
     spec = importlib.util.find_spec("torch")  # which imports nothing
     if spec is not None and spec.origin is not None:
         ctypes.CDLL(None).dlopen(os.fsencode(Path(spec.origin).parent / "lib" / "libtorch_cpu.so"), os.RTLD_NOW)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _address(memory: mmap.mmap) -> int:

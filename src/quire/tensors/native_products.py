@@ -50,18 +50,20 @@ class NativeProducts:
         return self._multiply(x, weight, bias, True)
 
     def packed_bytes(self, layout: PackedLayout) -> int:
-        """What `pack` writes."""
+        """The most that `pack` writes."""
         return int(lib.packed_bytes(format_code(layout), layout.n, layout.k))
 
     def packed_format(self, layout: PackedLayout) -> tuple[int, int] | None:
         """The kernels' numbers of a packed weight's dtype and form."""
         return DTYPE_CODES[layout.dtype], format_code(layout)
 
-    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
-        """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)]; bytes in csrc/packed_formats.h."""
+    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> int:
+        """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)], and return how many of these bytes it takes; they are told in
+        csrc/packed_formats.h, and for bf16 in packed_short.h, where the CPU has AVX-512 and no tiles."""
         weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         address, code = weight.data_ptr(), DTYPE_CODES[layout.dtype]
-        lib.pack(format_code(layout), address, out.data_ptr(), layout.n, layout.k, weight.stride(0), code, self.num_threads)
+        n, k = layout.n, layout.k
+        return int(lib.pack(format_code(layout), address, out.data_ptr(), n, 0, n, k, weight.stride(0), code, self.num_threads))
 
     def rows(self, packed: torch.Tensor, layout: PackedLayout, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows ids int64 [R] of a packed weight as elements [R, K] of `dtype`. Raises IndexError."""

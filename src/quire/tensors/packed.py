@@ -33,20 +33,25 @@ Rows = Callable[[torch.Tensor, PackedLayout, torch.Tensor, torch.dtype], torch.T
 class PackedWeight(torch.Tensor):
     """A weight [N, K] that is kept packed.
 
-    Attributes: `packed` (uint8, its bytes), `form` (a tensor's `layout` is another thing), `weight_name`, `transposed` (the model has it as [K, N]).
+    Attributes: `packed` (uint8, as many as its form can take), `num_bytes` (how many of these it takes: what follows may be another weight's),
+    `form` (a tensor's `layout` is another thing), `weight_name`, `transposed` (the model has it as [K, N]).
     """
 
     packed: torch.Tensor
+    num_bytes: int
     form: PackedLayout
     weight_name: str
     transposed: bool
     _rows: Rows
 
     @staticmethod
-    def __new__(cls, packed: torch.Tensor, layout: PackedLayout, rows: Rows, weight_name: str, transposed: bool = False) -> PackedWeight:
+    def __new__(
+        cls, packed: torch.Tensor, layout: PackedLayout, rows: Rows, weight_name: str, transposed: bool = False, num_bytes: int | None = None
+    ) -> PackedWeight:
         shape = (layout.k, layout.n) if transposed else (layout.n, layout.k)
         self: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layout.dtype)
         self.packed, self.form, self.weight_name, self.transposed, self._rows = packed, layout, weight_name, transposed, rows
+        self.num_bytes = packed.numel() if num_bytes is None else num_bytes
         return self
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -59,7 +64,7 @@ class PackedWeight(torch.Tensor):
 
     def with_packed(self, packed: torch.Tensor) -> PackedWeight:
         """The same weight with other bytes."""
-        return PackedWeight(packed, self.form, self._rows, self.weight_name, self.transposed)
+        return PackedWeight(packed, self.form, self._rows, self.weight_name, self.transposed, self.num_bytes)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"PackedWeight({self.weight_name}, {self.form})"

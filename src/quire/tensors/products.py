@@ -56,8 +56,8 @@ class ReferenceProducts:
         """None: the form is this class's own."""
         return None
 
-    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
-        """Write weight [N, K] to `out`, uint8 [packed_bytes(layout)]."""
+    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> int:
+        """Write weight [N, K] to `out`, uint8 [packed_bytes(layout)], all of it."""
         codes, scales = parts(out, layout)
         padded = functional.pad(weight.float(), (0, -layout.k % SPANS[layout.quantization]))
         spans = padded.view(*scales.shape, SPANS[layout.quantization])
@@ -69,6 +69,7 @@ class ReferenceProducts:
         scales.copy_(scale)
         divisor = torch.where(scales == 0, 1, scales).float().unsqueeze(-1)
         codes.copy_((spans / divisor).round_().clamp_(*limits).view(padded.shape)[:, : layout.k])
+        return out.numel()
 
     def rows(self, packed: torch.Tensor, layout: PackedLayout, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows ids int64 [R] of a quantised weight as elements [R, K] of `dtype`. Raises IndexError."""

@@ -91,9 +91,9 @@ class TritonProducts:
         """None: the form is the reference's own."""
         return None
 
-    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
-        """Write weight [N, K] to `out`, uint8 [packed_bytes(layout)]."""
-        self._codes.pack(weight, layout, out)
+    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> int:
+        """Write weight [N, K] to `out`, uint8 [packed_bytes(layout)], all of it."""
+        return self._codes.pack(weight, layout, out)
 
     def rows(self, packed: torch.Tensor, layout: PackedLayout, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows ids int64 [R] of a quantised weight as elements [R, K] of `dtype`. Raises IndexError."""

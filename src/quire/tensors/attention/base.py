@@ -142,15 +142,15 @@ class PackingProducts(Products, Protocol):
         ...
 
     def packed_bytes(self, layout: PackedLayout) -> int:
-        """How many `pack` writes; 0 where such a weight is best left as it is."""
+        """The most that `pack` writes; 0 where such a weight is best left as it is."""
         ...
 
     def packed_format(self, layout: PackedLayout) -> tuple[int, int] | None:
         """The native kernels' numbers of its dtype and its packed form, None if `pack` writes another."""
         ...
 
-    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> None:
-        """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)]."""
+    def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> int:
+        """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)]; of these it is the first so many that are returned."""
         ...
 
     def rows(self, packed: torch.Tensor, layout: PackedLayout, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedModelError
-from quire.tensors.packed import bytes_of
+from quire.tensors.packed import PackedWeight
 
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -51,6 +51,10 @@ def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Of parameters and buffers, shared ones once."""
-    tensors = [bytes_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    held: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) is PackedWeight:  # many in one storage
+            held[tensor.packed.data_ptr()] = tensor.num_bytes
+        else:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(held.values())

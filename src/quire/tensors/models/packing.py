@@ -65,15 +65,17 @@ def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization
         plain = weight.tensor.detach()
         if known is not None and known in made.places:
             assert made.memory is not None
-            out = torch.frombuffer(made.memory, dtype=torch.uint8, count=size, offset=made.places[known])
+            place = made.places[known]
+            out, taken = torch.frombuffer(made.memory, dtype=torch.uint8, count=size, offset=place.start), len(place)
         else:
             out = space[offset : offset + size]
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-            products.pack(plain.t() if weight.transposed else plain, layout, out)
-        packed = PackedWeight(out, layout, products.rows, weight.name, weight.transposed)
+            taken = products.pack(plain.t() if weight.transposed else plain, layout, out)
+            offset += -(-taken // ALIGNMENT) * ALIGNMENT
+        packed = PackedWeight(out, layout, products.rows, weight.name, weight.transposed, taken)
         for holder in weight.holders:
             holder["weight"] = packed
         _let_go(plain, mappings)
+    give_back(space.data_ptr() + offset, space.numel() - offset)  # threads that pack side by side leave gaps at first
 
 
 def _quantization_of(weight: _Weight, head: nn.Module | None, quantization: str) -> str:
