@@ -74,6 +74,20 @@ def test_head_is_get_without_a_body(server: Running, path: str, key: str | None)
         assert client.head("/v1/completions").status_code == (405 if key else 401), "the connection goes on"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/health", "GET, HEAD"),
+        ("HEAD", "/v1/completions", "POST"),
+        ("PUT", "/v1/responses/x", "GET, HEAD, DELETE"),
+        ("GET", "/v1/responses/x/cancel", "POST"),
+    ],
+)
+def test_a_method_that_is_not_taken_is_told_which_are(server: Running, method: str, path: str, allowed: str) -> None:
+    answer = httpx.request(method, server.url + path, headers={"authorization": f"Bearer {KEY}"})
+    assert (answer.status_code, answer.headers.get_list("allow")) == (405, [allowed])
+
+
 def test_head_of_a_stream_without_an_end_has_one(server: Running) -> None:
     with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=10) as client:
         for _ in range(MAX_WATCHERS + 1):

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.errors import ServerError, as_server_error
@@ -42,6 +43,9 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                if status == 405:
+                    others = [header for header in message["headers"] if header[0].lower() != b"allow"]
+                    message["headers"] = [*others, (b"allow", _allowed(asked))]
                 if status >= 400:
                     self._serving.metrics.refused(status)
                 await send(message)
@@ -103,6 +107,16 @@ class Guard:
                 _say("request", {"id": run.name} | facts | run.facts())
 
             self._serving.in_background(later())
+
+
+def _allowed(scope: Scope) -> bytes:
+    """All methods that this address takes: the router says those of one route, and a route knows nothing of HEAD."""
+
+    def taken(method: str) -> bool:
+        asked = {**scope, "method": "GET" if method == "HEAD" else method}
+        return any(route.matches(asked)[0] is Match.FULL for route in scope["router"].routes)
+
+    return ", ".join(filter(taken, METHODS)).encode()
 
 
 def _say(event: str, facts: dict[str, Any]) -> None:
