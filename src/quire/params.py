@@ -11,6 +11,7 @@ from quire.structured import StructuredOutput
 
 Pooling = Literal["mean", "last"]
 
+MAX_TOKENS = 2**31 - 1
 MAX_SEQUENCES_PER_REQUEST = 1024
 MAX_STOP_STRINGS = 256
 MAX_STOP_CHARACTERS = 4096  # of all stop strings together; the matcher takes a few hundred bytes for each
@@ -93,12 +94,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None and self.pooling is None else 0, 2**31)
-        _integer("min_tokens", self.min_tokens, 0, 2**31)
+            _integer("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None and self.pooling is None else 0, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
         _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
-        _integer("top_k", self.top_k, 0, 2**31)
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, above=True)

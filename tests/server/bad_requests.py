@@ -131,6 +131,7 @@ BAD: list[Bad] = [
     *_chat("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
     *_chat("tools", [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}, "strict": True}}]),
     *_chat("tool_choice", "required", {"type": "function", "function": {"name": "f"}}),
+    *_chat("parallel_tool_calls", False),
     *_chat("response_format", "json", 5),
     # Embeddings.
     *(_fields("/v1/embeddings", {"input": "x"}, "input", value) for value in (None, [], "", [[]], 5, [600], [None], "x " * 9000, LONE)),

@@ -65,12 +65,32 @@ def test_bad_requests_and_then_a_good_one(server: Running, start: int) -> None:
             b'{"prompt": "x", "stop": ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q"]}',
             "stop: must have at most 16 items, not 17",
         ),
+        (b'{"prompt": "x", "max_tokens": 0}', "max_tokens=0: must be an integer from 1 to 2147483647"),
+        (b'{"prompt": "x", "max_tokens": 2147483648}', "max_tokens=2147483648: must be less than 2147483648"),
+        (b'{"prompt": "x", "n": 2, "best_of": 1}', "best_of: must be from n=2 to 128"),
+        (b'{"prompt": ["x", "y", "z", "a", "b", "c", "d", "e", "f"], "best_of": 128}', "best_of: must be so that there are at most 1024 choices"),
         (b'{"prompt": "x", "stream_options": {}}', "stream_options: must be left out without stream: true"),
     ],
 )
 def test_a_refusal_says_what_is_wrong(server: Running, content: bytes, said: str) -> None:
     answer = server.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and checked(answer)["message"].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("path", "limit", "said"),
+    [
+        (COMPLETIONS, "max_tokens", "min_tokens=5: must be at most max_tokens=4"),
+        (CHATS, "max_tokens", "min_tokens=5: must be at most max_tokens=4"),
+        (CHATS, "max_completion_tokens", "min_tokens=5: must be at most max_completion_tokens=4"),
+        ("/v1/responses", "max_output_tokens", "min_tokens=5: must be at most max_output_tokens=4"),
+    ],
+)
+def test_the_other_field_is_called_as_the_body_calls_it(server: Running, path: str, limit: str, said: str) -> None:
+    prompt = {COMPLETIONS: {"prompt": "x"}, CHATS: {"messages": [{"role": "user", "content": "x"}]}}.get(path, {"input": "x"})
+    error = checked(server.post(path, prompt | {limit: 4, "min_tokens": 5}))
+    assert (error["param"], error["message"]) == ("min_tokens", said)
+    assert f"tokens with {limit}=3000'" in checked(server.post(path, prompt | {limit: 3000}))["message"]
 
 
 @pytest.mark.parametrize(

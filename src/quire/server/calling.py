@@ -36,7 +36,9 @@ class Calling:
         return ToolParser(self.style, self.tools)
 
 
-def calling_of(template: ChatTemplate, tools: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool) -> Calling | None:
+def calling_of(
+    template: ChatTemplate, tools: Sequence[Tool] | None, choice: str | NamedTool | None, parallel_tool_calls: bool | None
+) -> Calling | None:
     """What `tools`, `tool_choice` and `parallel_tool_calls` of a request come to; None where nothing is to be called.
 
     Raises:
@@ -46,7 +48,10 @@ def calling_of(template: ChatTemplate, tools: Sequence[Tool] | None, choice: str
     if not tools:
         if choice not in (None, "none", "auto"):
             raise refused("tool_choice", "must be 'none', 'auto' or left out without tools")
+        if parallel_tool_calls is False:
+            raise refused("parallel_tool_calls", "must be true or left out without tools")
         return None
+    parallel = parallel_tool_calls is not False
     functions = [tool.function for tool in tools]
     schemas = {function.name: function.parameters for function in functions}
     if len(schemas) < len(functions):

@@ -39,7 +39,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     check_model(serving, asked.model)
     prompt = await chat_prompt(serving, asked, asked.messages, asked.reasoning_effort)
     calling = chat_calling(serving, asked.tools, asked.tool_choice, asked.parallel_tool_calls)
-    with named_as(PROMPT_NAMES | (TOOL_NAMES if calling and calling.structured else structure_names(asked))):
+    with named_as(PROMPT_NAMES | _limit_names(asked) | (TOOL_NAMES if calling and calling.structured else structure_names(asked))):
         job = Job(prompt, _params(asked, calling))
         run = await start_run(request, ENDPOINT, new_id("chatcmpl"), [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
     told = Told(asked, run, serving.settings.model, serving.texts, calling)
@@ -81,7 +81,7 @@ def chat_calling(
 ) -> Calling | None:
     """How a chat's tools are called, None where none is. Raises ServerError as `calling_of`, and where the model has no chat template."""
     with named_as(TOOL_NAMES):
-        return calling_of(_template(serving), tools, tool_choice, parallel_tool_calls is not False)
+        return calling_of(_template(serving), tools, tool_choice, parallel_tool_calls)
 
 
 def _template(serving: Serving) -> ChatTemplate:
@@ -89,6 +89,10 @@ def _template(serving: Serving) -> ChatTemplate:
     if serving.template is None:
         raise ServerError(400, "messages: this model has no chat template; ask /v1/completions", param="messages", code="no_chat_template")
     return serving.template
+
+
+def _limit_names(asked: ChatRequest) -> dict[str, str]:
+    return {"max_tokens": "max_completion_tokens"} if asked.max_tokens is None and asked.max_completion_tokens is not None else {}
 
 
 def _params(asked: ChatRequest, calling: Calling | None) -> SamplingParams:

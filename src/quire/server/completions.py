@@ -55,6 +55,11 @@ class CompletionRequest(Sampling):
     response_format: ResponseFormat | None = None
 
     @property
+    def num_drawn(self) -> int:
+        """Choices that are drawn for each prompt, of which `num_choices` are given back."""
+        return self.best_of or self.num_choices
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether the prompt's logprobs are part of the choices' own."""
         return bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0)
@@ -67,8 +72,11 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
     llm = serving.engine()
     check_model(serving, asked.model)
     prompts = asked.prompt
-    if len(prompts) * max(asked.num_choices, asked.best_of or 1) > MAX_CHOICES:
-        raise refused("n", f"must be so that there are at most {MAX_CHOICES} choices of all prompts together")
+    if asked.best_of is not None and asked.best_of < asked.num_choices:
+        raise refused("best_of", f"must be from n={asked.num_choices} to {MAX_N}")
+    if len(prompts) * asked.num_drawn > MAX_CHOICES:
+        which = "best_of" if asked.num_drawn > asked.num_choices else "n"
+        raise refused(which, f"must be so that there are at most {MAX_CHOICES} choices of all prompts together")
     if asked.suffix is not None:
         prompts = [infilled(llm.tokenizer, prompt, asked.suffix) for prompt in prompts]
     with named_as(structure_names(asked)):
@@ -87,14 +95,14 @@ def _params(asked: CompletionRequest) -> SamplingParams:
     if asked.stream:
         if scored is not None:
             raise refused("stream", "must be false with prompt_logprobs, or echo with logprobs: a prompt's are known when it has run")
-        if asked.best_of is not None and asked.best_of > asked.num_choices:
+        if asked.num_drawn > asked.num_choices:
             raise refused("best_of", "must be left out of a stream: which are the best is known at the end")
     return params_of(
         asked,
         max_tokens=max_tokens,
         logprobs=asked.logprobs,
         prompt_logprobs=scored,
-        best_of=asked.best_of if asked.best_of != asked.num_choices else None,
+        best_of=asked.best_of if asked.num_drawn > asked.num_choices else None,
         structured=structure_of(asked.response_format, asked.structured_outputs),
     )
 

@@ -109,7 +109,7 @@ def _fields(asked: ResponseRequest) -> Body:
         "incomplete_details": None,
         "instructions": asked.instructions,
         "max_output_tokens": asked.max_output_tokens,
-        "max_tool_calls": asked.max_tool_calls,
+        "max_tool_calls": None,
         "metadata": asked.metadata or {},
         "output": [],
         "parallel_tool_calls": asked.parallel_tool_calls is not False,

@@ -97,7 +97,7 @@ class ResponseRequest(Sampling):
     stream_options: ResponseStreamOptions | None = None
     prompt_logprobs: None = None
     return_token_ids: Literal[False] | None = None
-    max_tool_calls: int | None = Field(None, ge=0)
+    max_tool_calls: None = Field(None, description="It bounds calls of tools that the server itself runs, and there are none.")
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     conversation: None = None

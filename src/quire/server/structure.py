@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 
 from quire.errors import InvalidRequestError
 from quire.server.errors import ServerError, as_server_error, refused
 from quire.server.schema import ResponseFormat, Sampling, StructuredOutputs
 from quire.structured import StructuredOutput
+
+MENTIONED = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
 
 
 def structure_of(response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None) -> StructuredOutput | None:
@@ -44,7 +47,8 @@ def structure_names(asked: Sampling) -> dict[str, str]:
 def named_as(names: Mapping[str, str]) -> Iterator[None]:
     """Inside, an error about a field is raised under this body's name for it.
 
-    `names`: of fields and of what begins with them and a dot; of two that fit, the longer one counts.
+    `names`: of fields and of what begins with them and a dot; of two that fit, the longer one counts. What else a message mentions is renamed too,
+    where its name cannot be a plain word.
     """
     try:
         yield
@@ -55,8 +59,7 @@ def named_as(names: Mapping[str, str]) -> Iterator[None]:
 def _renamed(error: ServerError, names: Mapping[str, str]) -> ServerError:
     param = error.param or ""
     known = max((name for name in names if param == name or param.startswith(name + ".")), key=len, default=None)
-    if known is None:
-        return error
-    told = names[known] + param.removeprefix(known)
-    message = told + error.message.removeprefix(param) if error.message.startswith(param) else error.message
-    return ServerError(error.status, message, param=told, code=error.code, headers=error.headers)
+    told = param if known is None else names[known] + param.removeprefix(known)
+    headless = param and error.message.startswith(param)
+    message = MENTIONED.sub(lambda found: names.get(found[0], found[0]), error.message.removeprefix(param) if headless else error.message)
+    return ServerError(error.status, told + message if headless else message, param=told or None, code=error.code, headers=error.headers)
