@@ -116,6 +116,8 @@ def test_a_server_elsewhere(quire: Quire, model: str, tmp_path: Path) -> None:
         (b'{"custom_id": "a"}\n{nonsense\n', "line 2 is a JSON object"),
         (b"[1]\n", "line 1 is a JSON object"),
         (b"\xff\n", "line 1 is a JSON object"),
+        (b'{"custom_id": "a", "body": ' + b"9" * 5000 + b"}", "line 1 is without an integer of more than 4300 digits"),
+        (b'{"custom_id": "a", "body": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1 is nested less deep"),
     ],
 )
 def test_an_input_that_is_refused_whole(lines: bytes, told: str) -> None:

@@ -80,6 +80,14 @@ def test_demo_streams_and_shows_receipts(quire: Quire, model: str) -> None:
     assert f"{len(PROMPTS)} requests, 60 new tokens" in lines[-1]
 
 
+def test_demo_shrinks_to_a_small_context(quire: Quire, model: str) -> None:
+    result = quire("demo", *demo_model(model), "--max-model-len", "64")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"^ scene 2 +\d+ +\d+ +\d+ +3\d ", result.stdout, re.MULTILINE), result.stdout
+    given = quire("demo", *demo_model(model), "--max-model-len", "64", "--max-tokens", "96")
+    assert given.exit_code == 2 and "at most 64 tokens together" in " ".join(given.stderr.split())
+
+
 def test_demo_gives_the_same_texts_twice(quire: Quire, model: str) -> None:
     def texts() -> dict[str, str]:
         result = quire("demo", *demo_model(model), "--max-tokens", "4", "--num-threads", "1")

@@ -168,6 +168,16 @@ def test_a_server_has_its_own_engine(quire: Quire, command: list[str]) -> None:
     assert (result.exit_code, result.stderr) == (2, "error: dtype='float16': must be left out where a server is asked, which has its own\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "goes_with"), [(["chat", "no-such-folder/x/y"], "a server's address"), (["batch", "no.jsonl", "out.jsonl"], "--url")]
+)
+def test_a_key_is_for_a_server(quire: Quire, command: list[str], goes_with: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = quire(*command, "--api-key", "secret")
+    assert (result.exit_code, result.stderr) == (2, f"error: api_key: must be given with {goes_with}\n")
+    monkeypatch.setenv("QUIRE_API_KEY", "secret")
+    assert "api_key" not in quire(*command).stderr
+
+
 def test_the_error_is_of_the_right_half() -> None:
     with pytest.raises(InvalidRequestError):
         build(SamplingParams, {f.name: "x" if f.name == "n" else None for f in fields(SamplingParams)})

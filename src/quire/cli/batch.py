@@ -17,7 +17,7 @@ from rich.text import Text
 from quire.cli.askers import Answer, Asker, inside, outside
 from quire.cli.batch_rows import Ledger, Row, read_rows
 from quire.cli.door import FAILED, stderr
-from quire.cli.options import MODEL, refuse_engine_options
+from quire.cli.options import MODEL, refuse_api_key, refuse_engine_options
 from quire.config import EngineConfig
 from quire.errors import ConfigError, InvalidRequestError, RequestFailedError
 
@@ -28,6 +28,7 @@ BUSY, NOT_LET_IN = (429, 502, 503, 504), (401, 403)
 
 
 def batch(
+    context: typer.Context,
     config: EngineConfig,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, one a line.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers. What is in it is not asked again.", show_default=False)],
@@ -48,6 +49,8 @@ def batch(
         raise ConfigError(f"url={url!r}: must be given without --model and --served-model-name: the server has its model already")
     if url is not None:
         refuse_engine_options(config)
+    else:
+        refuse_api_key(context, "--url")
     with _opened(source) as file:
         rows = read_rows(file, str(source))
         with Ledger(out, rows) as ledger:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -151,8 +152,12 @@ def _succeeded(told: Mapping[str, Any]) -> bool:
 def _custom_id(line: bytes, name: str, number: int) -> str:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise _bad("in", name, number, "a JSON object") from None
+    except RecursionError:
+        raise _bad("in", name, number, "nested less deep") from None
+    except ValueError:  # JSON has no bound, and Python's parser this one
+        raise _bad("in", name, number, f"without an integer of more than {sys.get_int_max_str_digits()} digits") from None
     custom_id = row.get("custom_id") if isinstance(row, dict) else None
     if not isinstance(custom_id, str) or not custom_id:
         raise _bad("in", name, number, "a JSON object with a custom_id, which is text")

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from quire.cli.door import FAILED, Stdout, complain, load
 from quire.cli.keyboard import Stopped, half_a_line, line_editing, prompt, stoppable
-from quire.cli.options import refuse_engine_options
+from quire.cli.options import refuse_api_key, refuse_engine_options
 from quire.cli.remote import Remote, is_url
 from quire.cli.tables import table
 from quire.cli.talkers import Here, Messages, Talker, There, Turn
@@ -40,6 +40,7 @@ HELP = "Ctrl-C stops an answer, or drops a line that is being typed. A message t
 
 
 def chat(
+    context: typer.Context,
     config: EngineConfig,
     model: Annotated[
         str | None,
@@ -71,6 +72,7 @@ def chat(
             raise error if model is not None else RequestFailedError(f"{error}; name a model, or a server's address") from error
         _talk(Conversation(there, system), there.name or source, history)
         return
+    refuse_api_key(context, "a server's address")
     if name is not None:
         raise ConfigError(f"name={name!r}: must be given with a server's address")
     shown = Path(source).name or source

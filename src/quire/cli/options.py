@@ -157,6 +157,17 @@ def refuse_engine_options(config: EngineConfig) -> None:
             raise ConfigError(f"{f.name}={value!r}: must be left out where a server is asked, which has its own")
 
 
+def refuse_api_key(context: typer.Context, goes_with: str) -> None:
+    """Refuse --api-key where no server is asked. One in the environment is for whoever asks one.
+
+    Raises:
+        ConfigError: it was typed.
+    """
+    source = context.get_parameter_source("api_key")
+    if source is not None and source.name == "COMMANDLINE":
+        raise ConfigError(f"api_key: must be given with {goes_with}")
+
+
 def parse_size(text: str) -> int:
     """Bytes of '512MB' (a million each), '2GiB' (2**30 each) or a plain number.
 
