@@ -65,6 +65,8 @@ def test_bad_requests_and_then_a_good_one(server: Running, start: int) -> None:
             b'{"prompt": "x", "stop": ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q"]}',
             "stop: must have at most 16 items, not 17",
         ),
+        (b'{"prompt": "x", "Model": "tiny"}', "Model: there is no such field"),
+        (b'{"prompt": "x", "body": {}}', "body: there is no such field"),
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens=0: must be an integer from 1 to 2147483647"),
         (b'{"prompt": "x", "max_tokens": 2147483648}', "max_tokens=2147483648: must be less than 2147483648"),
         (b'{"prompt": "x", "n": 2, "best_of": 1}', "best_of: must be from n=2 to 128"),

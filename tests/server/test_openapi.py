@@ -13,7 +13,7 @@ from quire.server.app import create_app
 from quire.server.health import Alive, Ready, Version
 from quire.server.models import ModelCard, ModelList
 from quire.server.schema_answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, ErrorEnvelope
-from quire.server.schema_response_answers import Deleted, ResponseEvent, ResponseObject
+from quire.server.schema_response_answers import Deleted, InputItems, ResponseEvent, ResponseObject
 from quire.server.serving import Serving
 from quire.server.settings import ServerSettings
 from quire.server.tokens import TokenizerInfo, Tokens, TokensText
@@ -98,6 +98,12 @@ def test_what_is_stored_and_what_is_tokenised(server: Running) -> None:
     for path in ("", "/cancel"):
         answer = server.post(f"/v1/responses/{made['id']}{path}") if path else server.get(f"/v1/responses/{made['id']}")
         ResponseObject.model_validate_json(answer.content, strict=True)
+    said = [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": [{"type": "output_text", "text": "x", "logprobs": [1]}]}]
+    calls = [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}]
+    calls += [{"type": "function_call_output", "call_id": "c", "output": output} for output in ("x", [{"type": "input_text", "text": "x"}])]
+    for asked in ("x", [{"role": "user", "content": "x"}, *said, *calls]):
+        stored = server.post("/v1/responses", {"input": asked, "max_output_tokens": 2}).json()
+        InputItems.model_validate_json(server.get(f"/v1/responses/{stored['id']}/input_items").content, strict=True)
     import httpx
 
     gone = httpx.delete(f"{server.url}/v1/responses/{made['id']}", headers={"authorization": f"Bearer {KEY}"})

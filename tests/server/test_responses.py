@@ -138,6 +138,30 @@ def test_retrieve_and_delete(server: Running, client: openai.OpenAI) -> None:
         client.responses.retrieve(unkept.id)
 
 
+def test_input_items(server: Running, client: openai.OpenAI) -> None:
+    """Of a response and those before it, in the client's pages; each item has an id of its own."""
+    first = client.responses.create(model="tiny", input=ASK, instructions=INSTRUCTIONS, max_output_tokens=3)
+    call: dict[str, Any] = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    more: list[Any] = [call, {"type": "function_call_output", "call_id": "c", "output": "a dog"}, first.output[0].to_dict(), USER]
+    second = client.responses.create(model="tiny", input=more, previous_response_id=first.id, max_output_tokens=3)
+    items: list[Any] = list(client.responses.input_items.list(second.id, limit=2, order="asc"))
+    assert [item.type for item in items] == ["message", "message", "function_call", "function_call_output", "message", "message"]
+    assert len({item.id for item in items}) == 6 and items[1] == first.output[0] and items[4].content == items[1].content
+    assert (items[0].role, items[0].content[0].type, items[0].content[0].text) == ("user", "input_text", ASK)
+    assert (items[2].arguments, items[3].output) == ("{}", "a dog")
+    assert list(client.responses.input_items.list(second.id)) == items[::-1]
+    address = f"/v1/responses/{second.id}/input_items"
+    page = server.get(f"{address}?limit=4&after={items[5].id}").json()
+    assert (page["object"], page["has_more"], page["first_id"], page["last_id"]) == ("list", True, items[4].id, items[1].id)
+    assert server.get(f"{address}?after={items[0].id}").json() == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    for wrong in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_none", "include=x"):
+        answer = server.get(f"{address}?{wrong}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, wrong.partition("=")[0])
+    assert server.get(address, OTHER_KEY).status_code == 404
+    client.responses.delete(first.id)
+    assert len(list(client.responses.input_items.list(second.id))) == 6
+
+
 def test_in_the_background(server: Running, client: openai.OpenAI) -> None:
     started = client.responses.create(model="tiny", input=ASK, max_output_tokens=6, temperature=0, background=True)
     assert (started.status, started.output, started.background) == ("in_progress", [], True)

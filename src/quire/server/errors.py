@@ -46,6 +46,7 @@ TYPES = {
 FIELD_NAMES = {"include_stop_in_output": "include_stop_str_in_output", "params": None}
 BRANCH = re.compile(r"^(str|int|float|bool|none|[A-Z]\w*)$|[\[(-]")  # how pydantic calls the kinds of a union
 INPUT_SHOULD = re.compile(r"^(Input|List|Dictionary|String) should")  # how it begins what we begin with "must"
+PLACES = ("body", "query")  # where fields are
 PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?(?:/[^\s/:'\",;)]+){2,}/?")
 
 
@@ -125,7 +126,7 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
     first = _most_telling(error.errors())
     if first["type"] == "json_invalid":
         return ServerError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json")
-    where = [part for part in first["loc"] if part != "body" and not (isinstance(part, str) and BRANCH.search(part))]
+    where = _where(first["loc"], of_a_field=first["type"] in ("extra_forbidden", "missing"))
     if not where and first["type"] in ("missing", "model_attributes_type"):
         return ServerError(400, "the body must be a JSON object, sent with content-type: application/json", code="invalid_json")
     param = ".".join(str(part)[:64] for part in where) or None
@@ -138,6 +139,13 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
     told = type(first["input"]) in (int, float, bool) or (first["type"] == "literal_error" and isinstance(first["input"], str))
     value = f"={shown(first['input'], 80)}" if told else ""
     return ServerError(400, f"{param}{value}: {message}" if param else message, param=param, code="invalid_value")
+
+
+def _where(loc: Sequence[str | int], *, of_a_field: bool) -> list[str | int]:
+    """The way to what is wrong, without the kinds of unions that pydantic names on it. With `of_a_field` the last part is a name, as it may look."""
+    parts = loc[1:] if loc and loc[0] in PLACES else loc
+    last = len(parts) - 1
+    return [part for i, part in enumerate(parts) if isinstance(part, int) or (of_a_field and i == last) or not BRANCH.search(part)]
 
 
 def _most_telling(found: Sequence[Any]) -> Any:

@@ -20,15 +20,21 @@ MESSAGE_BYTES = 1024  # what a message takes beside its text, on the safe side
 class Stored:
     """One response.
 
-    `messages` are what it was asked and what it answered, for a later one to go on from. They are shared with the responses before and after
-    it, yet counted whole in each: then the bound holds whichever of them go. `run` is there while it runs in the background.
+    `messages` are what it was asked and what it answered, for a later one to go on from, and `inputs` what it was asked as items. They are shared
+    with the responses before and after it, yet counted whole in each: then the bound holds whichever of them go. `run` is there while it runs in the
+    background.
     """
 
-    def __init__(self, body: dict[str, Any], messages: Sequence[Message], run: Run | None = None) -> None:
-        self.messages, self.run = messages, run
+    def __init__(self, body: dict[str, Any], inputs: Sequence[dict[str, Any]], messages: Sequence[Message], run: Run | None = None) -> None:
+        self.inputs, self.messages, self.run = inputs, messages, run
         self.background = bool(body["background"])
         self.body = body
-        self.num_bytes = len(json.dumps(body)) + sum(MESSAGE_BYTES + 4 * len(str(message.content)) for message in messages)
+        self.num_bytes = len(json.dumps([body, inputs])) + sum(MESSAGE_BYTES + 4 * len(str(message.content)) for message in messages)
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """What it was asked and what it answered, as items."""
+        return [*self.inputs, *self.body["output"]]
 
     @property
     def status(self) -> str:

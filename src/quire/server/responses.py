@@ -15,6 +15,7 @@ from quire.server.chat import chat_calling, chat_prompt
 from quire.server.errors import ServerError, refused
 from quire.server.limits import MAX_MESSAGES
 from quire.server.models import check_model
+from quire.server.response_inputs import inputs_of
 from quire.server.response_items import Body
 from quire.server.response_store import ResponseStore, Stored, store_of
 from quire.server.response_told import Told
@@ -48,7 +49,9 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     serving.engine()
     check_model(serving, asked.model)
     _check(asked)
-    messages = [*_before(store, owner, asked.previous_response_id), *asked.messages()]
+    before = _before(store, owner, asked.previous_response_id)
+    inputs = inputs_of(asked, before.items if before is not None else ())
+    messages = [*(before.messages if before is not None else ()), *asked.messages()]
     if len(messages) > MAX_MESSAGES:
         raise refused("previous_response_id", f"must lead to at most {MAX_MESSAGES} messages in all")
     with named_as(FIELD_NAMES):
@@ -60,7 +63,7 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
 
     def keep(body: Body) -> None:
         if asked.stored:
-            store.put(owner, Stored(body, [*messages, told.message()]))
+            store.put(owner, Stored(body, inputs, [*messages, told.message()]))
 
     def whole(outputs: Sequence[Any]) -> Body:
         body = told.whole(outputs)
@@ -68,7 +71,7 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
         return body
 
     if asked.background:
-        store.put(owner, Stored(told.body, messages, run))
+        store.put(owner, Stored(told.body, inputs, messages, run))
         answer = json_response(told.body, run.name)
         serving.in_background(_finish(run, told, store, owner, whole))
         return answer
@@ -93,7 +96,7 @@ async def cancel(request: Request, response_id: str) -> Response:
         raise refused("response_id", "must be of a response with background: true; others end when their connection is closed")
     if stored.run is not None:
         stored.run.cancel()
-        stored = Stored(stored.body | {"status": "cancelled"}, stored.messages)
+        stored = Stored(stored.body | {"status": "cancelled"}, stored.inputs, stored.messages)
         store.put(owner, stored)
     return json_response(stored.body)
 
@@ -128,7 +131,7 @@ async def _finish(run: Run, told: Told, store: ResponseStore, owner: str, whole:
         except Exception as error:
             running = store.find(owner, told.response_id)
             if running is not None and running.run is run:  # neither cancelled nor forgotten
-                store.put(owner, Stored(told.failed(error), running.messages))
+                store.put(owner, Stored(told.failed(error), running.inputs, running.messages))
             return
     running = store.find(owner, told.response_id)
     if running is not None and running.run is run:
@@ -142,17 +145,17 @@ def _check(asked: ResponseRequest) -> None:
         raise refused("background", "must be false with store: false: there would be nothing to fetch")
 
 
-def _before(store: ResponseStore, owner: str, response_id: str | None) -> Sequence[Message]:
-    """What was said until that response ended, and by it."""
+def _before(store: ResponseStore, owner: str, response_id: str | None) -> Stored | None:
+    """The response that this one goes on from."""
     if response_id is None:
-        return ()
+        return None
     stored = store.find(owner, response_id)
     if stored is None:
         message = "previous_response_id: there is no such response, or no more"
         raise ServerError(400, message, param="previous_response_id", code="previous_response_not_found")
     if stored.status not in ("completed", "incomplete"):
         raise refused("previous_response_id", f"must be of a response that was answered (it is {stored.status})")
-    return stored.messages
+    return stored
 
 
 async def _prompt(serving: Serving, asked: ResponseRequest, messages: list[Message]) -> list[int]:

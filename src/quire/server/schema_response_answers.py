@@ -150,6 +150,44 @@ class Deleted(Answer):
     deleted: Literal[True]
 
 
+class InputText(Answer):
+    """A part of a message, as it was sent."""
+
+    type: Literal["input_text"]
+    text: str
+
+
+class InputMessage(Answer):
+    """A message of a response's input, or of an answer before it."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["developer", "system", "user", "assistant"]
+    status: Status
+    content: list[InputText | OutputText]
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class CallOutput(Answer):
+    """What a call came to."""
+
+    id: str
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputText | OutputText]
+    status: Status
+
+
+class InputItems(Answer):
+    """A page of what a response was made from."""
+
+    object: Literal["list"]
+    data: list[InputMessage | OutputCall | CallOutput]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 TYPED_EVENTS = {
     "type": "object",
     "properties": {
