@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,26 @@ def test_a_checkpoint_that_lacks_weights(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"lacks 1 weights, such as model\.layers\.1\.mlp\.up_proj\.weight"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "surplus", "told"),
+    [
+        ("llama", ["model.layers.3.mlp.up_proj.weight", "model.layers.4.mlp.up_proj.weight"], "2 weights .*, such as model.layers.3.mlp.up_proj"),
+        ("llama", ["model.layers.0.self_attn.q_proj.bias"], "1 weights .*, such as model.layers.0.self_attn.q_proj.bias"),
+        ("gpt2", ["transformer.h.3.ln_1.weight"], "1 weights .*, such as transformer.h.3.ln_1"),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq", "mtp.layers.0.norm.weight", "visual.blocks.0.norm1.weight", "score.weight"], None),
+    ],
+)
+def test_weights_of_layers_that_no_part_takes_are_told(family: str, surplus: list[str], told: str | None, tmp_path: Path) -> None:
+    folder = make(tmp_path, family)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {name: torch.ones(8) for name in surplus}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(folder)
+    assert len(caught) == (told is not None), [str(one.message) for one in caught]
+    assert told is None or re.search(f"{family}.*layers have {told}", str(caught[0].message)), str(caught[0].message)
 
 
 def test_a_checkpoint_of_another_shape(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from quire.tensors.attention.base import PackingProducts, Products
+from quire.tensors.models.facts import text_config
 from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import pack_weights
@@ -173,8 +176,22 @@ def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str,
         raise UnsupportedModelError(
             f"{source} ({config.model_type}): the checkpoint has weights of other shapes than its config: {told_misfits(misfits)}"
         )
+    surplus = _without_a_place(model, info.get("unexpected_keys") or ())
+    if surplus:
+        what = f"the checkpoint's layers have {len(surplus)} weights that its config has no place for, such as {surplus[0]}"
+        warnings.warn(f"{source} ({config.model_type}): {what}; they are left out", stacklevel=2)
     model.train(False).requires_grad_(False)
     return model
+
+
+def _without_a_place(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Those of the decoder layers, or of more layers than there are: then config and weights disagree.
+
+    Others are common and mean nothing: heads for other tasks or more tokens, towers for images.
+    """
+    num_layers = getattr(text_config(model), "num_hidden_layers", None)
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers]
+    return sorted(name for name in unexpected if name.startswith(tuple(lists)))
 
 
 def _snapshot(source: str, where: dict[str, Any]) -> Path:
