@@ -187,8 +187,9 @@ def test_what_cannot_be_stored_is_refused(checkpoint: Checkpoint, tmp_path: Path
     with pytest.raises(ConfigError, match="cache_dir="):
         LLM(folder, cache_dir=3)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cache_dir"):
-        LLM(folder, cache_dir=tmp_path / "file")
+    for source in (folder, str(tmp_path / "no such model")):
+        with pytest.raises(ConfigError, match="cache_dir=.*must be a folder"):  # before a model is looked for
+            LLM(source, cache_dir=tmp_path / "file")
 
 
 def test_the_folder_stays_within_its_bytes(checkpoint: Checkpoint, tmp_path: Path) -> None:

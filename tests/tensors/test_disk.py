@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sqlite3
 import stat
@@ -183,20 +182,32 @@ def _link(path: Path) -> None:
     ("change", "why"),
     [(_link, "symbolic link"), (lambda path: path.chmod(0o777), "may be written by everybody (mode 0777)")],
 )
-def test_a_folder_that_is_not_used(folder: Path, change: Callable[[Path], None], why: str, caplog: pytest.LogCaptureFixture) -> None:
-    Shelf(folder).write(1)
-    change(folder)
+def test_a_folder_that_is_refused(folder: Path, change: Callable[[Path], None], why: str) -> None:
     shelf = Shelf(folder)
-    assert not shelf.store.usable and not shelf.read(1) and not shelf.write(2) and shelf.contains(1) == 0 and not any(shelf.store.stats().values())
-    assert len(caplog.records) == 1 and why in caplog.text and caplog.records[0].levelno == logging.WARNING
-    shelf.close()
+    shelf.write(1)
+    change(folder)
+    with pytest.raises(ConfigError, match="cache_dir='.*must be a folder that may be used") as caught:
+        Shelf(folder)
+    assert why in str(caught.value)
+    assert shelf.write(2) and shelf.read(1), "a store that had it open goes on"
 
 
-def test_a_folder_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Shelf(folder).write(1)
     someone = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: someone)
-    assert not Shelf(folder).read(1) and len(caplog.records) == 1 and f"belongs to user {someone - 1}" in caplog.text
+    with pytest.raises(ConfigError, match=f"belongs to user {someone - 1}"):
+        Shelf(folder)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_made(folder: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ConfigError, match=f"cache_dir=.*{os.strerror(error)}"):
+        Shelf(folder / "below")
 
 
 def test_a_sticky_folder_is_used(folder: Path) -> None:

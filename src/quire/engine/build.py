@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig, split_codec
+from quire.engine.cache_dir import check_cache_dir, disk_store
 from quire.engine.disk_eye import DiskEye
 from quire.engine.engine import Engine
 from quire.engine.runner import Runner
@@ -27,7 +26,6 @@ from quire.request import Limits
 from quire.tensors.attention.base import AttentionBackend, PackingProducts
 from quire.tensors.attention.reference import ReferenceAttention
 from quire.tensors.device import give_back_freed, on_one_torch_thread
-from quire.tensors.disk import DiskStore
 from quire.tensors.memory import available_bytes
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
@@ -147,6 +145,7 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
         ModelError: there is no such model, or it is refused.
         ConfigError: an option that does not go with this model or machine.
     """
+    check_cache_dir(config, live=not isinstance(source, str))
     num_threads = config.num_threads or torch.get_num_threads()
     kernels = choose_kernels(config.backend, num_threads)
     if config.compile:
@@ -203,7 +202,9 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     tokenizer = _tokenizer(source, config)
     disk = None
     if config.cache_dir is not None:  # another version may encode rows, or compute them, otherwise
-        disk = _disk(config, model, store, f"{identity.hex()}/{kernels.name}/{version('quire')}/{tokenizer.fingerprint if tokenizer else 'ids'}")
+        disk = disk_store(
+            config, store.page_bytes, f"{identity.hex()}/{kernels.name}/{version('quire')}/{tokenizer.fingerprint if tokenizer else 'ids'}"
+        )
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
@@ -224,20 +225,6 @@ def _max_tokens_per_step(config: EngineConfig, workspace: Workspace) -> int:
             f"workspace_bytes={config.workspace_bytes}: must be at least {workspace.bytes(least, min(least, num_rows))}, what {least} tokens take"
         )
     return num_tokens
-
-
-def _disk(config: EngineConfig, model: CausalModel, store: PageStore, identity: str) -> DiskStore:
-    assert config.cache_dir is not None
-    if not config.prefix_sharing:
-        raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None with prefix_sharing=False, which nothing stored could serve")
-    if model.live:
-        raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None for a live model, whose weights may change without a trace")
-    folder = Path(config.cache_dir).expanduser()
-    capacity = config.cache_dir_bytes
-    if capacity is None:
-        there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
-        capacity = shutil.disk_usage(there).free // 2
-    return DiskStore(folder, capacity_bytes=capacity, page_bytes=store.page_bytes, identity=identity.encode())
 
 
 def _tokenizer(source: str | PreTrainedModel, config: EngineConfig) -> TextTokenizer | None:

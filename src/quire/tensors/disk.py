@@ -40,17 +40,18 @@ class DiskStore:
     def __init__(self, folder: str | Path, *, capacity_bytes: int, page_bytes: int, identity: bytes, num_threads: int | None = None) -> None:
         """
         Args:
-            folder: made (0700) if missing. One that is a link, another user's, or writable by everybody is not used: one warning, and the store
-                is empty and stays so.
+            folder: made (0700) if missing.
             capacity_bytes: of all files in the folder together; headers take 4096 bytes and up of each. A page being written comes on top.
             page_bytes: of one page, >= 1.
             identity: all that changes the values of a page beside its tokens, any length.
             num_threads: that may share the reading of one page; `None` takes 4, or as many as there are.
 
         Raises:
-            ConfigError: there is, and can be, no folder under that path.
+            ConfigError: there is, and can be, no folder under that path, or it is a link, another user's, or writable by everybody.
         """
         assert page_bytes >= 1 and capacity_bytes >= 0
+        opened = open_folder(folder)
+        self._folder: Folder | None = opened
         self._format = PageFormat.of(identity, page_bytes)
         self._name_end = self._format.name_end
         self._num_threads = num_threads if num_threads is not None else min(4, os.cpu_count() or 1)
@@ -59,15 +60,12 @@ class DiskStore:
         self._counting = threading.Lock()
         self._counts = dict.fromkeys(("reads", "hits", "damaged", "write_errors"), 0)
         self._quiet_until = 0.0
-        self._folder: Folder | None = open_folder(folder)
-        self._index: DiskIndex | None = None
-        if self._folder is not None:
-            self._folder.sweep()
-            self._index = DiskIndex(self._folder, capacity_bytes)
+        opened.sweep()
+        self._index: DiskIndex | None = DiskIndex(opened, capacity_bytes)
 
     @property
     def usable(self) -> bool:
-        """Whether there is a folder to read and write."""
+        """Whether it is open: a folder is there to read and write."""
         return self._index is not None
 
     def contains(self, ids: Sequence[bytes]) -> int:

@@ -1,6 +1,6 @@
 """The folder of a disk store: checked once, then held by a descriptor, so that nobody can put another in its place.
 
-A folder that others may write into, or that is a link to somewhere else, is not used: what lies in it would be read into answers. All work in it
+A folder that others may write into, or that is a link to somewhere else, is refused: what lies in it would be read into answers. All work in it
 goes through the descriptor and follows no links; a file is trusted only if it is a regular one of our own that nobody else may open.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import re
 import stat
@@ -20,12 +19,9 @@ from pathlib import Path
 
 from quire.errors import ConfigError
 
-log = logging.getLogger("quire")
-
 TEMP_SUFFIX = ".tmp"
 TEMP_STALE_S = 600.0  # a temporary file this old has no writer any more
 LOCK_PATIENCE_S = 3.0
-NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _PAGE_NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{32}\.page")
 
 
@@ -128,21 +124,18 @@ class Folder:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
 
-def open_folder(folder: str | Path) -> Folder | None:
-    """The folder, made (0700) if missing; None, with one warning, if it may not be used.
+def open_folder(folder: str | Path) -> Folder:
+    """The folder, made (0700) if missing.
 
     Raises:
-        ConfigError: there is, and can be, no folder under that path.
+        ConfigError: there is, and can be, no folder under that path, or none that may be used.
     """
     path = Path(os.path.abspath(folder))
     try:
         return Folder(path, _open_checked(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        if isinstance(error, ValueError) or error.errno in NO_FOLDER:
-            raise ConfigError(f"cache_dir={str(folder)!r}: must be a folder, or a path at which one can be made ({error})") from None
-        reason = error.strerror or str(error)
-    log.warning("the disk cache is off, cache_dir=%r: %s", str(folder), reason)
-    return None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"cache_dir={str(folder)!r}: must be a folder that may be used, or a path at which one can be made ({reason})") from error
 
 
 def _open_checked(path: Path) -> int:

@@ -1,0 +1,34 @@
+"""The option `cache_dir`: what does not go with it, and the store in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from quire.config import EngineConfig
+from quire.errors import ConfigError
+from quire.tensors.disk import DiskStore
+from quire.tensors.disk_folder import open_folder
+
+
+def check_cache_dir(config: EngineConfig, *, live: bool) -> None:
+    """Make the folder if it is missing, and see that it may be used, before a model is loaded for nothing.
+
+    Raises:
+        ConfigError: it may not, or another option or a live model leaves nothing to store.
+    """
+    if config.cache_dir is None:
+        return
+    if not config.prefix_sharing:
+        raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None with prefix_sharing=False, which nothing stored could serve")
+    if live:
+        raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None for a live model, whose weights may change without a trace")
+    open_folder(Path(config.cache_dir).expanduser())
+
+
+def disk_store(config: EngineConfig, page_bytes: int, identity: str) -> DiskStore:
+    """The store in `cache_dir`, which has been checked."""
+    assert config.cache_dir is not None
+    folder = Path(config.cache_dir).expanduser()
+    capacity = shutil.disk_usage(folder).free // 2 if config.cache_dir_bytes is None else config.cache_dir_bytes
+    return DiskStore(folder, capacity_bytes=capacity, page_bytes=page_bytes, identity=identity.encode())
