@@ -80,6 +80,7 @@ BAD: list[Bad] = [
     *_completion("stop_token_ids", 5, [600], list(range(65))),
     *_completion("stop_token_ids", ["x"], [-1], [2**31], [True], named="stop_token_ids.0"),
     *_completion("logit_bias", 5, [], {"x": 1}, {"5": 101}, {"-1": 1}, {"600": 1}, {"5.0": 1}, {"99999999999": 1}, {str(i): 1 for i in range(1025)}),
+    *_completion("logit_bias", {"05": 1}, {"5": 1, "05": 2}),
     *_completion("allowed_token_ids", [], 5, [600], list(range(4097))),
     *_completion("suffix", "x", 5),
     *_completion("cache_salt", "", 5, "x" * 600),

@@ -76,6 +76,19 @@ def test_messages_as_clients_send_them(server: Running) -> None:
     assert developer["prompt_token_ids"] == prompt_ids(server), "a template that knows no developer is told of a system"
     labels = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "modalities": ["text"], "prompt_cache_key": "k"}
     assert ask(server, **labels)["choices"][0]["message"]["role"] == "assistant"
+    unasked = (
+        "audio",
+        "prediction",
+        "web_search_options",
+        "functions",
+        "function_call",
+        "verbosity",
+        "prompt_cache_retention",
+        "tools",
+        "tool_choice",
+        "stop",
+    )
+    assert ask(server, **dict.fromkeys(unasked))["choices"] == ask(server)["choices"], "null asks for nothing"
     tools = ask(server, tools=[TOOL], tool_choice="none", return_token_ids=True)
     assert tools["prompt_token_ids"] == prompt_ids(server, tools=[TOOL])
 

@@ -223,6 +223,7 @@ def test_the_oldest_goes_first(server: Running, client: openai.OpenAI, monkeypat
         ("tools", {"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {"type": "nothing"}}]}),
         ("input.0.call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
         ("input.0.arguments", {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": {}}]}),
+        ("input.1.arguments", {"input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "[]"}]}),
         ("tool_choice", {"tool_choice": "required"}),
         ("parallel_tool_calls", {"parallel_tool_calls": False}),
         ("parallel_tool_calls", {"parallel_tool_calls": False, "tools": [], "tool_choice": "none"}),
@@ -257,6 +258,11 @@ def test_what_is_refused(server: Running, param: str, body: dict[str, Any]) -> N
 def test_of_an_item_that_is_not_there_it_is_said_which_are(server: Running) -> None:
     error = server.post("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}).json()["error"]
     assert error["message"] == "input.0.type: must be 'message', 'function_call' or 'function_call_output'"
+
+
+def test_what_is_not_there_is_told_in_words_of_json(server: Running) -> None:
+    error = server.post("/v1/responses", {"input": ASK, "max_tool_calls": 1}).json()["error"]
+    assert error["message"] == "max_tool_calls=1: must be null or left out: this server has no such thing"
 
 
 def test_neutral_values_are_taken(server: Running) -> None:

@@ -135,6 +135,8 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
         return ServerError(400, f"{param}: there is no such field", param=param, code="unknown_field")
     if first["type"] == "missing":
         return ServerError(400, f"{param}: must be given", param=param, code="missing_field")
+    if first["type"] == "none_required":
+        message = "must be null or left out: this server has no such thing"
     # A number, or a word where there is a choice of them: other texts may be a prompt's.
     told = type(first["input"]) in (int, float, bool) or (first["type"] == "literal_error" and isinstance(first["input"], str))
     value = f"={shown(first['input'], 80)}" if told else ""

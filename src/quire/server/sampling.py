@@ -35,7 +35,7 @@ def params_of(asked: Sampling, **more: Any) -> SamplingParams:
 
 
 def _token_id(name: str) -> int:
-    if not (name.isascii() and name.isdigit() and len(name) < 10):
+    if not (name.isascii() and name.isdigit() and len(name) < 10) or (len(name) > 1 and name[0] == "0"):  # '05' would be 5 once more
         raise refused("logit_bias", "must be an object from token ids, written as strings, to numbers")
     return int(name)
 

@@ -112,6 +112,15 @@ class ChatRequest(ChatPrompt, Sampling):
     prompt_cache_key: Label | None = Field(default=None, description="A label: equal beginnings of one key's prompts are found whatever it says.")
     safety_identifier: Label | None = Field(default=None, description="A label. Nothing depends on it.")
 
+    # Neutral values of what is not there. Clients that write out every field send them unasked.
+    verbosity: Literal["medium"] | None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    functions: None = None
+    function_call: None = None
+
 
 def as_template_messages(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:
     """Messages in the form that transformers' templates are written for: content is text, arguments are objects.
@@ -139,11 +148,24 @@ def _as_template_message(i: int, message: Message, knows_developer: bool) -> dic
     return {name: value for name, value in made.items() if value is not None}
 
 
-def _as_template_call(i: int, j: int, call: ToolCall) -> dict[str, Any]:
+def arguments_of(text: str) -> dict[str, Any]:
+    """A call's arguments.
+
+    Raises:
+        ValueError: they are none.
+    """
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise refused(f"messages.{i}.tool_calls.{j}.function.arguments", "must be a JSON object written out as a string")
+        raise ValueError("must be a JSON object written out as a string")
+    return arguments
+
+
+def _as_template_call(i: int, j: int, call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = arguments_of(call.function.arguments)
+    except ValueError as error:
+        raise refused(f"messages.{i}.tool_calls.{j}.function.arguments", str(error)) from error
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

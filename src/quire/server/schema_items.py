@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from quire.server.limits import MAX_LABEL_CHARS
 from quire.server.schema import Label, Part
-from quire.server.schema_chat import FunctionCall, Message, Name, ToolCall
+from quire.server.schema_chat import FunctionCall, Message, Name, ToolCall, arguments_of
 
 
 class Text(Part):
@@ -47,13 +47,18 @@ class Item(Part):
         return Message(role=self.role, content=_text(self.content))
 
 
+def _arguments(text: str) -> str:
+    arguments_of(text)  # here, where it is known which item they are in
+    return text
+
+
 class FunctionCallItem(Part):
     """A call that was made, as an answer holds it."""
 
     type: Literal["function_call"]
     call_id: Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
     name: Name
-    arguments: str
+    arguments: Annotated[str, AfterValidator(_arguments)]
     id: Label | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
