@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import typer
 
 from quire.config import BACKENDS, CODECS, DTYPES, LAYOUTS, QUANTIZATIONS, EngineConfig
-from quire.errors import ConfigError, InvalidRequestError
+from quire.errors import ConfigError, InvalidRequestError, shown
 from quire.params import Implied, SamplingParams
 from quire.structured import StructuredOutput
 
@@ -141,7 +141,7 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
             except ValueError:
                 if kind is SamplingParams:
                     raise InvalidRequestError(f.name, value, how.limit) from None
-                raise ConfigError(f"{f.name}={value!r}: must be {how.limit}") from None
+                raise ConfigError(f"{f.name}={shown(value)}: must be {how.limit}") from None
     return kind(**values)
 
 
@@ -195,9 +195,9 @@ def _option(name: str, hint: Any, default: Any, text: str, panel: str) -> inspec
     """Every value is taken as text and read by `build`, so that a bad one is reported like one out of range."""
     flag = name.replace("_", "-")
     names = [f"--{flag}", *ALIASES.get(name, ())]
-    shown = UNSET.get(name, True)
+    told = UNSET.get(name, True)
     if isinstance(default, Implied):  # which the same number is not if somebody types it
-        default, shown = None, f"{default}, or what fits"
+        default, told = None, f"{default}, or what fits"
     annotation: Any = str | None if default is None else str
     metavar: str | None = None
     if isinstance(default, bool):
@@ -206,7 +206,7 @@ def _option(name: str, hint: Any, default: Any, text: str, panel: str) -> inspec
         annotation, metavar = list[str] | None, "TEXT"
     else:
         metavar, default = _kind(name, hint).metavar, None if default is None else str(default)
-    option = typer.Option(default, *names, help=text, metavar=metavar, show_default=shown, rich_help_panel=panel)
+    option = typer.Option(default, *names, help=text, metavar=metavar, show_default=told, rich_help_panel=panel)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
@@ -224,7 +224,10 @@ def _ids(text: str) -> list[int]:
 
 def _bias(text: str) -> dict[int, float]:
     pairs = [part.partition("=")[::2] for part in text.split(",") if part.strip()]
-    return {int(token_id): float(bias) for token_id, bias in pairs}
+    biases = {int(token_id): float(bias) for token_id, bias in pairs}
+    if len(biases) < len(pairs):  # of two for one id neither is what was asked
+        raise ValueError(text)
+    return biases
 
 
 def _structured(text: str) -> StructuredOutput:
@@ -240,7 +243,7 @@ def _structured(text: str) -> StructuredOutput:
 KINDS = {int: Kind("INTEGER", int, "an integer"), float: Kind("NUMBER", float, "a number"), str: Kind("NAME", str, "a name")}
 SPECIAL = {
     "max_tokens": Kind("INTEGER|none", _max_tokens, "an integer, or 'none'"),
-    "logit_bias": Kind("ID=NUMBER,...", _bias, "pairs of token id and number, such as '50=-2.5,7=1'"),
+    "logit_bias": Kind("ID=NUMBER,...", _bias, "pairs of token id and number, each id once, such as '50=-2.5,7=1'"),
     "allowed_token_ids": Kind("ID,...", _ids, "token ids, such as '5,6,7'"),
     "stop_token_ids": Kind("ID,...", _ids, "token ids, such as '2,13'"),
     "structured": Kind("FORM", _structured, "json, schema=..., regex=..., choice=a|b or grammar=..."),
