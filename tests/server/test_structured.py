@@ -89,6 +89,17 @@ def test_what_does_not_go_together(server: Running) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
 
 
+def test_a_form_that_cannot_be_is_told_without_our_own_words_for_it(server: Running) -> None:
+    schema = {"type": "nothing"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for param, body in (
+        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
+        ("tools", {"tools": [tool], "tool_choice": "required"}),
+    ):
+        message = server.post("/v1/chat/completions", {"messages": CHAT} | body).json()["error"]["message"]
+        assert message.startswith(f"{param}: must be a form that some text has and that can be compiled (") and "Invalid type: nothing" in message
+
+
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_call_that_must_be_made(client: openai.OpenAI, choice: Any, parallel: bool) -> None:

@@ -28,6 +28,7 @@ from quire.errors import (
     shown,
 )
 from quire.server.limits import MAX_JSON_DEPTH, RETRY_AFTER_S
+from quire.structured import StructuredOutput
 
 log = logging.getLogger("quire.server")
 
@@ -91,7 +92,8 @@ def as_server_error(error: BaseException) -> ServerError:
             return ServerError(400, str(error), param="prompt", code="cache_too_small")
         case InvalidRequestError():
             param = FIELD_NAMES.get(error.field, error.field)
-            value = "" if param == "prompt" and isinstance(error.value, str) else f"={shown(error.value, 80)}"
+            untold = (param == "prompt" and isinstance(error.value, str)) or isinstance(error.value, StructuredOutput)
+            value = "" if untold else f"={shown(error.value, 80)}"
             return ServerError(400, f"{param}{value}: must be {error.limit}", param=param, code="invalid_value")
         case QueueFullError():
             return ServerError(429, str(error), code="queue_full")

@@ -132,7 +132,7 @@ class GrammarCompiler:
                 while len(self._made) > MAX_GRAMMARS:
                     self._made.popitem(last=False)
         if isinstance(found, str):
-            raise InvalidRequestError("structured", asked, f"a grammar that some text matches and that can be compiled ({found})")
+            raise InvalidRequestError("structured", asked, f"a form that some text has and that can be compiled ({found})")
         return found
 
     def prepare(self) -> None:
