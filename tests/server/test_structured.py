@@ -172,3 +172,13 @@ def test_calls_in_a_response(server: Running, client: openai.OpenAI) -> None:
     again = client.responses.create(**asked | {"input": [{"role": "user", "content": "the"}, call.to_dict(), result]}, tool_choice="none")
     assert further.output_text == again.output_text and further.usage is not None and again.usage is not None
     assert further.usage.input_tokens == again.usage.input_tokens > made.usage.input_tokens if made.usage else False
+
+
+def test_a_call_that_was_cut_is_not_gone_on_from(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    asked: dict[str, Any] = {"model": "tiny", "input": "the", "tools": tools, "tool_choice": "required", "temperature": 0}
+    made = (client.responses.create(**asked, max_output_tokens=size) for size in range(20, 100, 4))
+    cut = next(one for one in made if one.output[0].type == "function_call")
+    assert cut.status == "incomplete"
+    with pytest.raises(openai.BadRequestError, match="previous_response_id: must be of a response whose calls are whole"):
+        client.responses.create(model="tiny", input="and?", previous_response_id=cut.id)

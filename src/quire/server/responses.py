@@ -22,7 +22,7 @@ from quire.server.response_told import Told
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema_answers import answers
-from quire.server.schema_chat import ChatPrompt, Message
+from quire.server.schema_chat import ChatPrompt, Message, arguments_of
 from quire.server.schema_response_answers import TYPED_EVENTS, Deleted, ResponseObject
 from quire.server.schema_responses import ResponseRequest
 from quire.server.serving import Serving, serving_of
@@ -155,6 +155,12 @@ def _before(store: ResponseStore, owner: str, response_id: str | None) -> Stored
         raise ServerError(400, message, param="previous_response_id", code="previous_response_not_found")
     if stored.status not in ("completed", "incomplete"):
         raise refused("previous_response_id", f"must be of a response that was answered (it is {stored.status})")
+    for call in stored.messages[-1].tool_calls or ():
+        try:
+            arguments_of(call.function.arguments)
+        except ValueError as error:
+            what = f"must be of a response whose calls are whole (the arguments of {call.id} are no JSON object)"
+            raise refused("previous_response_id", what) from error
     return stored
 
 
