@@ -45,6 +45,11 @@ TYPES = {
 }
 # What a field of the engine's is called here.
 FIELD_NAMES = {"include_stop_in_output": "include_stop_str_in_output", "params": None}
+# What must be of a kind, in the words of JSON.
+KINDS = {
+    **{"string_type": "a string", "int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "list_type": "a list"},
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
+}
 BRANCH = re.compile(r"^(str|int|float|bool|none|[A-Z]\w*)$|[\[(-]")  # how pydantic calls the kinds of a union
 INPUT_SHOULD = re.compile(r"^(Input|List|Dictionary|String) should")  # how it begins what we begin with "must"
 PLACES = ("body", "query")  # where fields are
@@ -92,8 +97,7 @@ def as_server_error(error: BaseException) -> ServerError:
             return ServerError(400, str(error), param="prompt", code="cache_too_small")
         case InvalidRequestError():
             param = FIELD_NAMES.get(error.field, error.field)
-            untold = (param == "prompt" and isinstance(error.value, str)) or isinstance(error.value, StructuredOutput)
-            value = "" if untold else f"={shown(error.value, 80)}"
+            value = "" if _untold(error) else f"={shown(error.value, 80)}"
             return ServerError(400, f"{param}{value}: must be {error.limit}", param=param, code="invalid_value")
         case QueueFullError():
             return ServerError(429, str(error), code="queue_full")
@@ -111,6 +115,11 @@ def as_server_error(error: BaseException) -> ServerError:
     return ServerError(500, f"the server failed ({type(error).__name__}); its log says more", code="internal_error")
 
 
+def _untold(error: InvalidRequestError) -> bool:
+    """Whether the value is a prompt's text, no text at all, or our own word for what the body has."""
+    return error.field == "prompt" and (isinstance(error.value, str) or error.value == []) or isinstance(error.value, StructuredOutput)
+
+
 def install(app: FastAPI) -> None:
     """Have every exception answered in the one shape."""
 
@@ -125,7 +134,8 @@ def install(app: FastAPI) -> None:
 
 def _validation(error: RequestValidationError | ValidationError) -> ServerError:
     """The first thing that is wrong, under the name of the field it is in."""
-    first = _most_telling(error.errors())
+    found = error.errors()
+    first = _most_telling(found)
     if first["type"] == "json_invalid":
         return ServerError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json")
     where = _where(first["loc"], of_a_field=first["type"] in ("extra_forbidden", "missing"))
@@ -137,12 +147,20 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
         return ServerError(400, f"{param}: there is no such field", param=param, code="unknown_field")
     if first["type"] == "missing":
         return ServerError(400, f"{param}: must be given", param=param, code="missing_field")
-    if first["type"] == "none_required":
+    if first["type"] in KINDS:
+        message = _kinds(found, where)
+    elif first["type"] == "none_required":
         message = "must be null or left out: this server has no such thing"
     # A number, or a word where there is a choice of them: other texts may be a prompt's.
     told = type(first["input"]) in (int, float, bool) or (first["type"] == "literal_error" and isinstance(first["input"], str))
     value = f"={shown(first['input'], 80)}" if told else ""
     return ServerError(400, f"{param}{value}: {message}" if param else message, param=param, code="invalid_value")
+
+
+def _kinds(found: Sequence[Any], where: Sequence[str | int]) -> str:
+    """What a value that is of none of the kinds it may be of must be."""
+    kinds = [KINDS[one["type"]] for one in found if one["type"] in KINDS and _where(one["loc"], of_a_field=False) == where]
+    return f"must be {' or '.join(dict.fromkeys(kinds))}"
 
 
 def _where(loc: Sequence[str | int], *, of_a_field: bool) -> list[str | int]:
