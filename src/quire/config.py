@@ -102,7 +102,7 @@ class EngineConfig:
         for name in ("prefix_sharing", "compile", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: must be True or False")
-        if self.cache_dir is not None and not isinstance(self.cache_dir, str | PathLike):
+        if self.cache_dir == "" or not isinstance(self.cache_dir, str | PathLike | None):  # "" would be the folder one is in
             raise ConfigError(f"cache_dir={shown(self.cache_dir)}: must be a path or None")
         if self.cache_dir_bytes is not None and self.cache_dir is None:
             raise ConfigError(f"cache_dir_bytes={self.cache_dir_bytes}: must be None without a cache_dir")

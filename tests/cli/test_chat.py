@@ -96,6 +96,8 @@ def test_what_is_refused(quire: Quire, model: str, chatty: str, server: Running,
     assert wrong.exit_code == 1 and "does not take this key" in " ".join(wrong.stderr.split())
     assert quire("chat", "http://127.0.0.1:9", stdin="hello\n").exit_code == 1
     assert quire("chat", "http://", stdin="hello\n").exit_code == 2
+    named = quire("chat", "http://me:secret@127.0.0.1:9", stdin="hello\n")
+    assert named.exit_code == 2 and "no user or password" in named.stderr and "secret" not in named.stderr
     assert quire("chat", chatty, "--name", "x", stdin="hello\n").exit_code == 2
     other = quire("chat", server.url, "--api-key", KEY, "--name", "gpt", stdin="hello\n")
     assert other.exit_code == 1 and "not served here" in " ".join(other.stderr.split())

@@ -184,8 +184,9 @@ def test_what_cannot_be_stored_is_refused(checkpoint: Checkpoint, tmp_path: Path
         LLM(folder, cache_dir=tmp_path, prefix_sharing=False)
     with pytest.raises(ConfigError, match="cache_dir_bytes=5: must be None without a cache_dir"):
         LLM(folder, cache_dir_bytes=5)
-    with pytest.raises(ConfigError, match="cache_dir="):
-        LLM(folder, cache_dir=3)
+    for wrong in (3, ""):
+        with pytest.raises(ConfigError, match="cache_dir=.*must be a path or None"):
+            LLM(folder, cache_dir=wrong)
     (tmp_path / "file").write_text("")
     for source in (folder, str(tmp_path / "no such model")):
         with pytest.raises(ConfigError, match="cache_dir=.*must be a folder"):  # before a model is looked for

@@ -39,8 +39,10 @@ class Remote:
             self._host = ""
         if not is_url(url) or not self._host or parts.query or parts.fragment:
             raise ConfigError(f"url={url!r}: must be a server's address, such as http://localhost:8000")
+        if parts.username is not None:  # which would go nowhere
+            raise ConfigError("url: must have no user or password in it; a key is given with --api-key")
         self._root = parts.path.rstrip("/").removesuffix("/v1")
-        self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{self._root}"
+        self.shown = f"{parts.scheme}://{parts.netloc}{self._root}"
         self._headers = {"content-type": "application/json", **({"authorization": f"Bearer {api_key}"} if api_key else {})}
         self._own = threading.local()
         self._open: set[http.client.HTTPConnection] = set()
