@@ -57,7 +57,11 @@ def test_bad_requests_and_then_a_good_one(server: Running, start: int) -> None:
         (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body must be nested at most 64 deep"),
         (b'{"prompt": "\xff"}', "the body is not JSON in UTF-8"),
         (b'{"prompt": "x", "top_p": 0}', "top_p=0: must be greater than 0"),
-        (b'{"prompt": "x", "logprobs": true}', "logprobs=True: must be an integer"),
+        (b'{"prompt": "x", "logprobs": true}', "logprobs=true: must be an integer"),
+        (
+            b'{"prompt": "x", "stream": true, "stream_options": {"include_obfuscation": true}}',
+            "stream_options.include_obfuscation=true: must be false",
+        ),
         (b'{"prompt": "x", "user": 5}', "user=5: must be a string"),
         (b'{"prompt": ["x", ""]}', "prompt: must be at least one token"),
         (b'{"prompt": "x", "stop": 5}', "stop=5: must be a string or a list"),

@@ -149,11 +149,14 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
         return ServerError(400, f"{param}: must be given", param=param, code="missing_field")
     if first["type"] in KINDS:
         message = _kinds(found, where)
+    elif first["type"] == "literal_error":
+        message = f"must be {first['ctx']['expected'].replace('False', 'false')}"
     elif first["type"] == "none_required":
         message = "must be null or left out: this server has no such thing"
     # A number, or a word where there is a choice of them: other texts may be a prompt's.
     told = type(first["input"]) in (int, float, bool) or (first["type"] == "literal_error" and isinstance(first["input"], str))
-    value = f"={shown(first['input'], 80)}" if told else ""
+    given = shown(first["input"], 80)
+    value = f"={given.lower() if isinstance(first['input'], bool) else given}" if told else ""
     return ServerError(400, f"{param}{value}: {message}" if param else message, param=param, code="invalid_value")
 
 
