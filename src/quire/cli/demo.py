@@ -70,6 +70,6 @@ def _beginning(llm: LLM, prompt: str) -> str:
     if llm.tokenizer is None:
         return prompt  # the engine refuses it by name
     words = prompt.split(" ")
-    while len(words) > 1 and len(llm.tokenizer(" ".join(words)).input_ids) > llm.info.context_len // 2:
+    while len(words) > 1 and len(llm.tokenizer(" ".join(words), verbose=False).input_ids) > llm.info.context_len // 2:
         words.pop()
     return " ".join(words)
