@@ -53,9 +53,7 @@ def packed(products: NativeProducts, weight: torch.Tensor, quantization: str) ->
     layout = PackedLayout(*weight.shape, weight.dtype, quantization)
     size = products.packed_bytes(layout)
     copies = room(max(2, -(-COPIES_BYTES // size)) * size).view(-1, size)  # the memory that a model's weights get
-    for copy in copies:
-        products.pack(weight, layout, copy)
-    return itertools.cycle([PackedWeight(copy, layout, products.rows, "") for copy in copies])
+    return itertools.cycle([PackedWeight(copy, layout, products.rows, "", num_bytes=products.pack(weight, layout, copy)) for copy in copies])
 
 
 def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows: list[int], seconds: float, matrix_limit: float) -> Bench:
@@ -65,7 +63,7 @@ def one_shape(products: NativeProducts, k: int, n: int, dtype: torch.dtype, rows
     plain = itertools.cycle(weight.expand(max(2, -(-COPIES_BYTES // size)), n, k).clone().unbind())
     forms = {name: packed(products, weight, quantization) for name, quantization in (("packed", "none"), ("int8", "int8"), ("int4", "int4"))}
     memory = itertools.cycle(room(max(2, COPIES_BYTES // size) * size).view(torch.float32).fill_(1.0).view(-1, size // 4).unbind())
-    sizes = {"torch": size, "plain": size} | {name: next(form).packed.numel() for name, form in forms.items()}
+    sizes = {"torch": size, "plain": size} | {name: next(form).num_bytes for name, form in forms.items()}
     for m in rows if n <= 10_000 else rows[:5]:
         x = torch.randn(m, k).to(dtype)
         calls: dict[str, Call] = {"read": lambda: next(memory).sum(), "torch": call(F.linear, x, plain), "plain": call(products.linear, x, plain)}

@@ -38,16 +38,17 @@ def processor() -> str:
 
 
 class Reading:
-    """Reads 1 GiB by all threads, in huge pages where the system has them, as packed weights are."""
+    """Reads a packed weight of half a billion bf16 by all threads, in huge pages where the system has them, as packed weights are."""
 
     def __init__(self) -> None:
-        self._data, self._x = room(2**30), torch.zeros(1, 1024, dtype=torch.bfloat16)
-        self._numbers, self._layout = self._data.view(torch.float32).fill_(1.0), PackedLayout(2**19, 1024, torch.bfloat16)
-        self._products = NativeProducts(torch.get_num_threads())
+        self._products, self._layout = NativeProducts(torch.get_num_threads()), PackedLayout(2**19, 1024, torch.bfloat16)
+        self._data, self._x = room(self._products.packed_bytes(self._layout)), torch.zeros(1, 1024, dtype=torch.bfloat16)
+        self._size = self._products.pack(torch.ones(1, 1024, dtype=torch.bfloat16).expand(2**19, 1024), self._layout, self._data)
+        self._numbers = self._data[: self._size].view(torch.float32)
 
     def bandwidth(self) -> float:
         """GB/s of the fastest of many reads, by a plain sum or by one row times it as a packed bf16 weight."""
-        return max(self._data.numel() / best(lambda: self._numbers.sum()) / 1e9, *self.now(1.0))
+        return max(self._size / best(lambda: self._numbers.sum()) / 1e9, *self.now(1.0))
 
     def now(self, seconds: float = 0.5) -> list[float]:
         """GB/s of each read by one row, one after the other: what memory gives while neighbours on the host read theirs."""
@@ -56,7 +57,7 @@ class Reading:
         while not found or time.perf_counter() < end:
             start = time.perf_counter()
             self._products.packed(self._x, self._data, self._layout)
-            found.append(self._data.numel() / (time.perf_counter() - start) / 1e9)
+            found.append(self._size / (time.perf_counter() - start) / 1e9)
         return found
 
 
