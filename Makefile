@@ -7,7 +7,7 @@ TRITON := $(VENV)/triton
 PIP := $(BIN)/pip --disable-pip-version-check -q
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test soak lint bench setup clean
+.PHONY: demo test test-tiles soak lint bench setup clean
 
 setup: $(VENV)/.native
 
@@ -17,6 +17,13 @@ demo: setup
 # Two processes share two cores; one of torch's own threads that spins while it waits would take the other one's time.
 test: setup
 	GOMP_SPINCOUNT=0 PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# AMX's kernels on a CPU without tiles, which are computed in vectors: it needs AVX512-BF16, some minutes, and is not part of `make test`.
+TILES := build/tiles
+test-tiles: setup
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B $(TILES) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DQUIRE_ISAS=amx -DQUIRE_EMULATED_TILES=ON
+	$(BIN)/ninja -C $(TILES)
+	QUIRE_NATIVE=$$(ls $(CURDIR)/$(TILES)/_native*) $(BIN)/python -m pytest -q -n 2 tests/tensors/test_native_linear.py tests/tensors/test_native_attention.py tests/tensors/test_native_attention_bits.py tests/tensors/test_native_attention_shared.py tests/tensors/test_native_codec.py tests/tensors/test_packed.py tests/tensors/test_packed_short.py
 
 soak: setup $(VENV)/.soak
 	$(BIN)/python -m pytest -q -rP tests/policy tests/tensors/test_disk_random.py tests/engine/test_random.py tests/server/test_soak.py tests/server/test_schemathesis.py --hypothesis-profile=soak

@@ -8,6 +8,9 @@
 //   C [M, 16] int32 +=  A [M, 64] int8  x  B [16 fours of k, 16 columns] fours of int8, exact (TDPBSSD)
 #pragma once
 #include "simd.h"
+#if defined(QUIRE_AMX) && defined(QUIRE_EMULATED_TILES)
+#include "tiles_emulated.h"
+#endif
 
 #if defined(QUIRE_AMX)
 namespace quire {
@@ -29,9 +32,14 @@ struct TileShapes {
       config.row_bytes[i] = 64;
       config.rows[i] = uint8_t(few >> i & 1u ? few_rows : 16);
     }
+#if defined(QUIRE_EMULATED_TILES)
+    for (int i = 0; i < 8; ++i) emulated_tiles().rows[i] = config.rows[i];
+  }
+#else
     asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
   }
   ~TileShapes() { asm volatile("tilerelease" ::: "memory"); }
+#endif
   TileShapes(const TileShapes&) = delete;
   TileShapes& operator=(const TileShapes&) = delete;
 };
@@ -45,6 +53,7 @@ struct FlushedSmall {
   FlushedSmall& operator=(const FlushedSmall&) = delete;
 };
 
+#if !defined(QUIRE_EMULATED_TILES)
 // Written out, since GCC's intrinsics do not say that they read and write memory, and their order against plain loads and stores is lost.
 template <int T>
 QUIRE_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
@@ -61,6 +70,7 @@ template <int C, int A, int B>
 QUIRE_INLINE void tile_dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
 template <int C, int A, int B>
 QUIRE_INLINE void tile_dot_bytes() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+#endif
 
 // C 0..3, which hold sums; in memory they lie one after the other.
 QUIRE_INLINE void zero_sums() {

@@ -2,7 +2,7 @@
 
     A   arithmetic: 2 x weights of the layers for each token computed, 2 x weights of the head for each row of logits that is needed, and
         4 x heads x head_dim x visible keys for each query in each layer (a product for the score and one for the value, two operations a number)
-    W   bytes of all weights as stored, the head once, the embedding (a row a token) and norms not
+    W   bytes of all weights as stored, two of bf16 however an engine keeps it, the head once, the embedding (a row a token) and norms not
     a(X) = A of X / matrix rate          r = W / read bandwidth: seconds to read all weights once
 
     stream    W1          new x r                                  one token a step, and a step reads all weights. The prompt's arithmetic is left out
