@@ -19,7 +19,7 @@ from bench.live import random_model
 from bench.machine import Bench
 from quire import LLM
 from quire.tensors.attention.base import StepInputs, TableInputs
-from quire.tensors.device import one_torch_thread_here
+from quire.tensors.host import one_torch_thread_here
 from quire.tensors.models.model import CausalModel
 from quire.tensors.store import PageStore, StagedStep
 

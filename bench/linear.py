@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from bench import machine
 from bench.machine import Bench
-from quire.tensors.models.packing import room
+from quire.tensors.host import room
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedLayout, PackedWeight
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from quire.tensors.models.packing import room
+from quire.tensors.host import room
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedLayout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -13,6 +14,7 @@ LAYOUTS = ("paged", "stacked")
 BACKENDS = ("auto", "native", "reference", "triton")
 CODECS = ("int8", "int4")
 QUANTIZATIONS = ("none", "int8", "int4")
+RESERVE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,9 @@ class EngineConfig:
         prefix_sharing: reuse pages of equal prefixes.
         max_model_len: the context, at most the checkpoint's own; `None` takes that.
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
-            "triton" is both as they will run on an accelerator, so far in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.
+            "triton" is both as they run on an accelerator; on the CPU in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.
+        device: where weights and pages lie and steps run: "cpu", or an accelerator by torch's name, with or without its number. On one "auto" is
+            "triton"; tokens are drawn on the CPU. No real one has run it yet (docs/devices.md, which says what does not go with one).
         num_threads: CPU threads of a step; `None` takes torch's number.
         compile: compile decoder layers with torch's Inductor, which needs a C++ compiler and a minute at the first start with a model. Its output
             keeps every promise, but its bits are not those without it.
@@ -57,7 +61,7 @@ class EngineConfig:
     max_sequences: int = 64
     max_waiting: int = 100_000
     cache_bytes: int | None = None
-    reserve_bytes: int = 256 * 2**20
+    reserve_bytes: int = RESERVE_BYTES
     page_size: int = 16
     kv_codec: str | None = None
     cache_layout: str = "paged"
@@ -66,6 +70,7 @@ class EngineConfig:
     prefix_sharing: bool = True
     max_model_len: int | None = None
     backend: str = "auto"
+    device: str = "cpu"
     num_threads: int | None = None
     compile: bool = False
     trust_remote_code: bool = False
@@ -84,6 +89,10 @@ class EngineConfig:
         _choice("quantization", self.quantization, QUANTIZATIONS)
         _choice("backend", self.backend, BACKENDS)
         split_codec(self.kv_codec)
+        if not isinstance(self.device, str) or not re.fullmatch(r"[a-z]+(:\d{1,3})?", self.device) or self.device.startswith("cpu:"):
+            raise ConfigError(f"device={shown(self.device)}: must be cpu, or a device's name as torch has it, as in NAME or NAME:1")
+        if self.device != "cpu":
+            self._refuse_what_needs_the_cpu()
         if self.backend == "triton" and self.kv_codec is not None:
             raise ConfigError(f"kv_codec={shown(self.kv_codec)}: must be None with backend='triton', whose kernels read plain rows only")
         _choice("cache_layout", self.cache_layout, LAYOUTS)
@@ -108,6 +117,19 @@ class EngineConfig:
             raise ConfigError(f"cache_dir_bytes={self.cache_dir_bytes}: must be None without a cache_dir")
         if self.revision is not None and not isinstance(self.revision, str):
             raise ConfigError(f"revision={shown(self.revision)}: must be a string or None")
+
+    def _refuse_what_needs_the_cpu(self) -> None:
+        if self.backend not in ("auto", "triton"):
+            raise ConfigError(f"backend={self.backend!r}: must be auto or triton with device={self.device!r}")
+        if self.reserve_bytes not in (0, RESERVE_BYTES):
+            raise ConfigError(f"reserve_bytes={self.reserve_bytes}: must be left out with device={self.device!r}, which takes no pages back")
+        for name, why in (
+            ("kv_codec", "whose kernels read plain rows only"),
+            ("cache_dir", "whose pages the disk is not given"),
+            ("compile", "for which layers are not compiled"),
+        ):
+            if getattr(self, name):
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: must be left out with device={self.device!r}, {why}")
 
 
 def split_codec(value: object) -> tuple[str | None, str | None]:

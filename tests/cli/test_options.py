@@ -59,6 +59,7 @@ ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "prefix_sharing": (True, False),
     "max_model_len": ("512", 512),
     "backend": ("reference", "reference"),
+    "device": ("cpu", "cpu"),
     "num_threads": ("3", 3),
     "compile": (True, True),
     "trust_remote_code": (True, True),

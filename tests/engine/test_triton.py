@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from quire import LLM, ConfigError, SamplingParams
-from quire.engine.build import choose_kernels
+from quire.engine.kernels import choose_kernels
 from tests.engine.conftest import Checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")

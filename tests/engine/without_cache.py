@@ -14,7 +14,8 @@ import torch
 
 from quire import LLM, RequestOutput, SamplingParams
 from quire.config import EngineConfig
-from quire.engine.build import choose_kernels, open_model
+from quire.engine.build import open_model
+from quire.engine.kernels import choose_kernels
 from quire.tensors.models.model import CausalModel
 from tests.engine.by_hand import ByHand
 from tests.tensors.checkpoints import make, tiny_model

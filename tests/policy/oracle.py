@@ -21,6 +21,7 @@ from quire.policy.plan import StepPlan
 from quire.policy.prefix import PrefixKey, blake2b_128, pack
 from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence as TokenSequence
+from quire.tensors.device import CPU
 from quire.tensors.store import PageStore
 
 SOAK = settings.get_current_profile_name() == "soak"
@@ -86,6 +87,8 @@ class Poisoned:
     """The store as the keeper sees it: pages of one byte, which forget everything when they are given back."""
 
     page_bytes = 1
+
+    device = CPU
 
     def __init__(self, pages: list[dict[int, tuple[int, int]]]) -> None:
         self.pages = pages

@@ -7,7 +7,7 @@ import ctypes
 import psutil
 import pytest
 
-from quire.tensors.device import give_back_freed
+from quire.tensors.host import give_back_freed
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc here gives nothing back when asked")

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quire.errors import ConfigError, UnsupportedModelError
+from quire.tensors.host import room
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
-from quire.tensors.models.packing import pack_weights, room
+from quire.tensors.models.packing import pack_weights
 from quire.tensors.models.probe import probe
 from quire.tensors.packed import PackedWeight
 from quire.tensors.products import ReferenceProducts

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from quire.errors import ConfigError
-from quire.tensors.attention.base import LayerPlace, StepInputs, page_rows
+from quire.tensors.attention.base import LayerPlace, StepInputs, TableInputs, page_rows
 from quire.tensors.attention.reference import ReferenceAttention
-from quire.tensors.attention.triton import TritonAttention
+from quire.tensors.attention.triton import TritonAttention, num_blocks
 from quire.tensors.codec import RowFormat
 from tests.tensors import attention_cases as cases
 from tests.tensors.attention_cases import NAN, POISON, Geometry, Sequence, make_sequence
@@ -167,13 +167,31 @@ def test_nothing_to_do_and_slots_of_no_page() -> None:
     cache.backend.commit(sequence.k[:0], sequence.v[:0], cache.pages, cache.place, torch.tensor([], dtype=torch.int64))
 
 
-def test_a_step_is_planned_once_for_all_layers() -> None:
-    backend, starts = TritonAttention(), torch.tensor([0, 33, 33, 34], dtype=torch.int32)
-    step = StepInputs(starts, torch.tensor([0, 5, 9], dtype=torch.int32), ())
-    blocks = backend._blocks_of(step, 32)
-    assert blocks.tolist() == [[0, 0], [0, 32], [2, 0]] and backend._blocks_of(step, 32) is blocks
-    assert backend._blocks_of(step, 16).tolist() == [[0, 0], [0, 16], [0, 32], [2, 0]]
-    assert backend._blocks_of(dataclasses.replace(step), 32) is not blocks
+def test_the_lengths_of_a_step_may_change_where_they_lie() -> None:
+    """A batch of the same shape as the one before is the same tensors, written anew (engine/batch.py)."""
+    a, b = make_sequence(PLAIN, 40, seed=1), make_sequence(PLAIN, 40, seed=2)
+    expected = compute(PLAIN, a, [37])
+    starts, committed = torch.tensor([0, 3, 40], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    backend, cache = TritonAttention(), Cache(PLAIN, 4, 2)
+    step = StepInputs(starts, committed, (TableInputs(committed[:0], torch.zeros(3, dtype=torch.int32)),) * 2)
+    for counts in ((3, 37), (37, 3)):
+        starts[1] = counts[0]
+        q, k, v = (torch.cat([getattr(x, name)[:count] for x, count in zip((a, b), counts, strict=True)]) for name in "qkv")
+        out = backend.attend(q, k, v, cache.pages, cache.place, step, cache.mask)
+    assert torch.equal(out[:37], expected)
+
+
+@pytest.mark.parametrize("counts", [[1], [5, 0, 1, 1, 33, 32, 0, 31], [0, 0, 64, 1], [1] * 40, [0, 0]])
+@pytest.mark.parametrize("block", [1, 4, 32, 64])
+def test_there_are_programs_for_all_tokens(counts: list[int], block: int) -> None:
+    """As the kernel finds them; two of them never have the same token."""
+    starts = [sum(counts[:s]) for s in range(len(counts) + 1)]
+    found = []
+    for program in range(num_blocks(starts[-1], len(counts), block)):
+        s = max(s for s in range(len(counts)) if starts[s] // block + s <= program)
+        first = (program - starts[s] // block - s) * block
+        found += [starts[s] + token for token in range(first, min(first + block, counts[s]))]
+    assert found == list(range(starts[-1]))
 
 
 def test_what_it_cannot_read_is_refused() -> None:

@@ -104,7 +104,7 @@ def load(source: str, config: EngineConfig, warn: Callable[[str], None] | None =
 
 def _made_ahead(source: str, config: EngineConfig) -> contextlib.AbstractContextManager[None]:
     """Memory for the weights, made while the imports run, where packing will want it."""
-    if config.backend == "reference":  # which packs nothing
+    if config.backend not in ("auto", "native") or config.device != "cpu":  # which pack nothing, or in another form
         return contextlib.nullcontext()
     return made_ahead(source, dtype=config.dtype, quantization=config.quantization, spare_bytes=lambda: available_bytes() - config.reserve_bytes)
 

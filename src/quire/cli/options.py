@@ -64,6 +64,7 @@ ENGINE = {
     "prefix_sharing": "Compute equal prefixes anew instead of reusing their pages.",
     "max_model_len": "The context.",
     "backend": f"Attention and products: {', '.join(BACKENDS)} (native where it loads).",
+    "device": "Where the model runs: cpu, or an accelerator by torch's name (which none has done yet).",
     "num_threads": "CPU threads of a step.",
     "compile": "Compile decoder layers; slow at the first start, needs a C++ compiler.",
     "trust_remote_code": "Run Python code that comes with the checkpoint.",

@@ -18,6 +18,7 @@ import torch
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
 from quire.tensors.attention.base import StepInputs, TableInputs
+from quire.tensors.device import CPU, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +35,19 @@ class Batch:
 
 
 class Batches:
-    """Makes the batch of each plan for these groups. One of the same shape as the last is the last one, its memory written anew: decoding goes on for
-    many steps in which nothing but the numbers changes."""
+    """Makes the batch of each plan for these groups. One of the same shape as the last may be the last one, its memory written anew."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], device: Device = CPU) -> None:
         self._groups = tuple(groups)
-        self._arrays: list[array[int]] = []
+        self._feed = device.feed()
+        self._tensors: tuple[torch.Tensor, ...] = ()
         self._batch: Batch | None = None
 
     def of(self, plan: StepPlan) -> Batch:
-        """The batch of a plan, on CPU, until the next one is made."""
-        arrays = [*_packed(plan), *(values for group in self._groups for values in _placed(plan, group))]
-        if self._batch is None or [len(values) for values in arrays] != [len(values) for values in self._arrays]:
-            self._arrays, self._batch = arrays, _batch(arrays)
-        else:
-            for kept, values in zip(self._arrays, arrays, strict=True):
-                if values:
-                    kept[:] = values
+        """The batch of a plan, on the device, until the next one is made."""
+        tensors = self._feed.tensors([*_packed(plan), *(values for group in self._groups for values in _placed(plan, group))])
+        if self._batch is None or tensors is not self._tensors:
+            self._tensors, self._batch = tensors, _batch(tensors)
         return self._batch
 
 
@@ -86,12 +83,7 @@ def _placed(plan: StepPlan, group: Group) -> list[array[int]]:
     return [flat, starts, slots]
 
 
-def _batch(arrays: Sequence[array[int]]) -> Batch:
-    ids, positions, logits_at, hidden_at, starts, committed, *placed = map(_tensor, arrays)
+def _batch(tensors: Sequence[torch.Tensor]) -> Batch:
+    ids, positions, logits_at, hidden_at, starts, committed, *placed = tensors
     tables = tuple(TableInputs(flat, first) for flat, first in zip(placed[::3], placed[1::3], strict=True))
     return Batch(ids, positions, logits_at, hidden_at, StepInputs(starts, committed, tables), tuple(placed[2::3]))
-
-
-def _tensor(values: array[int]) -> torch.Tensor:
-    dtype = torch.int64 if values.typecode == "q" else torch.int32
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +14,7 @@ from quire.config import EngineConfig, split_codec
 from quire.engine.cache_dir import check_cache_dir, disk_store
 from quire.engine.disk_eye import DiskEye
 from quire.engine.engine import Engine
+from quire.engine.kernels import Kernels, choose_kernels
 from quire.engine.runner import Runner
 from quire.engine.tier import DiskTier
 from quire.errors import ConfigError
@@ -23,15 +22,11 @@ from quire.policy.cache import PageCache
 from quire.policy.groups import Arrangement, Group, arrange
 from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
-from quire.tensors.attention.base import AttentionBackend, PackingProducts
-from quire.tensors.attention.reference import ReferenceAttention
-from quire.tensors.device import give_back_freed, on_one_torch_thread
-from quire.tensors.memory import available_bytes
+from quire.tensors.device import Device
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe
 from quire.tensors.models.workspace import Workspace, measure
-from quire.tensors.products import ReferenceProducts
 from quire.tensors.sampler import Sampler
 from quire.tensors.store import PageStore, cached_layers, layer_places
 from quire.text.grammar import GrammarCompiler
@@ -54,6 +49,7 @@ class EngineInfo:
     model_type: str
     dtype: str
     backend: str
+    device: str
     layers: str
     num_threads: int
     context_len: int
@@ -70,50 +66,6 @@ class EngineInfo:
     bytes_per_token: int
     max_cached_tokens: int
     groups: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """What computes attention and products. `programs`: whether layers can be native programs, which bring their own."""
-
-    attention: AttentionBackend
-    products: PackingProducts
-    sampler: Literal["native", "reference"]
-    name: str
-    programs: bool = False
-
-
-def choose_kernels(backend: str, num_threads: int) -> Kernels:
-    """The kernels asked for; with "auto" the native ones, or the reference with one warning where they do not load.
-
-    Raises:
-        ConfigError: "native" or "triton" was asked for and does not load.
-    """
-    if backend == "triton":
-        return Kernels(*_interpreted(), choose_kernels("auto", num_threads).sampler, "triton (interpreted)")
-    if backend != "reference":
-        try:
-            from quire.tensors.attention.native import NativeAttention
-            from quire.tensors.native import isa
-            from quire.tensors.native_products import NativeProducts
-
-            return Kernels(NativeAttention(num_threads), NativeProducts(num_threads), "native", f"native ({isa()})", programs=True)
-        except (ImportError, AttributeError) as error:  # absent, or built from other sources than these
-            if backend == "native":
-                raise ConfigError(f"backend='native': the native kernels do not load: {error}") from error
-            warnings.warn(f"Quire's native kernels do not load ({error}); the reference backend in plain torch is exact but slow", stacklevel=2)
-    return Kernels(ReferenceAttention(), ReferenceProducts(), "reference", "reference")
-
-
-def _interpreted() -> tuple[AttentionBackend, PackingProducts]:
-    try:
-        from quire.tensors.attention.triton import INTERPRETED, TritonAttention
-        from quire.tensors.triton_products import TritonProducts
-    except ImportError as error:
-        raise ConfigError(f"backend='triton': Triton does not load: {error}") from error
-    if not INTERPRETED:
-        raise ConfigError("backend='triton': must run in Triton's interpreter (TRITON_INTERPRET=1 before Python starts): models are on the CPU")
-    return TritonAttention(), TritonProducts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +99,7 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     """
     check_cache_dir(config, live=not isinstance(source, str))
     num_threads = config.num_threads or torch.get_num_threads()
-    kernels = choose_kernels(config.backend, num_threads)
+    kernels = choose_kernels(config.backend, num_threads, config.device)
     if config.compile:
         kernels = replace(kernels, name=f"{kernels.name}, compiled layers")
     model = open_model(source, config, kernels)
@@ -160,19 +112,23 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
 
 def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Kernels) -> CausalModel:
     """A model that has been probed. Raises as `build_engine`."""
-    model = load_model(
-        source,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-        products=kernels.products,
-        quantization=config.quantization,
-    )
+    device = kernels.device
+    with device.current():
+        model = load_model(
+            source,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+            products=kernels.products,
+            quantization=config.quantization,
+            device=device,
+            rows=kernels.rows,
+        )
     try:
         _context_len(config, model)  # refused before compiling and probing take their time
         if config.compile:
             model.compile()
-        on_one_torch_thread(lambda: _examine(model, lower=kernels.programs and not config.compile))
+        device.on_a_thread(lambda: _examine(model, lower=kernels.programs and not config.compile))
     except BaseException:
         model.close()
         raise
@@ -189,14 +145,15 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     context_len = _context_len(config, model)
     if config.cache_layout == "stacked":
         config = replace(config, page_size=context_len)
-    workspace = on_one_torch_thread(lambda: measure(model))
-    give_back_freed()  # of loading and probing, before the pool is sized by what there is
+    device = kernels.device
+    workspace = device.on_a_thread(lambda: measure(model))
+    device.give_back_freed()  # of loading and probing, before the pool is sized by what there is
     config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     codec = split_codec(config.kv_codec)
     layers = cached_layers(model.layers, model.dtype, *codec)
     arrangement = arrange(layers, config.page_size)
-    num_pages = _num_pages(config, arrangement, context_len)
-    store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
+    num_pages = _num_pages(config, arrangement, context_len, device)
+    store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention, device)
     identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()
     cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
     tokenizer = _tokenizer(source, config)
@@ -208,7 +165,7 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
-    engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes)
+    engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes if device.takes_back else 0)
     info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace)
     limits, eye = Limits(model.vocab_size, context_len), DiskEye(disk) if disk is not None else None
     return Built(engine, model, tokenizer, limits, info, tier, GrammarCompiler(tokenizer, model.vocab_size), eye)
@@ -243,7 +200,7 @@ def _context_len(config: EngineConfig, model: CausalModel) -> int:
     return config.max_model_len
 
 
-def _num_pages(config: EngineConfig, arrangement: Arrangement, context_len: int) -> int:
+def _num_pages(config: EngineConfig, arrangement: Arrangement, context_len: int, device: Device) -> int:
     page_bytes = arrangement.page_bytes
     if config.cache_bytes is not None:
         least = page_bytes * len(arrangement.groups)
@@ -251,7 +208,7 @@ def _num_pages(config: EngineConfig, arrangement: Arrangement, context_len: int)
             raise ConfigError(f"cache_bytes={config.cache_bytes}: must be at least {least}, one page for each group of layers")
         return config.cache_bytes // page_bytes
     wanted = config.max_sequences * sum(-(-context_len // group.page_size) for group in arrangement.groups)
-    most = int(available_bytes() * MEMORY_SHARE) // page_bytes
+    most = int(device.available_bytes() * MEMORY_SHARE) // page_bytes
     if config.cache_layout == "stacked" and wanted > most:
         raise ConfigError(
             f"cache_layout='stacked': {config.max_sequences} slots of {context_len} tokens take {wanted * page_bytes} bytes, of which there are "
@@ -279,6 +236,7 @@ def _info(
         model_type=model.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         backend=kernels.name,
+        device=str(kernels.device.where),
         layers=_layers(model),
         num_threads=num_threads,
         context_len=context_len,

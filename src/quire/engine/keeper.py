@@ -89,8 +89,10 @@ class CacheKeeper:
         """See `LLM.resize_cache`. Returns the bytes the pool has now.
 
         Raises:
-            InvalidRequestError: more than the pool was made for, or less than what is open or pinned may need.
+            InvalidRequestError: more than the pool was made for, or less than what is open or pinned may need; a device that takes no page back.
         """
+        if not self._store.device.takes_back:
+            raise InvalidRequestError("cache_bytes", cache_bytes, f"as the pool was made: {self._store.device.where} takes no memory back from it")
         pool, page_bytes = self._cache.pool, self._store.page_bytes
         wanted = cache_bytes // page_bytes
         least = max(len(self._cache.groups), self._scheduler.pages_at_most + self._pins.num_pages)

@@ -21,7 +21,6 @@ from quire.errors import InvalidRequestError, NonFiniteLogitsError, NothingToDra
 from quire.params import SamplingParams
 from quire.policy import sequence as policy
 from quire.policy.plan import StepPlan, Work
-from quire.tensors.device import one_torch_thread_here
 from quire.tensors.models.probe import probe_again
 from quire.tensors.sampler import Row, Sampled, SequenceState
 
@@ -55,7 +54,7 @@ class ManualEngine:
         self._cache, self._runner = self.built.engine.scheduler.cache, self.built.engine.runner
         self._max_tokens = self.built.info.max_tokens_per_step
         self._arrivals = itertools.count()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-manual", initializer=one_torch_thread_here)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-manual", initializer=self._runner.device.take_thread)
         self._open = True
 
     def prefill(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[Held, Sampled]:

@@ -20,16 +20,17 @@ class Runner:
     """A model, the store it attends to and the sampler behind it."""
 
     def __init__(self, model: CausalModel, store: PageStore, sampler: Sampler, groups: Sequence[Group]) -> None:
-        self.model, self.store, self.sampler, self.groups = model, store, sampler, tuple(groups)
+        self.model, self.store, self.sampler, self.groups, self.device = model, store, sampler, tuple(groups), store.device
         self.log = StepLog()
-        self._batches = Batches(groups)
+        self._batches = Batches(groups, store.device)
 
     def run(
         self, plan: StepPlan, rows: Sequence[Sequence[Row]], before_sampling: Callable[[], None] = lambda: None
     ) -> tuple[list[list[Sampled]], torch.Tensor]:
         """Compute the plan and draw or score a token for each of `rows[i]`, all from the i-th row of logits that its works give.
 
-        Returns these, and the final hidden states [H, D] of the tokens that its works pool, one work after the other.
+        Returns these, and the final hidden states [H, D] of the tokens that its works pool, one work after the other, on the CPU. Logits and states
+        are what a step brings back from its device, and all that it waits for.
         The rows' masks are read after `before_sampling` has returned; until then somebody else may still be filling them.
         """
         self.store.copy_pages(plan.copies)
@@ -37,6 +38,7 @@ class Runner:
         step = StagedStep(self.store, batch.inputs, batch.slots)
         hidden = HiddenRows(batch.hidden_at)
         logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at, hidden)
+        logits, states = self.device.to_host(logits, hidden.states)
         self.log.mark("forward")
         flat = [row for together in rows for row in together]
         if any(len(together) != 1 for together in rows):
@@ -45,4 +47,4 @@ class Runner:
         drawn = iter(self.sampler.sample(logits, flat))
         self.log.mark("sample")
         step.commit()
-        return [[next(drawn) for _ in together] for together in rows], hidden.states
+        return [[next(drawn) for _ in together] for together in rows], states

@@ -19,7 +19,6 @@ from quire.engine.stream import RequestStream, Waiter, wake
 from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.outputs import FinishReason, TokenEvent
 from quire.request import Request
-from quire.tensors.device import one_torch_thread_here
 
 T = TypeVar("T")
 log = logging.getLogger("quire")
@@ -133,7 +132,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            one_torch_thread_here()
+            self._engine.runner.device.take_thread()
             while self._turn():
                 pass
             self._drain("cancelled", None)

@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig, split_codec
-from quire.engine.build import choose_kernels, open_model
+from quire.engine.build import open_model
+from quire.engine.kernels import choose_kernels
 from quire.errors import InvalidRequestError
 from quire.policy.copies import PageCopy
 from quire.policy.groups import in_one_group
 from quire.tensors.attention.base import StepInputs, TableInputs
-from quire.tensors.device import one_torch_thread_here
+from quire.tensors.host import one_torch_thread_here
 from quire.tensors.store import PageStore, StagedStep, cached_layers, layer_places
 
 

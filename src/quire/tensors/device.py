@@ -1,67 +1,269 @@
-"""The machine under the engine: memory held and given back, and how many threads torch's own operators take."""
+"""Where weights, pages and batches lie, and how they come and go: the CPU is one device, an accelerator another.
+
+Nothing else in the house asks which it is. What only one of them can do is a method that does nothing on the other, or a field that tells.
+
+An accelerator's kernels run behind the back of the thread that starts them, one after the other on that thread's stream. Two calls here keep what a
+step needs of that: what goes there (`Feed.tensors`) lies in pinned memory that nobody writes again before it has been copied, so nothing is waited
+for; what comes back (`to_host`) is waited for, once for all tensors of a step.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 
+from quire.errors import ConfigError
+from quire.tensors.host import give_back, give_back_freed, on_one_torch_thread, one_torch_thread_here, room
+from quire.tensors.memory import available_bytes
+
 T = TypeVar("T")
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ACCELERATORS: Final = ["cuda"]  # as torch names them; AMD's go by that name, too
+_ALIGNMENT = 16  # bytes: Triton compiles another kernel for a pointer that is less aligned, and a step's tensors shall meet one
 
 
-def give_back(address: int, num_bytes: int) -> None:
-    """Let the system have the memory of whole pages in this range; it reads as zeros when it is touched again."""
-    page = mmap.PAGESIZE
-    first, end = -(-address // page) * page, (address + num_bytes) // page * page
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if first < end and madvise is not None and hasattr(mmap, "MADV_DONTNEED"):
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+class Feed(Protocol):
+    """Makes a step's tensors of its numbers, one step after another."""
+
+    def tensors(self, arrays: Sequence[array[int]]) -> tuple[torch.Tensor, ...]:
+        """One tensor for each array, int64 of typecode "q" and int32 of "i", valid until the next call. If each has the length it had in the last
+        call they may be the tuple of that call, written anew."""
+        ...
 
 
-def give_back_freed() -> None:
-    """Let the system have what malloc keeps of memory that was freed: after loading a model that may be hundreds of megabytes, in pieces."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+class Device(Protocol):
+    """One device. `where` is its name in torch; `takes_back`: whether pages nobody needs can be given back to whoever else wants memory."""
+
+    @property
+    def where(self) -> torch.device: ...
+
+    @property
+    def takes_back(self) -> bool: ...
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Inside, the calling thread's kernels are started on this device."""
+        ...
+
+    def take_thread(self) -> None:
+        """From now on the calling thread, which must be ours, starts kernels on this device, and torch's own CPU operators run on it alone."""
+        ...
+
+    def on_a_thread(self, run: Callable[[], T]) -> T:
+        """What `run` gives on a thread of its own, which has been taken: what is found out there holds for the engine's thread."""
+        ...
+
+    def available_bytes(self) -> int:
+        """Memory that can be taken now."""
+        ...
+
+    def give_back_freed(self) -> None:
+        """Let others have memory that was freed and is kept for the next taker."""
+        ...
+
+    def room_for_pages(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes]. Raises ConfigError where there is no room for so much."""
+        ...
+
+    def room_for_weights(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], not yet written."""
+        ...
+
+    def give_back(self, memory: torch.Tensor) -> None:
+        """Let others have a page's memory, whose content may be lost; it may be written again."""
+        ...
+
+    def feed(self) -> Feed:
+        """A new one."""
+        ...
+
+    def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """These on the CPU. An accelerator is waited for once, not at all where all are empty."""
+        ...
 
 
-def one_torch_thread_here() -> None:
-    """Let torch run its own operators on the calling thread alone, leaving all other threads as they are.
+def device_of(name: str) -> Device:
+    """The device that torch calls so: "cpu", or an accelerator, with or without its number; without, the current one.
 
-    Torch splits an elementwise operator among threads by element count, and the vector body and the scalar tail of a piece differ in the last
-    bit, so a row's bits would depend on the batch (promise 1). `torch.set_num_threads` is no way out: it changes every thread of the process.
-    The large products do not suffer, since the native kernels are told their number of threads.
+    Raises:
+        ConfigError: there is no such device here.
     """
-    torch.get_num_threads()  # torch sets its own number when a thread first asks; after that ours stays
-    library = _openmp_library()
-    if library is not None:
-        library.omp_set_num_threads(1)
+    if name == "cpu":
+        return CPU
+    kind, _, number = name.partition(":")
+    if kind not in ACCELERATORS:
+        raise ConfigError(f"device={name!r}: must be one of cpu, {', '.join(ACCELERATORS)}, with a number where there are several")
+    module = torch.get_device_module(kind)
+    if not module.is_available():
+        raise ConfigError(f"device={name!r}: torch {torch.__version__} finds no such device")
+    index, count = int(number) if number else module.current_device(), module.device_count()
+    if index >= count:
+        raise ConfigError(f"device={name!r}: must be below {kind}:{count}, as torch finds {count}")
+    return Accelerator(torch.device(kind, index), module)
 
 
-def on_one_torch_thread(run: Callable[[], T]) -> T:
-    """What `run` gives, on a thread of its own as `one_torch_thread_here` makes it: what is found out there holds for the engine's thread.
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The CPU, and the system's memory."""
 
-    It is faster, too: between the many small operators of a short forward torch's second thread mostly waits, at full load.
+    where: torch.device = torch.device("cpu")
+    takes_back: bool = True
+
+    def current(self) -> AbstractContextManager[None]:
+        """See `Device`."""
+        return nullcontext()
+
+    def take_thread(self) -> None:
+        """See `Device`."""
+        one_torch_thread_here()
+
+    def on_a_thread(self, run: Callable[[], T]) -> T:
+        """See `Device`."""
+        return on_one_torch_thread(run)
+
+    def available_bytes(self) -> int:
+        """Memory that can be taken without swapping."""
+        return available_bytes()
+
+    def give_back_freed(self) -> None:
+        """See `Device`."""
+        give_back_freed()
+
+    def room_for_pages(self, num_bytes: int) -> torch.Tensor:
+        """Taken from the system as it is first written, not before."""
+        try:
+            memory = torch.empty(num_bytes + mmap.PAGESIZE, dtype=torch.uint8)
+        except RuntimeError:
+            raise ConfigError(f"cache_bytes={num_bytes}: must be less, the system has no room for so much even where nothing is written") from None
+        first = -memory.data_ptr() % mmap.PAGESIZE  # so that rows which fill a page of the system lie in one, not in two
+        return memory[first : first + num_bytes]
+
+    def room_for_weights(self, num_bytes: int) -> torch.Tensor:
+        """See `host.room`."""
+        return room(num_bytes)
+
+    def give_back(self, memory: torch.Tensor) -> None:
+        """It reads as zeros afterwards."""
+        give_back(memory.data_ptr(), memory.nbytes)
+
+    def feed(self) -> Feed:
+        """See `Device`."""
+        return _InPlace()
+
+    def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """They are there."""
+        return tensors
+
+
+CPU: Final = Cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """A device with memory of its own, driven through torch's module for its kind. Pages are taken when the pool is made, and kept."""
+
+    where: torch.device
+    module: Any
+    takes_back: bool = False
+
+    def current(self) -> AbstractContextManager[Any]:
+        """See `Device`. Triton starts kernels on the current device, wherever their tensors lie."""
+        context: AbstractContextManager[Any] = self.module.device(self.where.index)
+        return context
+
+    def take_thread(self) -> None:
+        """See `Device`. Which device is current is each thread's own affair."""
+        one_torch_thread_here()
+        self.module.set_device(self.where.index)
+
+    def on_a_thread(self, run: Callable[[], T]) -> T:
+        """See `Device`."""
+        with ThreadPoolExecutor(1, thread_name_prefix="quire-load", initializer=self.take_thread) as thread:
+            return thread.submit(run).result()
+
+    def available_bytes(self) -> int:
+        """Memory of the device that nobody has taken, other processes included."""
+        free: int = self.module.mem_get_info(self.where.index)[0]
+        return free
+
+    def give_back_freed(self) -> None:
+        """Of the host's memory, and of what torch's allocator keeps of the device's."""
+        give_back_freed()
+        self.module.empty_cache()
+
+    def room_for_pages(self, num_bytes: int) -> torch.Tensor:
+        """Taken at once."""
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.where)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"cache_bytes={num_bytes}: must be less, {self.where} has {self.available_bytes()} bytes to spare beside the weights"
+            ) from None
+
+    def room_for_weights(self, num_bytes: int) -> torch.Tensor:
+        """See `Device`."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.where)
+
+    def give_back(self, memory: torch.Tensor) -> None:
+        """The pool is one tensor, of which nothing can be given back."""
+
+    def feed(self) -> Feed:
+        """See `Device`."""
+        return _Sent(self.where)
+
+    def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See `Device`."""
+        copies = tuple(x.to("cpu", non_blocking=True) for x in tensors)
+        if any(x.numel() for x in tensors):
+            self.module.current_stream(self.where).synchronize()
+        return copies
+
+
+class _InPlace:
+    """On the CPU a tensor is the array's own memory: decoding goes on for many steps in which nothing but the numbers changes."""
+
+    def __init__(self) -> None:
+        self._arrays: Sequence[array[int]] = ()
+        self._tensors: tuple[torch.Tensor, ...] = ()
+
+    def tensors(self, arrays: Sequence[array[int]]) -> tuple[torch.Tensor, ...]:
+        if not self._arrays or [len(values) for values in arrays] != [len(values) for values in self._arrays]:
+            self._arrays, self._tensors = arrays, tuple(map(_tensor, arrays))
+        else:
+            for kept, values in zip(self._arrays, arrays, strict=True):
+                if values:
+                    kept[:] = values
+        return self._tensors
+
+
+class _Sent:
+    """On an accelerator they are parts of one copy of all arrays.
+
+    Its pinned memory is new in every step: torch takes it back when the tensor is gone, and gives it to nobody before the copy is done.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="quire-load", initializer=one_torch_thread_here) as thread:
-        return thread.submit(run).result()
+
+    def __init__(self, where: torch.device) -> None:
+        self._where = where
+
+    def tensors(self, arrays: Sequence[array[int]]) -> tuple[torch.Tensor, ...]:
+        flat, places = bytearray(), []
+        for values in arrays:
+            places.append((len(flat), len(values) * values.itemsize))
+            flat += memoryview(values).cast("B")
+            flat += bytes(-len(flat) % _ALIGNMENT)
+        sent = torch.frombuffer(flat, dtype=torch.uint8).pin_memory().to(self._where, non_blocking=True)
+        return tuple(sent[at : at + size].view(_dtype(values)) for (at, size), values in zip(places, arrays, strict=True))
 
 
-def _openmp_library() -> ctypes.CDLL | None:
-    """The OpenMP runtime that torch has loaded."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        path = line.rpartition(" ")[2]
-        if "libgomp" in path or "libiomp" in path or "libomp" in path:
-            return ctypes.CDLL(path)
-    return None
+def _tensor(values: array[int]) -> torch.Tensor:
+    return torch.frombuffer(values, dtype=_dtype(values)) if values else torch.empty(0, dtype=_dtype(values))
+
+
+def _dtype(values: array[int]) -> torch.dtype:
+    return torch.int64 if values.typecode == "q" else torch.int32

@@ -49,7 +49,7 @@ class PackedWeight(torch.Tensor):
         cls, packed: torch.Tensor, layout: PackedLayout, rows: Rows, weight_name: str, transposed: bool = False, num_bytes: int | None = None
     ) -> PackedWeight:
         shape = (layout.k, layout.n) if transposed else (layout.n, layout.k)
-        self: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layout.dtype)
+        self: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layout.dtype, device=packed.device)
         self.packed, self.form, self.weight_name, self.transposed, self._rows = packed, layout, weight_name, transposed, rows
         self.num_bytes = packed.numel() if num_bytes is None else num_bytes
         return self
@@ -111,7 +111,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     if not isinstance(weight, PackedWeight) or isinstance(x, PackedWeight):
         raise RuntimeError(f"{weight!r} and {x!r}: only a product's weight may be packed")
     step = max(16, _CHUNK_BYTES // (x.element_size() * max(1, weight.form.k)) // 16 * 16)
-    chunks = torch.split(torch.arange(weight.form.n), step)
+    chunks = torch.split(torch.arange(weight.form.n, device=x.device), step)
     out = torch.cat([functional.linear(x, weight.rows(ids, x.dtype)) for ids in chunks], dim=-1)
     return out if bias is None else out + bias.to(x.dtype)
 

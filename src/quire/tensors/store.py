@@ -6,18 +6,16 @@ succeeded `StagedStep.commit` writes all layers at once. A step that fails is si
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quire.errors import ConfigError
 from quire.policy.copies import PageCopy
 from quire.policy.groups import Arrangement
 from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StepInputs, page_rows
 from quire.tensors.codec import RowFormat, row_format
-from quire.tensors.device import give_back
+from quire.tensors.device import CPU, Device
 from quire.tensors.models.geometry import LayerGeometry
 
 
@@ -73,19 +71,14 @@ def layer_places(arrangement: Arrangement, layers: Iterable[CachedLayer]) -> lis
 class PageStore:
     """All pages of all groups as one tensor [P, page_bytes] of bytes, and where each layer's share of a page is.
 
-    Memory is taken from the system as pages are first written, not when the store is made.
+    The CPU's memory is taken from the system as pages are first written, an accelerator's when the store is made.
     """
 
-    def __init__(self, places: Iterable[LayerPlace], num_pages: int, page_bytes: int, backend: AttentionBackend) -> None:
+    def __init__(self, places: Iterable[LayerPlace], num_pages: int, page_bytes: int, backend: AttentionBackend, device: Device = CPU) -> None:
+        """Raises ConfigError where the device has no room for so many pages."""
         self.places = {place.layer_idx: place for place in places}
-        size = num_pages * page_bytes
-        try:
-            memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
-        except RuntimeError:
-            raise ConfigError(f"cache_bytes={size}: must be less, the system has no room for so much even where nothing is written") from None
-        first = -memory.data_ptr() % mmap.PAGESIZE  # so that rows which fill a page of the system lie in one, not in two
-        self.pages = memory[first : first + size].view(num_pages, page_bytes)
-        self.backend = backend
+        self.pages = device.room_for_pages(num_pages * page_bytes).view(num_pages, page_bytes)
+        self.backend, self.device = backend, device
         self.program_steps = backend.program_steps(self.pages, self.places.values())
 
     @property
@@ -101,13 +94,13 @@ class PageStore:
                     rows[target, :, :num_tokens] = rows[source, :, :num_tokens]
 
     def bytes_of(self, page_id: int) -> memoryview:
-        """One page's memory."""
+        """One page's memory, on the CPU alone."""
         return self.pages[page_id].numpy().data
 
     def give_back(self, page_ids: Iterable[int]) -> None:
-        """Let the system have these pages' memory."""
+        """Let others have these pages' memory, where the device can."""
         for page_id in page_ids:
-            give_back(self.pages[page_id].data_ptr(), self.page_bytes)
+            self.device.give_back(self.pages[page_id])
 
 
 class StagedStep:

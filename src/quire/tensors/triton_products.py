@@ -118,7 +118,8 @@ def _product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None,
     """x [..., K], weight [N, K] of x's dtype or, with scales [N, spans], int8 codes; bias [N]."""
     shape = _shape(x.dtype)
     given = (x, weight) if bias is None else (x, weight, bias)
-    if shape is None or any(tensor.device != x.device for tensor in given) or x.is_cpu != INTERPRETED or (bias is not None and bias.dtype != x.dtype):
+    apart = any(tensor.device != x.device for tensor in given) or (x.is_meta if INTERPRETED else x.is_cpu)
+    if shape is None or apart or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(_refusal(*given))
     n, k = weight.shape
     if bias is not None and bias.shape != (n,):
@@ -144,7 +145,7 @@ def _shape(dtype: torch.dtype) -> _Shape | None:
 def _refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
     given = {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
     got = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items())
-    where = "on cpu, in Triton's interpreter" if INTERPRETED else "on one device that is not cpu"
+    where = "on cpu, in Triton's interpreter, or on one device" if INTERPRETED else "on one device that is not cpu"
     return f"{got}: Triton products take one dtype of {', '.join(str(d) for d in _SHAPES)} for all, {where}"
 
 

@@ -134,6 +134,24 @@ class Products(Protocol):
         ...
 
 
+class RowReductions(Protocol):
+    """Sums within a row whose bits do not depend on the number of rows, in fp32. x: [..., N], contiguous or not, results in x's dtype."""
+
+    def total(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """The sum of each row times a factor, [...]."""
+        ...
+
+    def softmax(self, x: torch.Tensor, log: bool = False) -> torch.Tensor:
+        """The softmax of each row, or its logarithm, [..., N]."""
+        ...
+
+    def normalized(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, *, centred: bool = True
+    ) -> torch.Tensor:
+        """Layer norm, or with `centred` False RMS norm, of each row, [..., N]; weight and bias [N] or None."""
+        ...
+
+
 class PackingProducts(Products, Protocol):
     """Products that multiply a `PackedWeight` in `linear` and `matmul`, and make one. `packed` below is the bytes of one."""
 

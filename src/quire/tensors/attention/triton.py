@@ -5,7 +5,8 @@ block, and keys are gathered through the page table, as in vLLM's unified attent
 
 The law by which a row's bits depend on its own sequence alone:
 
-    a program     one KV head and a block of query tokens of one sequence: ROWS rows, row r being token r // G, query head r % G of the KV head's G
+    a program     one KV head and a block of query tokens of one sequence: ROWS rows, row r being token r // G, query head r % G of the KV head's G.
+                  It finds its sequence itself, in the step's lengths where they lie: the host, which would have to wait for them, reads none
     its shape     ROWS = 64 (more if G is) and KEYS = 64 whatever the step holds, its warps known from the layer alone, so a row's dot products are
                   the same instructions beside any rows; multiply and add are never fused, which a compiler may do here and not there
     its tiles     absolute positions [64 j, 64 j + 64) in ascending order, from the first key any row of the block sees to the block's last position
@@ -44,10 +45,6 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self) -> None:
-        self._step: StepInputs | None = None
-        self._blocks: dict[int, torch.Tensor] = {}  # of `_step`, by tokens a block
-
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> None:
         return None
 
@@ -65,18 +62,18 @@ class TritonAttention:
                 raise ValueError(f"attend cannot take {tuple(x.shape)} {x.dtype} strides {x.stride()}: must be {dtype}, a head's elements contiguous")
         group = q.shape[1] // place.num_kv_heads
         rows = max(_ROWS, triton.next_power_of_2(group))
-        blocks, table = self._blocks_of(step, rows // group), step.tables[place.group]
+        num_sequences, table = step.num_committed.shape[0], step.tables[place.group]
         out = torch.zeros(q.shape[0], q.shape[1], place.v.dim, dtype=q.dtype, device=q.device)
-        if not len(blocks):
+        if not num_sequences or not q.shape[0]:
             return out
         lanes_k, lanes_v = _lanes(place.k.dim), _lanes(place.v.dim)
         num_warps = min(16, (4 if max(lanes_k, lanes_v) <= 64 else 8) * rows // _ROWS)  # fewer would keep larger heads in memory, not in registers
         stages = 2 if 2 * _KEYS * (lanes_k + lanes_v) * q.element_size() <= _STAGED_BYTES else 1
         # Scores are in units of log2, so that exp2 is all the kernel needs; what a softcap makes of them is made so after it.
         scale, cap = (mask.scale / mask.softcap, mask.softcap * _LOG2E) if mask.softcap else (mask.scale * _LOG2E, 0.0)
-        _attend[(len(blocks), place.num_kv_heads)](
-            q, k, v, k_pages, v_pages, out, blocks, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, scale, cap,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], *out.stride()[:2],
+        _attend[(num_blocks(q.shape[0], num_sequences, rows // group), place.num_kv_heads)](
+            q, k, v, k_pages, v_pages, out, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, num_sequences,
+            scale, cap, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], *out.stride()[:2],
             HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group, DK=place.k.dim, DV=place.v.dim,
             LANES_K=lanes_k, LANES_V=lanes_v, ROWS=rows, KEYS=_KEYS, WIDE=INTERPRETED, num_warps=num_warps, num_stages=stages,
             enable_fp_fusion=False,
@@ -92,16 +89,12 @@ class TritonAttention:
             PAGE=place.page_size, DK=place.k.dim, DV=place.v.dim, LANES_K=_lanes(place.k.dim), LANES_V=_lanes(place.v.dim), num_warps=1,
         )  # fmt: skip
 
-    def _blocks_of(self, step: StepInputs, num_tokens: int) -> torch.Tensor:
-        """The step's blocks int32 [N, 2]: each one's sequence and first token in it. Made once a step: to read query_start waits for the device."""
-        if self._step is not step:
-            self._step, self._blocks = step, {}
-        if num_tokens not in self._blocks:
-            starts = step.query_start.tolist()
-            counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-            blocks = [(s, first) for s, count in enumerate(counts) for first in range(0, count, num_tokens)]
-            self._blocks[num_tokens] = torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2).to(step.query_start.device)
-        return self._blocks[num_tokens]
+
+def num_blocks(num_tokens: int, num_sequences: int, block: int) -> int:
+    """Programs enough for sequences of any lengths that add up to `num_tokens`, `block` tokens a program. Sequence s has those from
+    query_start[s] // block + s on, one more than its whole blocks, so that it can be told from a program's number alone; some have nothing to do.
+    """
+    return num_tokens // block + num_sequences
 
 
 def _plain(row: RowFormat) -> torch.dtype:
@@ -124,19 +117,25 @@ def _lanes(dim: int) -> int:
 # What follows is compiled by Triton: "tensor" below is a tile of registers, a capitalized parameter is known when the kernel is compiled.
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_sequences"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, k, v, k_pages, v_pages, out, blocks, query_start, num_committed, page_ids, page_start, sinks, scale, cap,
+    q, k, v, k_pages, v_pages, out, query_start, num_committed, page_ids, page_start, sinks, num_sequences, scale, cap,
     q_token, q_head, k_token, k_head, v_token, v_head, k_page, k_page_head, k_place, v_page, v_page_head, v_place, out_token, out_head,
     HAS_CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     LANES_K: tl.constexpr, LANES_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block of `blocks` [N, 2] and one KV head. After the tensors their strides in elements, named for what they step over."""
+    """One block of tokens (`num_blocks`) and one KV head. After the tensors their strides in elements, named for what they step over."""
     kv_head = tl.program_id(1)
-    sequence = tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    block, sequence, beyond = tl.program_id(0), 0, num_sequences
+    while beyond - sequence > 1:  # the last sequence whose programs do not begin behind this one
+        middle = (sequence + beyond) // 2
+        is_behind = tl.load(query_start + middle) // (ROWS // GROUP) + middle > block
+        sequence, beyond = tl.where(is_behind, sequence, middle), tl.where(is_behind, middle, beyond)
     start = tl.load(query_start + sequence)
     count = tl.load(query_start + sequence + 1) - start
+    first = (block - start // (ROWS // GROUP) - sequence) * (ROWS // GROUP)
+    if first >= count:
+        return
     committed = tl.load(num_committed + sequence)
     table = page_ids + tl.load(page_start + sequence)
 

@@ -2,7 +2,8 @@
 
 Two kinds were measured. Products pick a GEMM by the number of rows: they go to `Products`. Elementwise functions run whole vectors through one
 implementation and the rest, at the end, through another, so a value's bits depend on where it lies: inputs are padded to whole vectors.
-`ExactMode` does both to every torch call made while it is on. Reductions within a row (softmax, norms, means) were invariant and are left alone.
+`ExactMode` does both to every torch call made while it is on. Reductions within a row (softmax, norms, means) were invariant and are left alone: on
+the CPU. On an accelerator it is the other way round, and there `exact_rows.py` says what they become.
 
 The rule for elementwise functions holds for one torch thread: several would each end their share with a rest of their own.
 """
@@ -19,8 +20,9 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from quire.tensors.attention.base import Products
+from quire.tensors.attention.base import Products, RowReductions
 from quire.tensors.models.einsum import Contraction, contraction
+from quire.tensors.models.exact_rows import row_handlers
 
 VECTOR = 64  # elements; the longest step is two AVX-512 registers of bf16, and every shorter one divides it
 
@@ -40,12 +42,19 @@ def in_whole_vectors(function: Callable[[torch.Tensor], torch.Tensor], x: torch.
 
 
 class ExactMode(TorchFunctionMode):
-    """While on, products go to `products` and elementwise functions run in whole vectors, whoever calls them; the latter unless they are recorded."""
+    """While on, products go to `products` and elementwise functions run in whole vectors, whoever calls them; the latter unless they are recorded.
 
-    def __init__(self, products: Products, *, whole_vectors: bool = True) -> None:
+    With `rows` this is an accelerator's: sums within a row go there (exact_rows.py), and elementwise functions are left alone.
+    """
+
+    def __init__(self, products: Products, *, whole_vectors: bool = True, rows: RowReductions | None = None) -> None:
         super().__init__()
         self.products = products
-        self._handlers = HANDLERS if whole_vectors else {func: handler for func, handler in HANDLERS.items() if handler is not _elementwise}
+        self._handlers = HANDLERS
+        if rows is not None or not whole_vectors:
+            self._handlers = {func: handler for func, handler in HANDLERS.items() if handler is not _elementwise}
+        if rows is not None:
+            self._handlers |= row_handlers(rows)
         self._paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -30,6 +30,11 @@ def output_layer(model: PreTrainedModel) -> nn.Linear | None:
     return layer if isinstance(layer, nn.Linear) else None
 
 
+def width(layer: nn.Linear | None) -> int | None:
+    """Of the hidden states that an output layer is given; None without one."""
+    return layer.in_features if layer is not None else None
+
+
 @contextmanager
 def kept(layer: nn.Linear, hidden: HiddenRows, rows: torch.Tensor | slice, logits: slice) -> Iterator[None]:
     """Inside, `hidden` gets those of the rows that `layer` is given, and only the rows `logits` go through it."""

@@ -21,11 +21,12 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from quire.tensors.attention.base import PackingProducts, Products
+from quire.tensors.attention.base import PackingProducts, RowReductions
+from quire.tensors.device import CPU, Device
 from quire.tensors.models.facts import text_config
 from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
-from quire.tensors.models.packing import pack_weights
+from quire.tensors.models.packing import move_rest, pack_weights
 from quire.tensors.models.refusals import refuse_config
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -39,8 +40,10 @@ def load_model(
     revision: str | None,
     products: PackingProducts,
     quantization: str = "none",
+    device: Device = CPU,
+    rows: RowReductions | None = None,
 ) -> CausalModel:
-    """Load `source` for serving through `products`. It is not probed (see probe.py).
+    """Load `source` for serving through `products` on `device`. It is not probed (see probe.py).
 
     dtype: "auto" (the checkpoint's), or a name that torch has. A live model keeps its own and takes "auto" or that.
     revision: of a hub id only.
@@ -54,7 +57,7 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         if quantization != "none":
             raise ConfigError(f"quantization={quantization!r}: a live model's weights are its owner's and stay as they are")
-        return _live_model(source, dtype, revision, products)
+        return CausalModel(source, products, name=type(source).__name__, identity=_live(source, dtype, revision), live=True, device=device, rows=rows)
     if not isinstance(source, str):
         what = "a hub id, a local folder or a transformers PreTrainedModel"
         raise ConfigError(f"model={type(source).__name__}: must be {what}{_what_it_wraps(source)}")
@@ -71,10 +74,10 @@ def load_model(
     elif not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"{source}: holds no .safetensors file{_other_weights(folder)}; only safetensors are loaded, as they run no code")
     model = _weights(source, config, dtype, where)
-    pack_weights(model, products, quantization)
+    _move(model, products, quantization, device)
     weights = _fingerprint(folder) + ("" if quantization == "none" else f" {quantization}")
     weights += f" {type(model).__module__}"  # of a checkpoint's own code it is a hash of that, or the commit it came with
-    return CausalModel(model, products, name=source, identity=_identity(config, model.dtype, weights), live=False)
+    return CausalModel(model, products, name=source, identity=_identity(config, model.dtype, weights), live=False, device=device, rows=rows)
 
 
 def _what_it_wraps(source: object) -> str:
@@ -91,15 +94,24 @@ def _refuse_adapter(source: str, path: str | Path | None) -> None:
         )
 
 
-def _live_model(model: PreTrainedModel, dtype: str, revision: str | None, products: Products) -> CausalModel:
+def _move(model: PreTrainedModel, products: PackingProducts, quantization: str, device: Device) -> None:
+    """Pack the weights, and put all that the model has where it is served."""
+    try:
+        pack_weights(model, products, quantization, device)
+        move_rest(model, device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"device={str(device.where)!r}: it has no room for the weights of {model.name_or_path}: {_first_line(error)}") from error
+
+
+def _live(model: PreTrainedModel, dtype: str, revision: str | None) -> str:
+    """The identity of a live model, whose options these are."""
     own = str(model.dtype).removeprefix("torch.")
     if dtype not in ("auto", own):
         raise ConfigError(f"dtype={dtype!r}: a live model keeps its own, {own}")
     if revision is not None:
         raise ConfigError(f"revision={revision!r}: applies to hub ids, not to a live model")
     # Its weights may change at any time, so nothing computed with them is ever taken for another model's.
-    identity = _identity(model.config, model.dtype, f"live {uuid.uuid4()}")
-    return CausalModel(model, products, name=type(model).__name__, identity=identity, live=True)
+    return _identity(model.config, model.dtype, f"live {uuid.uuid4()}")
 
 
 def _local_folder(source: str) -> Path | None:

@@ -17,13 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quire.errors import QuireError, UnsupportedModelError
-from quire.tensors.attention.base import Products
+from quire.tensors.attention.base import Products, RowReductions
+from quire.tensors.device import CPU, Device
 from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
 from quire.tensors.models.form import Form
 from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers, misfits, told_misfits
-from quire.tensors.models.hidden import HiddenRows, kept, output_layer
+from quire.tensors.models.hidden import HiddenRows, kept, output_layer, width
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
@@ -50,16 +51,28 @@ class CausalModel:
         hidden_size: of the final hidden states, None where the model has no plain output layer to take them from.
         weight_bytes: of parameters and buffers, shared ones once. live: whether the caller owns the model.
         owned: whether any of its code is neither torch's nor transformers', or may become so.
-        everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py).
+        everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py): on an accelerator, always.
         compiled: whether its layers are compiled code (see compiled.py), which gives other bits than plain ones do.
         lowered: its layers that run as native programs (see lowered.py), which gives other bits too; None before `lower()`.
+        where: the device of all that it is given and gives. rows: what adds within a row, None where torch's own sums look at one row alone.
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be served.
     """
 
-    def __init__(self, model: PreTrainedModel, products: Products, *, name: str, identity: str, live: bool) -> None:
-        refuse_model(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        products: Products,
+        *,
+        name: str,
+        identity: str,
+        live: bool,
+        device: Device = CPU,
+        rows: RowReductions | None = None,
+    ) -> None:
+        refuse_model(model, device.where)
         config = text_config(model)
+        self.where, self.rows = device.where, rows
         self.name, self.identity, self.live = name, identity, live
         self.model_type: str = model.config.model_type
         self.dtype: torch.dtype = model.dtype
@@ -73,23 +86,24 @@ class CausalModel:
         self._passed: dict[object, bool] = {}  # code that has been probed -> whether it had to run in exact mode everywhere
         self._tokens_multiple = 1
         self._read(model)
-        self.hidden_size = _width(self._output_layer)
+        self.hidden_size = width(self._output_layer)
         self.vocab_size, self.layers = self._shapes(model)
         self._form = Form(model) if live else None
 
     def _read(self, model: PreTrainedModel) -> None:
         """Find what is to be changed on the model for the time of a forward."""
-        self._surgery: Surgery | None = Surgery(model, self._products, live=self.live)
+        self._surgery: Surgery | None = Surgery(model, self._products, live=self.live, rows=self.rows)
         self._output_layer = output_layer(model)
         self._takes_logits_at = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         # A hook may do tomorrow what it does not do today, and there is no telling.
-        self.everywhere = self.live and any(map(is_wrapped, model.modules()))
+        self.everywhere = self.rows is not None or (self.live and any(map(is_wrapped, model.modules())))
         self.owned = self.live or any(map(is_foreign, model.modules()))
 
     def _shapes(self, model: PreTrainedModel) -> tuple[int, tuple[LayerGeometry, ...]]:
         """(vocabulary, geometry of every layer), from a forward of one token."""
         dry = DryRun()
-        token, zero = torch.tensor(ordinary_tokens(model.config, 64)[:1]), torch.zeros(1, dtype=torch.long)
+        zero = torch.zeros(1, dtype=torch.long, device=self.where)
+        token = zero + ordinary_tokens(model.config, 64)[0]
         self._logits_multiple = 1
         try:
             with self.with_products(NoProducts()):
@@ -102,7 +116,7 @@ class CausalModel:
                 what = "no layer had called transformers' attention interface when its forward failed"
             shapes = f"; it has weights of other shapes than its config: {told_misfits(found)}" if (found := misfits(model)) else ""
             raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}{shapes}") from error
-        if getattr(text_config(model), "final_logit_softcapping", None):  # its tanh runs over R * V elements: only whole vectors keep a row's bits
+        if getattr(text_config(model), "final_logit_softcapping", None) and self.rows is None:  # tanh over R * V elements, in whole vectors alone
             self._logits_multiple = VECTOR // math.gcd(VECTOR, vocab_size)
         return vocab_size, check_layers(dry.layers, text_config(model))
 
@@ -130,9 +144,9 @@ class CausalModel:
         self.lowered = None
         if self.compiled:
             raise UnsupportedModelError(f"{self.model_type}: compile=True: it is made of other modules than those compiled: open it anew")
-        refuse_model(model)
+        refuse_model(model, self.where)
         self._read(model)
-        now = (model.dtype, *self._shapes(model), _width(self._output_layer))
+        now = (model.dtype, *self._shapes(model), width(self._output_layer))
         if now != (self.dtype, self.vocab_size, self.layers, self.hidden_size):
             what = "its dtype, its vocabulary, its width or what its layers keep of a token is another"
             raise UnsupportedModelError(f"{self.model_type}: {what}: open it anew")
@@ -193,7 +207,7 @@ class CausalModel:
         with (
             torch.inference_mode(not self.live),
             torch.no_grad(),
-            _without_autocast(),
+            _without_autocast(self.where.type),
             running(Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks, padded)),
         ):
             if lowered is None:
@@ -265,7 +279,7 @@ class CausalModel:
         multiplied: modules in which linear layers take this model's products.
         """
         model, surgery = self._open()
-        with surgery.unpatched(multiplied), torch.inference_mode(not self.live), torch.no_grad(), _without_autocast():
+        with surgery.unpatched(multiplied), torch.inference_mode(not self.live), torch.no_grad(), _without_autocast(self.where.type):
             yield model
 
     @contextmanager
@@ -275,13 +289,13 @@ class CausalModel:
             yield
 
     def strays(self) -> list[tuple[str, str]]:
-        """Products that depend on the tokens and that torch computes itself, in plain layers: (operator, class of the module). See strays.py."""
+        """Products, and with `rows` sums, that depend on the tokens and that torch computes: (operator, class of the module); see strays.py."""
         token = ordinary_tokens(self.transformers_model.config, 64)[0]
         seen = []
         for num_tokens in (_FEW, _MORE):
-            watch = Strays()
+            watch, places = Strays(sums=self.rows is not None), torch.arange(num_tokens, device=self.where)
             with self.with_products(OverlookedProducts(self._products, watch)), watch:
-                self.forward(NoAttention(), torch.full((num_tokens,), token), torch.arange(num_tokens), torch.arange(num_tokens))
+                self.forward(NoAttention(), torch.full_like(places, token), places, places)
             seen.append(watch)
         return differing(*seen)
 
@@ -292,7 +306,7 @@ class CausalModel:
         """Inside, this model's forwards take these products, in plain layers. `whole_vectors`: see `Surgery`. `forwards`: of modules, in place of
         their own."""
         (model, before), lowered = self._open(), self.lowered
-        self._surgery, self.lowered = Surgery(model, products, live=self.live, whole_vectors=whole_vectors), None
+        self._surgery, self.lowered = Surgery(model, products, live=self.live, whole_vectors=whole_vectors, rows=self.rows), None
         for module, forward in (forwards or {}).items():
             self._surgery.replace(module, forward)
         try:
@@ -310,10 +324,6 @@ class CausalModel:
         return self._model, self._surgery
 
 
-def _width(layer: nn.Linear | None) -> int | None:
-    return layer.in_features if layer is not None else None
-
-
-def _without_autocast() -> torch.autocast | nullcontext[None]:
+def _without_autocast(kind: str) -> torch.autocast | nullcontext[None]:
     # A trainer's autocast would change the dtype of products behind our back; switching it off costs too much to do when it is not on.
-    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

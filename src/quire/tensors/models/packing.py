@@ -7,8 +7,8 @@ dimensions.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from quire.errors import UnsupportedModelError
 from quire.tensors.ahead import ALIGNMENT, take
 from quire.tensors.attention.base import PackingProducts
-from quire.tensors.device import give_back
+from quire.tensors.device import CPU, Device
 from quire.tensors.foreseen import StoredWeight
-from quire.tensors.memory import FileMappings, mapped
+from quire.tensors.host import give_back
+from quire.tensors.memory import FileMappings
 from quire.tensors.models.facts import output_embeddings
 from quire.tensors.models.surgery import is_plain
 from quire.tensors.packed import PackedLayout, PackedWeight
@@ -42,8 +43,8 @@ class _Weight:
         return PackedLayout(n, k, self.tensor.dtype, quantization)
 
 
-def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization: str) -> None:
-    """Replace the weights of `model`, which must be ours, by packed ones.
+def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization: str, device: Device = CPU) -> None:
+    """Replace the weights of `model`, which must be ours and on the CPU, by packed ones on the device. It keeps what is not packed.
 
     Raises UnsupportedModelError if `quantization` is asked for and there is nothing to quantise.
     """
@@ -56,7 +57,8 @@ def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization
     mappings = FileMappings()
     stored = [_stored(weight, layout, products, mappings) for weight, layout in zip(weights, layouts, strict=True)]
     made = take([known for known in stored if known is not None])
-    space = room(sum(-(-size // ALIGNMENT) * ALIGNMENT for size, known in zip(sizes, stored, strict=True) if known not in made.places))
+    num_bytes = sum(-(-size // ALIGNMENT) * ALIGNMENT for size, known in zip(sizes, stored, strict=True) if known not in made.places)
+    space = device.room_for_weights(num_bytes)
     offset = 0
     while weights:
         weight, layout, size, known = weights.pop(0), layouts.pop(0), sizes.pop(0), stored.pop(0)
@@ -69,13 +71,14 @@ def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization
             out, taken = torch.frombuffer(made.memory, dtype=torch.uint8, count=size, offset=place.start), len(place)
         else:
             out = space[offset : offset + size]
-            taken = products.pack(plain.t() if weight.transposed else plain, layout, out)
+            there = plain.to(device.where)  # where it is packed, and no other copy is left of it
+            taken = products.pack(there.t() if weight.transposed else there, layout, out)
             offset += -(-taken // ALIGNMENT) * ALIGNMENT
         packed = PackedWeight(out, layout, products.rows, weight.name, weight.transposed, taken)
         for holder in weight.holders:
             holder["weight"] = packed
         _let_go(plain, mappings)
-    give_back(space.data_ptr() + offset, space.numel() - offset)  # threads that pack side by side leave gaps at first
+    device.give_back(space[offset:])  # threads that pack side by side leave gaps at first
 
 
 def _quantization_of(weight: _Weight, head: nn.Module | None, quantization: str) -> str:
@@ -103,11 +106,20 @@ def _weights(model: PreTrainedModel) -> list[_Weight]:
     return [weight for weight in found.values() if weight.packs and not weight.foreign and weight.tensor.numel()]
 
 
-def room(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes] of memory not yet touched, in huge pages where the system gives them: a product walks through all of it."""
-    if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    return torch.frombuffer(mapped(num_bytes), dtype=torch.uint8, count=num_bytes)
+def move_rest(model: PreTrainedModel, device: Device) -> None:
+    """Move what is not packed to the device, each tensor once."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    parts: list[dict[str, Any]] = [part for module in model.modules() for part in (module._parameters, module._buffers)]
+    for part in parts:
+        for name, tensor in part.items():
+            if tensor is not None and type(tensor) is not PackedWeight and tensor.device != device.where:
+                found.setdefault(id(tensor), []).append((part, name))
+    for holders in found.values():
+        part, name = holders[0]
+        is_parameter, there = isinstance(part[name], nn.Parameter), part[name].detach().to(device.where)
+        moved = nn.Parameter(there, requires_grad=False) if is_parameter else there
+        for part, name in holders:
+            part[name] = moved
 
 
 def _stored(weight: _Weight, layout: PackedLayout, products: PackingProducts, mappings: FileMappings) -> tuple[str, StoredWeight] | None:

@@ -81,14 +81,15 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
             " or attention takes something that its interface does not pass on"
         )
-    if strays := model.strays() if model.owned else []:
+    if strays := model.strays() if model.owned or model.rows is not None else []:
         model.everywhere = not model.compiled  # compiled layers are as they were traced
         strays = model.strays() if model.everywhere else strays
         packed = _packed(model, make_step, sequences)
     if strays:
+        done = "multiplied" if model.rows is None else "multiplied or added up"
         told = "; ".join(f"{owner} calls {operator}" for operator, owner in strays[:4])
         raise UnsupportedModelError(
-            f"{model.model_type}: tokens are multiplied by operators of torch whose bits depend on how many there are ({told});"
+            f"{model.model_type}: tokens are {done} by operators of torch whose bits depend on how many there are ({told});"
             " served are linear, matmul (@), mm, bmm, mv, inner, addmm, baddbmm, einsum of two operands; not in place, without out=, uncompiled"
         )
     with programs.first_of_each() if programs is not None else nullcontext():
@@ -115,9 +116,10 @@ def _sequences(model: CausalModel) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Random token ids: enough to leave a short window or chunk behind; one token, for which code may branch; a few that begin with it."""
     spans = [span for layer in model.layers for span in (layer.window, layer.chunk) if 0 < span <= LONGEST_WINDOW]
     random = torch.Generator().manual_seed(20)
-    usable = torch.tensor(ordinary_tokens(model.transformers_model.config, min(model.vocab_size, 4096)))
+    usable = torch.tensor(ordinary_tokens(model.transformers_model.config, min(model.vocab_size, 4096)))  # drawn from on the CPU, wherever it runs
     longest, few = (
-        usable[torch.randint(len(usable), (min(length, model.context_len),), generator=random)] for length in (max(spans, default=13) + 4, 6)
+        usable[torch.randint(len(usable), (min(length, model.context_len),), generator=random)].to(model.where)
+        for length in (max(spans, default=13) + 4, 6)
     )
     return longest, few[:1], few
 
@@ -125,8 +127,8 @@ def _sequences(model: CausalModel) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def _packed(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Logits [len, V] of each sequence, all computed in one forward."""
     lengths = [len(ids) for ids in sequences]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    logits = model.forward(make_step(lengths), torch.cat(list(sequences)), positions, torch.arange(sum(lengths)))
+    positions = torch.cat([torch.arange(length, device=model.where) for length in lengths])
+    logits = model.forward(make_step(lengths), torch.cat(list(sequences)), positions, torch.arange(sum(lengths), device=model.where))
     return list(torch.split(logits, lengths))
 
 
@@ -146,7 +148,7 @@ def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs:
 
     def own(ids: torch.Tensor, multiplied: Iterable[nn.Module]) -> torch.Tensor:
         with model.unpatched(multiplied) as alone:
-            positions = torch.arange(len(ids)).unsqueeze(0)
+            positions = torch.arange(len(ids), device=model.where).unsqueeze(0)
             logits: torch.Tensor = alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0]
         return logits
 
@@ -158,7 +160,7 @@ def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs:
 def _errors(packed: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> torch.Tensor:
     """For every token, the largest difference of a logit in standard deviations of its sequence's logits; infinite where not a number."""
     parts = []
-    for got, own in zip(packed, alone, strict=True):  # a row at a time, which stays in the cache
+    for got, own in zip((x.cpu() for x in packed), (x.cpu() for x in alone), strict=True):  # a row at a time, which stays in the cache
         largest = torch.stack([(x.double() - y.double()).abs().amax() for x, y in zip(got, own, strict=True)])
         parts.append(largest / own.double().std().clamp_min(1e-12))
     return torch.cat(parts).nan_to_num(nan=torch.inf)

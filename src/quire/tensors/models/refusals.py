@@ -36,8 +36,8 @@ def refuse_config(config: PreTrainedConfig) -> None:
         _refuse_rope(kind, rope_type)
 
 
-def refuse_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError, with the reason, for a loaded model that cannot be served. It is not run."""
+def refuse_model(model: PreTrainedModel, where: torch.device) -> None:
+    """Raise UnsupportedModelError, with the reason, for a loaded model that cannot be served on `where`. It is not run."""
     kind = model.config.model_type
     refuse_config(model.config)
     if output_embeddings(model) is None:
@@ -47,8 +47,8 @@ def refuse_model(model: PreTrainedModel) -> None:
     if model.dtype not in _DTYPES:
         raise UnsupportedModelError(f"{kind}: its weights are {model.dtype}; served are {', '.join(map(str, _DTYPES))}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu":
-            raise UnsupportedModelError(f"{kind}: {name} is on device {tensor.device}; models are served on the CPU")
+        if tensor.device != where:
+            raise UnsupportedModelError(f"{kind}: {name} is on device {tensor.device}; this engine's is {where} (its option device)")
     for name, module in model.named_modules():
         for rope_type in _rope_types(getattr(module, "rope_type", None)):
             _refuse_rope(kind, rope_type)

@@ -29,14 +29,23 @@ _PRODUCTS: dict[str, int | None] = {
     ),
 }  # fmt: skip
 
+# Where torch adds up floats in an order that looks at how many sums there are, as it does on accelerators. Of integers every order is the same.
+_SUMS = frozenset((
+    "sum", "mean", "nansum", "nanmean", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm", "cumsum", "cumprod",
+    "logcumsumexp", "_softmax", "_log_softmax", "softmax", "log_softmax", "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm",
+    "native_group_norm", "group_norm", "native_batch_norm", "_native_batch_norm_legit", "batch_norm", "scatter_add", "scatter_add_", "scatter_reduce",
+    "segment_reduce", "_embedding_bag", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d",
+))  # fmt: skip
+
 Stray = tuple[str, str, tuple[tuple[int, ...], ...]]  # operator, class of the module that runs it, its operands' shapes
 
 
 class Strays(TorchDispatchMode):
-    """Notes in `found` every product that reaches torch while it is on and that it has not been told to overlook."""
+    """Notes in `found` every product that reaches torch while it is on and that it has not been told to overlook; with `sums` sums of floats, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sums: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._sums = _SUMS if sums else frozenset()
         self.found: list[Stray] = []
         self._overlooking = False
 
@@ -54,6 +63,8 @@ class Strays(TorchDispatchMode):
             if at is None or args[at].shape[-1] > 1:
                 shapes = tuple(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))
                 self.found.append((name, _running_module(), shapes))
+        if name in self._sums and args[0].is_floating_point() and args[0].numel() > 1:
+            self.found.append((name, _running_module(), (tuple(args[0].shape),)))
         return func(*args, **kwargs)
 
     @contextmanager

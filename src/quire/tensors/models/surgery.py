@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
-from quire.tensors.attention.base import Products
+from quire.tensors.attention.base import Products, RowReductions
 from quire.tensors.models.calls import is_foreign
 from quire.tensors.models.exact import VECTOR, ExactMode, in_whole_vectors
 from quire.tensors.models.hook import NAME, QueryScale
@@ -44,20 +44,24 @@ class Surgery:
     Attributes: `mode`, `query_scales` (layer_idx -> Llama 4's query temperature), `chunks` (layer_idx -> chunk, filled by the first forward).
     """
 
-    def __init__(self, model: nn.Module, products: Products, *, live: bool, whole_vectors: bool = True) -> None:
-        """`whole_vectors`: whether elementwise functions are given whole vectors (see exact.py)."""
+    def __init__(self, model: nn.Module, products: Products, *, live: bool, whole_vectors: bool = True, rows: RowReductions | None = None) -> None:
+        """`whole_vectors`: whether elementwise functions are given whole vectors; `rows`: what sums within a row go to (see exact.py)."""
         self._products = products
-        self.mode = ExactMode(products, whole_vectors=whole_vectors)
+        self.mode = ExactMode(products, whole_vectors=whole_vectors, rows=rows)
         self.query_scales: dict[int, QueryScale] = {}
         self.chunks: dict[int, int] = {}
         self._forwards: list[tuple[dict[str, Any], Forward]] = []  # a module's __dict__, its forward during ours
         self._settings: list[Change] = []
         self._states = [module.__dict__ for module in model.modules()] if live else []
         for module in model.modules():
-            forward = _forward_of(module, products, self.mode, live)
+            forward = _product_of(module, products)
+            if forward is None and rows is None:  # with them the whole forward is in exact mode, and in no need of whole vectors
+                forward = _forward_of(module, self.mode, live)
             if forward is not None and (whole_vectors or not isinstance(module, _ACTIVATIONS)):
                 self._forwards.append((module.__dict__, forward))
             self._take_over_query_scale(module)
+            if rows is not None and hasattr(module, "warn_if_padding_and_no_attention_mask"):  # to look at the ids is to wait for the device
+                self._settings.append((module.__dict__, "warn_if_padding_and_no_attention_mask", lambda *_: None))
         for config in _configs(model):
             self._settings.append((config.__dict__, "_attn_implementation_internal", NAME))
             # The other experts implementations choose between kernels by the batch; the eager one calls plain products, expert by expert.
@@ -158,13 +162,17 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
-def _forward_of(module: nn.Module, products: Products, mode: ExactMode, live: bool) -> Forward | None:
-    """The forward that `module` gets for the time of ours, or None if its own will do."""
-    own = "forward" in module.__dict__  # put there by a library that wraps modules one by one; what it wraps is its own affair
-    if not own and is_plain(module, nn.Linear):
+def _product_of(module: nn.Module, products: Products) -> Forward | None:
+    """The forward of a layer that is one product, for the time of ours."""
+    if "forward" in module.__dict__:  # put there by a library that wraps modules one by one; what it wraps is its own affair
+        return None
+    if is_plain(module, nn.Linear):
         return _linear(module, products)
-    if not own and is_plain(module, Conv1D):
-        return _conv1d(module, products)
+    return _conv1d(module, products) if is_plain(module, Conv1D) else None
+
+
+def _forward_of(module: nn.Module, mode: ExactMode, live: bool) -> Forward | None:
+    """The forward that any other module gets, or None if its own will do."""
     if isinstance(module, _ACTIVATIONS):
         return _activation(module)
     if is_rotary(module):

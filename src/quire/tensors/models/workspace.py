@@ -98,9 +98,9 @@ def measure(model: CausalModel) -> Workspace:
 
 def _peak(model: CausalModel, num_tokens: int) -> int:
     token = ordinary_tokens(model.transformers_model.config, 64)[0]
-    positions = torch.arange(num_tokens) % model.context_len
+    positions = torch.arange(num_tokens, device=model.where) % model.context_len
     live = LiveBytes()
     with live:
-        model.forward(NoAttention(), torch.full((num_tokens,), token), positions, torch.empty(0, dtype=torch.int64))
+        model.forward(NoAttention(), torch.full_like(positions, token), positions, positions[:0])
     staged = sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in model.layers) * model.dtype.itemsize
     return live.peak + staged * num_tokens  # by the time that the last layer runs, all have staged

@@ -1,0 +1,57 @@
+"""Families of models on a device that there is not (tests/tensors/fake_device.py). Run by test_devices.py, in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from quire import LLM, SamplingParams
+from tests.engine.conftest import Checkpoint
+from tests.tensors.fake_device import FAKE, install
+
+install()
+
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=0)
+FEW = dataclasses.replace(PARAMS, max_tokens=3)
+PROMPTS = [list(range(5, 5 + count)) for count in (3, 13, 7)]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint: Checkpoint, quantization: str) -> None:
+    folder = checkpoint("llama", num_hidden_layers=2)
+    with LLM(folder, backend="reference", quantization=quantization, page_size=4) as llm:
+        expected, page_bytes = [output.outputs[0] for output in llm.generate(PROMPTS, PARAMS)], llm.info.page_bytes
+    with LLM(
+        folder, device="fake", page_size=4, quantization=quantization, max_tokens_per_step=8, max_sequences=2, cache_bytes=16 * page_bytes
+    ) as llm:
+        assert (llm.info.device, llm.info.backend, llm.info.layers) == ("fake:0", "triton (interpreted)", "plain")
+        alone = [llm.generate(prompt, PARAMS, namespace="alone")[0].outputs for prompt in PROMPTS]
+        for (own,), other in zip(alone, expected, strict=True):
+            assert own.token_ids == other.token_ids and own.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        running = []
+        for prompt in (PROMPTS[1], PROMPTS[0]):
+            running.insert(0, llm.submit(prompt, PARAMS))
+            next(iter(running[0]))
+        running.append(llm.submit(PROMPTS[2], PARAMS, priority=1))
+        assert [one.wait(60).outputs for one in running] == alone and llm.stats()["num_preemptions"] == 1
+        hit = llm.generate([*PROMPTS[1], expected[1].token_ids[0]], SamplingParams(max_tokens=5, temperature=0.0, logprobs=0, ignore_eos=True))[0]
+        assert hit.receipt.cached_tokens and hit.outputs[0].logprobs == alone[1][0].logprobs[1:]
+        llm.check_integrity()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize(("family", "quantization"), [("gemma3_text", "none"), ("gpt2", "none"), ("gpt2", "int8"), ("mixtral", "none")])
+def test_families(checkpoint: Checkpoint, family: str, quantization: str) -> None:
+    """Windows; layer norms, and weights the other way round; experts, of which alone steps wait more than once, to learn which tokens are theirs."""
+    folder = checkpoint(family, **{} if family == "gemma3_text" else {"num_hidden_layers": 2})
+    with LLM(folder, backend="reference", quantization=quantization, page_size=4) as llm:
+        expected = [output.outputs[0] for output in llm.generate(PROMPTS[:2], FEW)]
+    with LLM(folder, device="fake", page_size=4, quantization=quantization, max_tokens_per_step=8, cache_bytes=2**20) as llm:
+        (own,) = llm.generate(PROMPTS[1], FEW, namespace="alone")[0].outputs
+        FAKE.waits.clear()
+        together = [output.outputs[0] for output in llm.generate(PROMPTS[:2], FEW)]
+        assert set(FAKE.waits) == {"synchronize"} or family == "mixtral"
+        assert together[1] == own
+        for ours, theirs in zip(together, expected, strict=True):
+            assert ours.token_ids == theirs.token_ids and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
