@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quire import LLM, ConfigError, InvalidRequestError, SamplingParams, StepError, UnsupportedModelError
+from quire import LLM, ConfigError, InvalidRequestError, ProbeMismatchError, SamplingParams, StepError, UnsupportedModelError
 from quire.tensors.device import Accelerator, device_of
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
@@ -180,3 +180,12 @@ def test_the_device_is_strict() -> None:
     pinned += 1
     with pytest.raises(RuntimeError, match="while it was being copied"):
         FAKE.wait("")
+
+
+def test_attention_that_is_wrong_on_a_device_is_found_at_load(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
+    from quire.tensors.attention.triton import TritonAttention
+
+    own = TritonAttention.attend
+    monkeypatch.setattr(TritonAttention, "attend", lambda self, q, *rest: own(self, q * 1.1, *rest))
+    with pytest.raises(ProbeMismatchError):
+        LLM(checkpoint("llama", num_hidden_layers=2), device="fake")

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,29 @@ def compile_attention() -> None:
     launch("bfloat16, large heads", Geometry(8, 4, 256, 256), ("sm_90",))
 
 
+def compile_rows() -> None:
+    from quire.tensors import triton_rows
+
+    kernels = {name: getattr(triton_rows, name) for name in ("_total", "_softmax", "_normalized")}
+
+    def launch(name: str, kernel: str, run: Callable[[triton_rows.TritonRows], Any], targets: tuple[str, ...] = tuple(TARGETS)) -> str:
+        compiler = Compiler(kernels[kernel], f"rows {name}", targets)
+        setattr(triton_rows, kernel, compiler)
+        run(triton_rows.TritonRows())
+        return compiler.keys[0]
+
+    x = torch.empty(5, 3000, dtype=torch.bfloat16, device="meta")
+    weight = x[0]
+    launch("mean", "_total", lambda rows: rows.total(x.float(), 1 / 3000))
+    launch("softmax", "_softmax", lambda rows: rows.softmax(x[:, :8]))
+    launch("log softmax", "_softmax", lambda rows: rows.softmax(x, log=True))
+    launch("layer norm", "_normalized", lambda rows: rows.normalized(x, weight, weight, 1e-5))
+    launch("rms norm", "_normalized", lambda rows: rows.normalized(x, None, None, 1e-5, centred=False))
+    many = [torch.empty(count, 3000, dtype=torch.bfloat16, device="meta") for count in (1, 16, 2049)]
+    keys = {launch("", "_total", lambda rows, x=x: rows.total(x), ()) for x in (*many, torch.empty(7, 3003, device="meta").bfloat16()[:, 3:])}
+    print(json.dumps({"name": "keys", "count": len(keys)}))
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -136,15 +160,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_everything_compiles_to_machine_code_that_fits(compiled: list[dict[str, Any]]) -> None:
     kernels = [row for row in compiled if row["name"] != "keys"]
     assert {row["target"] for row in kernels} == TARGETS.keys()
-    assert len(kernels) == 3 * (3 * 2 + 2) + 1 + 2 * (3 * 2 + 2)
+    assert len(kernels) == 3 * (3 * 2 + 2) + 1 + 2 * (3 * 2 + 2) + 3 * 5
     for row in kernels:
         assert row["machine_code"] and row["shared"] <= SHARED[row["target"]] << 10, row
-        assert row["dots"] or row["name"].startswith("commit"), row
+        assert row["dots"] or row["name"].startswith(("commit", "rows")), row
 
 
-def test_products_of_a_weight_are_one_kernel_for_all_rows(compiled: list[dict[str, Any]]) -> None:
+def test_products_of_a_weight_and_sums_of_a_length_are_one_kernel_for_all_rows(compiled: list[dict[str, Any]]) -> None:
     """Whatever their number, strides and alignment."""
-    assert [row["count"] for row in compiled if row["name"] == "keys"] == [1]
+    assert [row["count"] for row in compiled if row["name"] == "keys"] == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -158,3 +182,4 @@ def test_linear_and_matmul_multiply_by_the_same_instructions(compiled: list[dict
 if __name__ == "__main__":
     compile_products()
     compile_attention()
+    compile_rows()

@@ -14,6 +14,7 @@ from quire.config import EngineConfig, split_codec
 from quire.engine.cache_dir import check_cache_dir, disk_store
 from quire.engine.disk_eye import DiskEye
 from quire.engine.engine import Engine
+from quire.engine.fresh import FreshSteps
 from quire.engine.kernels import Kernels, choose_kernels
 from quire.engine.runner import Runner
 from quire.engine.tier import DiskTier
@@ -26,6 +27,7 @@ from quire.tensors.device import Device
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe
+from quire.tensors.models.rows import RowByRow
 from quire.tensors.models.workspace import Workspace, measure
 from quire.tensors.sampler import Sampler
 from quire.tensors.store import PageStore, cached_layers, layer_places
@@ -128,17 +130,17 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         _context_len(config, model)  # refused before compiling and probing take their time
         if config.compile:
             model.compile()
-        device.on_a_thread(lambda: _examine(model, lower=kernels.programs and not config.compile))
+        device.on_a_thread(lambda: _examine(model, kernels, lower=kernels.programs and not config.compile))
     except BaseException:
         model.close()
         raise
     return model
 
 
-def _examine(model: CausalModel, *, lower: bool) -> None:
+def _examine(model: CausalModel, kernels: Kernels, *, lower: bool) -> None:
     if lower:
         model.lower()
-    probe(model)
+    probe(model, RowByRow if kernels.rows is None else FreshSteps(model, kernels))
 
 
 def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
