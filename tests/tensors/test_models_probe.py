@@ -164,8 +164,8 @@ def test_a_model_is_probed_as_the_engine_runs_it(tmp_path: Path, monkeypatch: py
     seen = []
     before = torch.get_num_threads()
 
-    def noted(run: Callable[[CausalModel], object]) -> Callable[[CausalModel], object]:
-        return lambda model: (seen.append(torch.get_num_threads()), run(model))[1]
+    def noted(run: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (seen.append(torch.get_num_threads()), run(*given))[1]
 
     for name in ("probe", "measure"):
         monkeypatch.setattr(build, name, noted(getattr(build, name)))

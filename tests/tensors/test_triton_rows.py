@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNITS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 LENGTHS = (1, 7, 64, 129, 700)
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value")  # of rows that a program has and the tensor has not
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -90,7 +91,6 @@ def test_what_a_model_calls_is_what_torch_gives(name: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [name for name in CALLS if "first" not in name and "middle" not in name and "apart" not in name])
-@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_row_has_the_same_bits_alone_and_in_any_company(name: str, dtype: torch.dtype) -> None:
     call, x = CALLS[name], random(1, 37, 150, dtype=dtype)
     with ExactMode(ReferenceProducts(), rows=TritonRows()):
@@ -102,7 +102,6 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(name: str, dtype: torc
         assert torch.equal(others[:, 5:], together)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_no_number_stays_in_its_row() -> None:
     rows, x = TritonRows(), random(6, 100)
     x[1, 70], x[2, 3], x[3, 4], x[4] = torch.nan, torch.inf, -torch.inf, -torch.inf

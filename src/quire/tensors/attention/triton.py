@@ -126,7 +126,8 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One block of tokens (`num_blocks`) and one KV head. After the tensors their strides in elements, named for what they step over."""
     kv_head = tl.program_id(1)
-    block, sequence, beyond = tl.program_id(0), 0, num_sequences
+    block = tl.program_id(0)
+    sequence, beyond = block * 0, num_sequences
     while beyond - sequence > 1:  # the last sequence whose programs do not begin behind this one
         middle = (sequence + beyond) // 2
         is_behind = tl.load(query_start + middle) // (ROWS // GROUP) + middle > block

@@ -86,11 +86,15 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
         strays = model.strays() if model.everywhere else strays
         packed = _packed(model, make_step, sequences)
     if strays:
-        done = "multiplied" if model.rows is None else "multiplied or added up"
+        done, sums = "multiplied", ""
+        if model.rows is not None:
+            done = "multiplied or added up"
+            sums = ", and along one dimension sum, mean, var, std, norm, softmax, log_softmax, layer_norm, rms_norm"
         told = "; ".join(f"{owner} calls {operator}" for operator, owner in strays[:4])
         raise UnsupportedModelError(
             f"{model.model_type}: tokens are {done} by operators of torch whose bits depend on how many there are ({told});"
-            " served are linear, matmul (@), mm, bmm, mv, inner, addmm, baddbmm, einsum of two operands; not in place, without out=, uncompiled"
+            f" served are linear, matmul (@), mm, bmm, mv, inner, addmm, baddbmm, einsum of two operands{sums};"
+            " not in place, without out=, uncompiled"
         )
     with programs.first_of_each() if programs is not None else nullcontext():
         exact = _exact(model, make_step, sequences, _packed(model, make_step, sequences) if programs and programs.alike else packed)
