@@ -54,7 +54,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     held: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor) is PackedWeight:  # many in one storage
-            held[tensor.packed.data_ptr()] = tensor.num_bytes
+            held[id(tensor)] = tensor.num_bytes
         else:
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(held.values())
