@@ -121,10 +121,10 @@ def split(folder: str, started: str) -> dict[str, float]:
     lap("quire")
     probe, probing = build.probe, 0.0
 
-    def timed(model: Any) -> None:
+    def timed(model: Any, make_step: Any) -> None:
         nonlocal probing
         start = time.perf_counter()
-        probe(model)
+        probe(model, make_step)
         probing = time.perf_counter() - start
 
     build.probe = timed
