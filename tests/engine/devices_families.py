@@ -17,14 +17,11 @@ FEW = dataclasses.replace(PARAMS, max_tokens=3)
 PROMPTS = [list(range(5, 5 + count)) for count in (3, 13, 7)]
 
 
-@pytest.mark.parametrize("quantization", ["none", "int4"])
-def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint: Checkpoint, quantization: str) -> None:
+def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama", num_hidden_layers=2)
-    with LLM(folder, backend="reference", quantization=quantization, page_size=4) as llm:
+    with LLM(folder, backend="reference", page_size=4) as llm:
         expected, page_bytes = [output.outputs[0] for output in llm.generate(PROMPTS, PARAMS)], llm.info.page_bytes
-    with LLM(
-        folder, device="fake", page_size=4, quantization=quantization, max_tokens_per_step=8, max_sequences=2, cache_bytes=16 * page_bytes
-    ) as llm:
+    with LLM(folder, device="fake", page_size=4, max_tokens_per_step=8, max_sequences=2, cache_bytes=16 * page_bytes) as llm:
         assert (llm.info.device, llm.info.backend, llm.info.layers) == ("fake:0", "triton (interpreted)", "plain")
         alone = [llm.generate(prompt, PARAMS, namespace="alone")[0].outputs for prompt in PROMPTS]
         for (own,), other in zip(alone, expected, strict=True):
@@ -41,7 +38,7 @@ def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize(("family", "quantization"), [("gemma3_text", "none"), ("gpt2", "none"), ("gpt2", "int8"), ("mixtral", "none")])
+@pytest.mark.parametrize(("family", "quantization"), [("gemma3_text", "int8"), ("gpt2", "int4"), ("mixtral", "none")])
 def test_families(checkpoint: Checkpoint, family: str, quantization: str) -> None:
     """Windows; layer norms, and weights the other way round; experts, of which alone steps wait more than once, to learn which tokens are theirs."""
     folder = checkpoint(family, **{} if family == "gemma3_text" else {"num_hidden_layers": 2})
