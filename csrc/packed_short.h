@@ -1,6 +1,6 @@
 // bf16 weights in 12 bits, of which every bit comes back. Of a bf16's 16 bits the exponent takes 8, and the weights of a block have few of these: of
 // normally distributed ones all but one in ten thousand lie within a factor of 2^16. So the upper byte of most, the sign and seven bits of
-// exponent, is one of 16, and a code of four bits names it. Decoding alone waits for memory, and a line of 32 weights comes back in two operations.
+// exponent, is one of 16, and a code of four bits names it. Decoding alone waits for memory, and a line of 32 weights comes back in some two operations.
 //
 //   block   128 k x 64 columns, 64 steps of four lines as in packed_formats.h        head, then step behind step
 //   head    64 bytes: which steps are whole, a bit each; the 16 upper bytes

@@ -26,9 +26,9 @@ def test_everything_but_the_sampler_is_in_triton() -> None:
     assert kernels.sampler == otherwise.sampler and not kernels.programs
 
 
-@pytest.mark.parametrize(("family", "quantization"), [("gemma3_text", "none"), ("llama", "int4")])
-def test_together_in_chunks_and_preempted_as_alone_and_as_the_reference(checkpoint: Checkpoint, family: str, quantization: str) -> None:
-    folder = checkpoint(family)
+def test_together_in_chunks_and_preempted_as_alone_and_as_the_reference(checkpoint: Checkpoint) -> None:
+    """Of other families, and of weights as they are, tests/engine/devices_families.py says so."""
+    folder, quantization = checkpoint("llama"), "int4"
     with LLM(folder, backend="triton", page_size=4, quantization=quantization, cache_bytes=2**20) as llm:
         assert llm.info.backend == "triton (interpreted)" and llm.info.layers == "plain"
         alone = [llm.generate(prompt, PARAMS)[0].outputs for prompt in PROMPTS]
