@@ -138,10 +138,10 @@ def test_the_folder_is_not_listed_at_every_look(checkpoint: Checkpoint, tmp_path
     monkeypatch.setattr(DiskStore, "listed", lambda store: lists.append(1) or listed(store))
     monkeypatch.setattr("quire.engine.disk_eye.LISTED_S", 1000.0)
     with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
+        assert llm.cache_map().disk == OnDisk(0, 0, True)
         llm.generate(PROMPT, SHORT)
-        while llm.cache_map().counts()["moving"]:
+        while not (seen := llm.cache_map()).stats["num_stored_pages"]:
             pass
-        seen = llm.cache_map()
         assert len(lists) == 1 and seen.disk is not None and not seen.disk.settled
 
 
