@@ -104,7 +104,7 @@ int64_t pack_short(const PackArgs& g) {
     char *const lines = (char*)memory.get(panel_bytes<P>(g.k) / 4), *const from = out + first_of(part) * most_panel_bytes<P>(g.k), *at = from;
     for (int64_t panel = first_of(part); panel < first_of(part + 1); ++panel) {
       for (int64_t group = panel * kLines; group < (panel + 1) * kLines; ++group) pack_group<F, P>(g, group, lines);
-      for (int64_t s = 0; s < steps; s += 64) at = close_block(lines + kWholeStep * s, int(smaller(steps - s, 64)), at);
+      for (int64_t s = 0; s < steps; s += kShortSteps) at = close_block(lines + kWholeStep * s, int(smaller(steps - s, kShortSteps)), at);
       begins[panel + 1] = at - from;
     }
   });

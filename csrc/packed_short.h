@@ -20,16 +20,15 @@ namespace product {
 
 template <class P>
 constexpr bool kShort = false;
+constexpr int kShortHead = 64, kShortStep = 192, kWholeStep = 64 * kLines, kShortSteps = 64;
+constexpr int64_t kMostlyShortBytes = kShortHead + kShortSteps * kShortStep;  // of a block, but for steps that are whole
 
 #if defined(QUIRE_SHORT_EXPONENTS)
 template <>
 constexpr bool kShort<PackedBf16> = true;
 
-constexpr int kShortHead = 64, kShortStep = 192, kWholeStep = 64 * kLines;
-
 struct ShortHead {
   uint64_t whole;
-  uint64_t unused;
   uint8_t upper[16];
 };
 
@@ -153,7 +152,7 @@ inline ShortCodes short_codes(const char* lines, int steps) {
     const int whole = codes.find_whole(lines, steps);
     if (whole < fewest) best = codes, fewest = whole;
   }
-  if (fewest > steps / 4) best.head.whole = steps == 64 ? ~uint64_t(0) : (uint64_t(1) << steps) - 1;  // a branch that nobody can foretell costs more
+  if (fewest > steps / 4) best.head.whole = steps == kShortSteps ? ~uint64_t(0) : (uint64_t(1) << steps) - 1;  // a branch that nobody can foretell costs more
   return best;
 }
 
@@ -180,8 +179,6 @@ inline char* close_block(const char* lines, int steps, char* out) {
 }
 #endif
 
-constexpr int64_t kMostlyShortBytes = 64 + 64 * 192;  // of a block, but for steps that are whole
-
 // The end of a block, of `bytes` where all are alike.
 template <class P>
 const char* block_end(const char* block, [[maybe_unused]] int steps, int64_t bytes) {
@@ -202,7 +199,7 @@ const char* panel_at(const void* w, int64_t panel, int64_t k) {
 template <class P>
 int64_t lead_bytes(int64_t n) { return kShort<P> ? round_up(8 * (ceil_div(n, kWide) + 1), 64) : 0; }
 template <class P>
-int64_t most_panel_bytes(int64_t k) { return panel_bytes<P>(k) + (kShort<P> ? 64 * ceil_div(k, kBlock) : 0); }
+int64_t most_panel_bytes(int64_t k) { return panel_bytes<P>(k) + (kShort<P> ? kShortHead * ceil_div(k, kBlock) : 0); }
 template <class P>
 int64_t most_bytes(int64_t n, int64_t k) { return lead_bytes<P>(n) + ceil_div(n, kWide) * most_panel_bytes<P>(k); }
 
@@ -213,7 +210,7 @@ const char* opened(const void* w, int64_t panel, int64_t k, [[maybe_unused]] cha
 #if defined(QUIRE_SHORT_EXPONENTS)
   if constexpr (kShort<P>) {
     const int64_t steps = panel_bytes<P>(k) / kWholeStep;
-    for (int64_t s = 0; s < steps; s += 64) at = open_block(at, int(smaller(steps - s, 64)), room + kWholeStep * s);
+    for (int64_t s = 0; s < steps; s += kShortSteps) at = open_block(at, int(smaller(steps - s, kShortSteps)), room + kWholeStep * s);
     return room;
   }
 #endif
