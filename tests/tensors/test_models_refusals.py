@@ -33,15 +33,6 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("mamba", {}, "mamba: "),
     ("qwen3_next", LINEAR, "qwen3_next: has layers of kind linear_attention"),
     ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "lfm2: has layers of kind conv"),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "llama: dynamic rope"),
-    (
-        "phi3",
-        {
-            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
-            "original_max_position_embeddings": 1024,
-        },
-        "phi3: longrope rope",
-    ),
     ("gpt2", {"add_cross_attention": True}, "gpt2: has cross-attention"),
     ("doge", {}, "attention mask of its own"),
     ("diffllama", {}, "diffllama: layers 0, 1, 2 run attention more than once"),

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedModelError
+from quire.tensors.models.ropes import unstretched_len
 from quire.tensors.packed import PackedWeight
 
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -32,14 +33,14 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def context_len(config: PreTrainedConfig) -> int:
-    """The longest position + 1. Raises UnsupportedModelError for a config that names none."""
+    """The longest position + 1, as far as rope is the same for all (ropes.py). Raises UnsupportedModelError for a config that names none."""
     for field in _CONTEXT_FIELDS:
         try:
             value = getattr(config, field, None)
         except NotImplementedError:  # how XLNet says that it has no limit
             continue
         if isinstance(value, int) and value > 0:
-            return value
+            return min(value, unstretched_len(config) or value)
     raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
 
 

@@ -28,6 +28,7 @@ from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
 from quire.tensors.models.refusals import refuse_config
+from quire.tensors.models.ropes import warn_of_limit
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -57,6 +58,7 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         if quantization != "none":
             raise ConfigError(f"quantization={quantization!r}: a live model's weights are its owner's and stay as they are")
+        warn_of_limit(text_config(source))
         return CausalModel(source, products, name=type(source).__name__, identity=_live(source, dtype, revision), live=True, device=device, rows=rows)
     if not isinstance(source, str):
         what = "a hub id, a local folder or a transformers PreTrainedModel"
@@ -73,6 +75,7 @@ def load_model(
         folder = _snapshot(source, where)
     elif not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"{source}: holds no .safetensors file{_other_weights(folder)}; only safetensors are loaded, as they run no code")
+    warn_of_limit(config.get_text_config(decoder=True))
     model = _weights(source, config, dtype, where)
     _move(model, products, quantization, device)
     weights = _fingerprint(folder) + ("" if quantization == "none" else f" {quantization}")

@@ -70,7 +70,7 @@ class CausalModel:
         device: Device = CPU,
         rows: RowReductions | None = None,
     ) -> None:
-        refuse_model(model, device.where)
+        refuse_model(model, device.where, live=live)
         config = text_config(model)
         self.where, self.rows = device.where, rows
         self.name, self.identity, self.live = name, identity, live
@@ -144,7 +144,7 @@ class CausalModel:
         self.lowered = None
         if self.compiled:
             raise UnsupportedModelError(f"{self.model_type}: compile=True: it is made of other modules than those compiled: open it anew")
-        refuse_model(model, self.where)
+        refuse_model(model, self.where, live=self.live)
         self._read(model)
         now = (model.dtype, *self._shapes(model), width(self._output_layer))
         if now != (self.dtype, self.vocab_size, self.layers, self.hidden_size):

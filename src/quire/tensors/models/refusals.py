@@ -6,13 +6,13 @@ What cannot be seen here is left to the dry run (geometry.py), the hook and the 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.models.facts import output_embeddings
+from quire.tensors.models.ropes import refuse_ropes
 
 _SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,11 +32,9 @@ def refuse_config(config: PreTrainedConfig) -> None:
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_KINDS)
     if others:
         raise UnsupportedModelError(f"{kind}: has layers of kind {', '.join(others)}; served are {', '.join(sorted(_SERVED_KINDS))}")
-    for rope_type in _rope_types(getattr(text, "rope_parameters", None)) | _rope_types(getattr(text, "rope_scaling", None)):
-        _refuse_rope(kind, rope_type)
 
 
-def refuse_model(model: PreTrainedModel, where: torch.device) -> None:
+def refuse_model(model: PreTrainedModel, where: torch.device, *, live: bool) -> None:
     """Raise UnsupportedModelError, with the reason, for a loaded model that cannot be served on `where`. It is not run."""
     kind = model.config.model_type
     refuse_config(model.config)
@@ -49,28 +47,9 @@ def refuse_model(model: PreTrainedModel, where: torch.device) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != where:
             raise UnsupportedModelError(f"{kind}: {name} is on device {tensor.device}; this engine's is {where} (its option device)")
+    refuse_ropes(model, live=live)
     for name, module in model.named_modules():
-        for rope_type in _rope_types(getattr(module, "rope_type", None)):
-            _refuse_rope(kind, rope_type)
         if module._compiled_call_impl is not None:
             raise UnsupportedModelError(f"{kind}: {name or 'the model'} is compiled (nn.Module.compile), so its attention cannot be replaced")
         if "A_log" in module._parameters or "time_decay" in module._parameters:
             raise UnsupportedModelError(f"{kind}: {name} ({type(module).__name__}) is a recurrent layer, whose state would leak between sequences")
-
-
-def _rope_types(given: Any) -> set[str]:
-    """The rope types in a module's `rope_type` (a name, or one a layer type) or a config's rope settings (flat, or nested by layer type)."""
-    if isinstance(given, str):
-        return {given}
-    if not isinstance(given, dict):
-        return set()
-    found: set[str] = set()
-    for key, value in given.items():
-        if isinstance(value, dict) or (isinstance(value, str) and (key in {"rope_type", "type"} or key.endswith("_attention"))):
-            found |= _rope_types(value)
-    return found
-
-
-def _refuse_rope(kind: str, rope_type: str) -> None:
-    if "dynamic" in rope_type or rope_type in {"longrope", "su"}:
-        raise UnsupportedModelError(f"{kind}: {rope_type} rope chooses its frequencies from the longest sequence of a batch, shared by all others")

@@ -1,0 +1,116 @@
+"""Rope that changes with the longest sequence of a batch: as transformers has it, in any company, as far as it does not change; and no further."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from quire import LLM, SamplingParams
+from quire.errors import ConfigError, ContextLengthError, UnsupportedModelError
+from tests.tensors.checkpoints import VOCAB, make, tiny_model
+
+LENGTH, TOLD = 64, 256
+LONGROPE: dict[str, Any] = {
+    "max_position_embeddings": TOLD,
+    "original_max_position_embeddings": LENGTH,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1 + i / 8 for i in range(8)],
+        "long_factor": [3.0 + i for i in range(8)],
+    },
+}
+DYNAMIC: dict[str, Any] = {"max_position_embeddings": LENGTH, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+KINDS = {"phi3": LONGROPE, "llama": DYNAMIC}
+pytestmark = pytest.mark.filterwarnings("ignore:phi3. longrope takes other frequencies")
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=0)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
+
+
+def answer(llm: LLM, given: list[int], *others: list[int]) -> tuple[list[int], list[float]]:
+    """The tokens behind `given` to the end of the context, and their logprobs."""
+    prompts = [given, *others]
+    (out,) = llm.generate(prompts, [greedy(LENGTH - len(one)) for one in prompts])[0].outputs
+    assert out.logprobs is not None
+    return out.token_ids, out.logprobs
+
+
+def expected(model: PreTrainedModel, ids: list[int], count: int) -> torch.Tensor:
+    """Logprobs of the last `count` tokens in transformers' own forward of the whole."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return torch.stack([logprobs[i - 1, ids[i]] for i in range(len(ids) - count, len(ids))])
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_whole_context_is_as_transformers_has_it_in_any_company(family: str, tmp_path: Path) -> None:
+    with LLM(make(tmp_path, family, **KINDS[family])) as llm:
+        assert llm.info.context_len == LENGTH
+        tokens, logprobs = answer(llm, prompt(0, 5))
+        assert torch.allclose(torch.tensor(logprobs), expected(tiny_model(family, **KINDS[family]), prompt(0, 5) + tokens, len(tokens)), atol=1e-4)
+        assert answer(llm, prompt(0, 5), prompt(1, 50), prompt(2, 3)) == (tokens, logprobs)
+        llm.reset_cache()
+        assert answer(llm, prompt(0, 5), prompt(1, LENGTH - 1)) == (tokens, logprobs)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_context_ends_where_frequencies_would_change(family: str, tmp_path: Path) -> None:
+    path = make(tmp_path, family, **KINDS[family])
+    with LLM(path) as llm, pytest.raises(ContextLengthError, match=f"at most {LENGTH} tokens together"):
+        llm.generate([prompt(0, 5)], greedy(LENGTH - 4))
+    with pytest.raises(ConfigError, match=f"max_model_len={LENGTH + 1}: must be at most {LENGTH}"):
+        LLM(path, max_model_len=LENGTH + 1)
+
+
+def test_that_it_ends_before_the_config_says_is_told(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for family, settings in KINDS.items():
+            LLM(make(tmp_path / family, family, **settings)).close()
+    (one,) = [str(warning.message) for warning in told if "frequencies" in str(warning.message)]
+    assert f"longer than {LENGTH} tokens: contexts end there, not at the {TOLD} of its config" in one
+
+
+def test_a_live_models_owner_may_run_longer_sequences() -> None:
+    """They leave the other set of frequencies behind."""
+    model = tiny_model("phi3", **LONGROPE)
+    with LLM(model) as llm:
+        before = answer(llm, prompt(0, 5))
+        with torch.no_grad():
+            model(torch.tensor([prompt(3, LENGTH + 9)]))
+        assert not torch.equal(model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq)  # type: ignore[attr-defined, operator]
+        llm.reset_cache()
+        assert answer(llm, prompt(0, 5)) == before
+
+
+def test_where_frequencies_may_change_within_the_context_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="llama: model.rotary_emb: dynamic rope of a live model"):
+        LLM(tiny_model("llama", **DYNAMIC))
+    foreign = tiny_model("phi3", **LONGROPE)
+    foreign.__class__ = type("Mine", (type(foreign),), {"__module__": "mine"})
+    with pytest.raises(UnsupportedModelError, match="phi3: longrope rope in code of its own"):
+        LLM(foreign)
+    module: Any = tiny_model("phi3", **LONGROPE)
+    rotary = module.model.rotary_emb
+    rotary.__class__ = type("Mine", (type(rotary),), {"__module__": "mine"})
+    with pytest.raises(UnsupportedModelError, match="phi3: model.rotary_emb: longrope rope in code of its own"):
+        LLM(module)
+
+
+@pytest.mark.parametrize("length", [None, "128", 0])
+def test_longrope_that_does_not_tell_its_length_is_refused(length: object) -> None:
+    model: Any = tiny_model("phi3", **LONGROPE)
+    model.config.rope_parameters["original_max_position_embeddings"] = length
+    with pytest.raises(UnsupportedModelError, match="original_max_position_embeddings=.*: must be a positive integer"):
+        LLM(model)
