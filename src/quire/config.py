@@ -39,7 +39,7 @@ class EngineConfig:
         cache_dir: a folder in which complete pages survive restarts; several processes may share it. `None` for none.
         cache_dir_bytes: the most bytes of files in it; `None` takes half of what is free on that disk.
         prefix_sharing: reuse pages of equal prefixes.
-        max_model_len: the context, at most the checkpoint's own; `None` takes that.
+        max_model_len: the context, at most the checkpoint's own; `None` takes that, of LongRoPE its first part (see tensors/models/ropes.py).
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
             "triton" is both as they run on an accelerator; on the CPU in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.
         device: where weights and pages lie and steps run: "cpu", or an accelerator by torch's name, with or without its number. On one "auto" is

@@ -38,10 +38,10 @@ def prompt(seed: int, length: int) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
 
 
-def answer(llm: LLM, given: list[int], *others: list[int]) -> tuple[list[int], list[float]]:
-    """The tokens behind `given` to the end of the context, and their logprobs."""
+def answer(llm: LLM, given: list[int], *others: list[int], length: int = LENGTH) -> tuple[list[int], list[float]]:
+    """The tokens behind `given` up to `length`, and their logprobs."""
     prompts = [given, *others]
-    (out,) = llm.generate(prompts, [greedy(LENGTH - len(one)) for one in prompts])[0].outputs
+    (out,) = llm.generate(prompts, [greedy(length - len(one)) for one in prompts])[0].outputs
     assert out.logprobs is not None
     return out.token_ids, out.logprobs
 
@@ -69,8 +69,27 @@ def test_a_context_ends_where_frequencies_would_change(family: str, tmp_path: Pa
     path = make(tmp_path, family, **KINDS[family])
     with LLM(path) as llm, pytest.raises(ContextLengthError, match=f"at most {LENGTH} tokens together"):
         llm.generate([prompt(0, 5)], greedy(LENGTH - 4))
-    with pytest.raises(ConfigError, match=f"max_model_len={LENGTH + 1}: must be at most {LENGTH}"):
-        LLM(path, max_model_len=LENGTH + 1)
+
+
+def test_asked_for_more_longrope_has_its_second_set_for_all(tmp_path: Path) -> None:
+    """transformers has it for a sequence that is longer, from its first token on."""
+    path, long = make(tmp_path, "phi3", **LONGROPE), 3 * LENGTH
+    with LLM(path) as first, LLM(path, max_model_len=TOLD) as second:
+        assert (first.info.context_len, second.info.context_len) == (LENGTH, TOLD)
+        assert first._built.model.identity != second._built.model.identity
+        tokens, logprobs = answer(second, prompt(0, 5), length=long)
+        assert torch.allclose(torch.tensor(logprobs), expected(tiny_model("phi3", **LONGROPE), prompt(0, 5) + tokens, len(tokens)), atol=1e-4)
+        second.reset_cache()
+        assert answer(second, prompt(0, 5), prompt(1, 30), length=long) == (tokens, logprobs)
+        assert answer(first, prompt(0, 5))[1] != logprobs[: LENGTH - 5]
+    with pytest.raises(ConfigError, match=f"max_model_len={TOLD + 1}: must be at most {TOLD}"):
+        LLM(path, max_model_len=TOLD + 1)
+
+
+def test_dynamic_and_live_contexts_are_not_stretched(tmp_path: Path) -> None:
+    for source in (make(tmp_path, "llama", **DYNAMIC), tiny_model("phi3", **LONGROPE)):
+        with pytest.raises(ConfigError, match=f"max_model_len={LENGTH + 1}: must be at most {LENGTH}"):
+            LLM(source, max_model_len=LENGTH + 1)
 
 
 def test_that_it_ends_before_the_config_says_is_told(tmp_path: Path) -> None:
@@ -79,7 +98,7 @@ def test_that_it_ends_before_the_config_says_is_told(tmp_path: Path) -> None:
         for family, settings in KINDS.items():
             LLM(make(tmp_path / family, family, **settings)).close()
     (one,) = [str(warning.message) for warning in told if "frequencies" in str(warning.message)]
-    assert f"longer than {LENGTH} tokens: contexts end there, not at the {TOLD} of its config" in one
+    assert f"longer than {LENGTH} tokens: contexts end there, not at the {TOLD} of its config (max_model_len beyond it" in one
 
 
 def test_a_live_models_owner_may_run_longer_sequences() -> None:

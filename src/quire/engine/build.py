@@ -125,6 +125,7 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
             quantization=config.quantization,
             device=device,
             rows=kernels.rows,
+            max_model_len=config.max_model_len,
         )
     try:
         _context_len(config, model)  # refused before compiling and probing take their time

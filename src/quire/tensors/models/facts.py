@@ -32,15 +32,16 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(found)
 
 
-def context_len(config: PreTrainedConfig) -> int:
-    """The longest position + 1, as far as rope is the same for all (ropes.py). Raises UnsupportedModelError for a config that names none."""
+def context_len(config: PreTrainedConfig, *, stretched: bool = False) -> int:
+    """The longest position + 1, as far as rope is the same for all (ropes.py), or has been made so. Raises UnsupportedModelError for a config that
+    names none."""
     for field in _CONTEXT_FIELDS:
         try:
             value = getattr(config, field, None)
         except NotImplementedError:  # how XLNet says that it has no limit
             continue
         if isinstance(value, int) and value > 0:
-            return min(value, unstretched_len(config) or value)
+            return value if stretched else min(value, unstretched_len(config) or value)
     raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
 
 

@@ -23,12 +23,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from quire.tensors.attention.base import PackingProducts, RowReductions
 from quire.tensors.device import CPU, Device
-from quire.tensors.models.facts import text_config
+from quire.tensors.models.facts import context_len, text_config
 from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
 from quire.tensors.models.refusals import refuse_config
-from quire.tensors.models.ropes import warn_of_limit
+from quire.tensors.models.ropes import stretch, unstretched_len, warn_of_limit
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -43,11 +43,13 @@ def load_model(
     quantization: str = "none",
     device: Device = CPU,
     rows: RowReductions | None = None,
+    max_model_len: int | None = None,
 ) -> CausalModel:
     """Load `source` for serving through `products` on `device`. It is not probed (see probe.py).
 
     dtype: "auto" (the checkpoint's), or a name that torch has. A live model keeps its own and takes "auto" or that.
     revision: of a hub id only.
+    max_model_len: the context wanted, which decides how LongRoPE is served (see ropes.py).
     quantization: "none", "int8" or "int4", of what packing.py packs; "none" for a live model, whose weights stay as they are.
 
     Raises:
@@ -75,12 +77,21 @@ def load_model(
         folder = _snapshot(source, where)
     elif not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"{source}: holds no .safetensors file{_other_weights(folder)}; only safetensors are loaded, as they run no code")
-    warn_of_limit(config.get_text_config(decoder=True))
+    text = config.get_text_config(decoder=True)
+    length = unstretched_len(text)
+    stretched = length is not None and max_model_len is not None and max_model_len > length
+    if not stretched:
+        warn_of_limit(text)
     model = _weights(source, config, dtype, where)
+    if length is not None and stretched:
+        stretch(model, length)
     _move(model, products, quantization, device)
     weights = _fingerprint(folder) + ("" if quantization == "none" else f" {quantization}")
     weights += f" {type(model).__module__}"  # of a checkpoint's own code it is a hash of that, or the commit it came with
-    return CausalModel(model, products, name=source, identity=_identity(config, model.dtype, weights), live=False, device=device, rows=rows)
+    weights += " stretched" if stretched else ""
+    made = CausalModel(model, products, name=source, identity=_identity(config, model.dtype, weights), live=False, device=device, rows=rows)
+    made.context_len = context_len(text, stretched=stretched)
+    return made
 
 
 def _what_it_wraps(source: object) -> str:

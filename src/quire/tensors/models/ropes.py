@@ -2,7 +2,7 @@
 
 LongRoPE (Ding et al., 2024) has one set for sequences of up to `original_max_position_embeddings` tokens and another for longer ones; dynamic NTK
 stretches its own beyond `max_position_embeddings`. There a token's bits would depend on its neighbours, and keys that are cached on what comes after
-them, so contexts end before.
+them, so contexts end before; or, where longer ones are asked for, sequences of every length have LongRoPE's second set.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.models.calls import is_foreign
@@ -56,7 +57,21 @@ def warn_of_limit(config: PreTrainedConfig) -> None:
     length, told = unstretched_len(config), getattr(config, "max_position_embeddings", None)
     if length is not None and isinstance(told, int) and length < told:
         what = f"longrope takes other frequencies for a whole batch once a sequence is longer than {length} tokens"
-        warnings.warn(f"{config.model_type}: {what}: contexts end there, not at the {told} of its config", stacklevel=3)
+        end = f"contexts end there, not at the {told} of its config (max_model_len beyond it takes the others for all sequences)"
+        warnings.warn(f"{config.model_type}: {what}: {end}", stacklevel=3)
+
+
+def stretch(model: PreTrainedModel, length: int) -> None:
+    """Give a model of our own, whose sequences of up to `length` tokens have LongRoPE's first set, the second for all, as vLLM has it.
+
+    Raises UnsupportedModelError for rope of several kinds.
+    """
+    for name, module in model.named_modules():
+        rope_type = getattr(module, "rope_type", None)
+        if rope_type == "longrope":
+            module.original_inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](module.config, None, seq_len=length + 1)
+        elif "longrope" in _types(rope_type):
+            raise UnsupportedModelError(f"{model.config.model_type}: {name}: has longrope beside other rope: contexts end at {length}")
 
 
 def _depends(rope_type: str) -> bool:
