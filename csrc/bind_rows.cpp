@@ -1,6 +1,7 @@
 // Python bindings of layer programs.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 #include <string.h>
 
@@ -22,8 +23,11 @@ std::vector<T> unpacked(const nb::bytes& packed, const char* what) {
   return items;
 }
 
+using GivenPart = std::pair<const Program*, std::vector<Address>>;
+
 }  // namespace
 
+// Whoever makes a Forward keeps its layers and programs.
 void bind_rows(nb::module_& m) {
   nb::class_<Program>(m, "Program")
       .def("__init__",
@@ -45,12 +49,15 @@ void bind_rows(nb::module_& m) {
       .def("run", &Layers::run, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Forward>(m, "Forward")
       .def("__init__",
-           [](Forward* forward, Address weight, int32_t format, int64_t n, int64_t k, int32_t dtype, std::vector<int64_t> table_row_bytes,
-              const Layers& layers, std::vector<int64_t> inputs, const Program& tail, std::vector<Address> tail_weights) {
+           [](Forward* forward, Address weight, int32_t format, int64_t n, int64_t k, int32_t dtype, const std::optional<GivenPart>& scaled,
+              std::vector<int64_t> table_row_bytes, std::vector<std::pair<const Layers*, std::vector<int64_t>>> stages, const GivenPart& tail) {
              require(format == kRowsNK || (format >= kPackedF32 && format < kNumWeightFormats), "an embedding's format is not known");
-             new (forward) Forward({weight, format, n, k, dtype}, std::move(table_row_bytes), layers, std::move(inputs), tail, std::move(tail_weights));
-           },
-           nb::keep_alive<1, 8>(), nb::keep_alive<1, 10>())
+             std::vector<Stage> made;
+             for (auto& [layers, inputs] : stages) made.push_back({layers, std::move(inputs)});
+             const auto part = [](const GivenPart& given) { return Part(given.first, given.second); };
+             new (forward) Forward({weight, format, n, k, dtype}, scaled ? std::optional(part(*scaled)) : std::nullopt, std::move(table_row_bytes),
+                                   std::move(made), part(tail));
+           })
       .def("run", &Forward::run, nb::call_guard<nb::gil_scoped_release>())
       .def("keep", &Forward::keep);
   m.attr("table_positions") = Tables::kPositions;

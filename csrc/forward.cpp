@@ -68,25 +68,33 @@ void Tables::keep(int64_t number, const std::vector<Address>& tables) {
   }
 }
 
-Forward::Forward(const Embedding& embedding, std::vector<int64_t> table_row_bytes, const Layers& layers, std::vector<int64_t> inputs,
-                 const Program& tail, std::vector<Address> tail_weights)
-    : embedding_(embedding),
-      tables_(std::move(table_row_bytes)),
-      layers_(layers),
-      inputs_(std::move(inputs)),
-      hidden_at_(std::find(inputs_.begin(), inputs_.end(), -1) - inputs_.begin()),
-      tail_(tail),
-      addresses_(std::move(tail_weights)) {
-  const int64_t hidden_bytes = embedding_.k * element_bytes(embedding_.dtype), num_weights = int64_t(addresses_.size());
+Part::Part(const Program* of, std::vector<Address> weights) : program(of), addresses(std::move(weights)) {
+  require(of->num_given() == int64_t(addresses.size()) + 2, "a part has other weights than its program");
+  addresses.resize(addresses.size() + 2);
+}
+
+void Part::run(const char* rows, Address out, int64_t count, int32_t num_threads) {
+  addresses[addresses.size() - 2] = reinterpret_cast<Address>(rows);
+  addresses.back() = out;
+  program->run(0, program->num_steps(), count, program->bound(addresses, count), num_threads);
+}
+
+Forward::Forward(const Embedding& embedding, std::optional<Part> scaled, std::vector<int64_t> table_row_bytes, std::vector<Stage> stages, Part tail)
+    : embedding_(embedding), scaled_(std::move(scaled)), tables_(std::move(table_row_bytes)), stages_(std::move(stages)), tail_(std::move(tail)) {
+  const int64_t hidden_bytes = embedding_.k * element_bytes(embedding_.dtype);
   require(embedding_.n > 0 && embedding_.k > 0 && is_dtype(embedding_.dtype), "an embedding's shape or dtype is out of range");
-  require(layers_.size() > 0 && layers_.num_inputs() == int64_t(inputs_.size()) && hidden_at_ < int64_t(inputs_.size()),
-          "the layers' inputs are not all told, or none is the hidden states");
-  for (size_t i = 0; i < inputs_.size(); ++i) {
-    require(inputs_[i] >= -1 && inputs_[i] < tables_.size(), "an input is no table");
-    require(layers_.input_bytes(int64_t(i)) == (inputs_[i] < 0 ? hidden_bytes : tables_.row_bytes(inputs_[i])), "rows of an input do not fit the layers");
+  require(!scaled_ || (scaled_->in_bytes() == hidden_bytes && scaled_->out_bytes() == hidden_bytes), "rows of the embedding do not fit what scales them");
+  require(!stages_.empty(), "there are no layers");
+  for (const auto& [layers, inputs] : stages_) {
+    require(layers->size() > 0 && layers->num_inputs() == int64_t(inputs.size()) && std::count(inputs.begin(), inputs.end(), -1) == 1,
+            "the layers' inputs are not all told, or not one is the hidden states");
+    require(layers->output_bytes() == hidden_bytes, "the layers do not give hidden states");
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      require(inputs[i] >= -1 && inputs[i] < tables_.size(), "an input is no table");
+      require(layers->input_bytes(int64_t(i)) == (inputs[i] < 0 ? hidden_bytes : tables_.row_bytes(inputs[i])), "rows of an input do not fit the layers");
+    }
   }
-  require(tail_.num_given() == num_weights + 2 && tail_.row_bytes(num_weights) == hidden_bytes, "rows of the tail do not fit the layers");
-  addresses_.resize(addresses_.size() + 2);
+  require(tail_.in_bytes() == hidden_bytes, "rows of the tail do not fit the layers");
 }
 
 std::optional<int64_t> Forward::run(Step& step, Address ids, Address positions, const std::vector<Address>& tables, Address wanted,
@@ -104,18 +112,27 @@ std::optional<int64_t> Forward::run(Step& step, Address ids, Address positions, 
     for (char* const rows : out) given.push_back(reinterpret_cast<Address>(rows));
   }
   require(int64_t(given.size()) == tables_.size(), "one address must be given for each table");
-  char* const hidden = hidden_.bytes(num_tokens * hidden_bytes);
+  char* hidden = hidden_.bytes(num_tokens * hidden_bytes);
   embedding_.rows(pointer<int64_t>(ids), num_tokens, hidden, num_threads);
-  std::vector<Address> inputs;
-  for (const int64_t input : inputs_) inputs.push_back(input < 0 ? reinterpret_cast<Address>(hidden) : given[size_t(input)]);
-  char* const result = result_.bytes(num_tokens * hidden_bytes);
-  layers_.run(step, num_tokens, std::move(inputs), hidden_at_, {reinterpret_cast<Address>(result)}, num_threads);
+  size_t results = 0;
+  const auto next = [&] { return results_[results++ % 2].bytes(num_tokens * hidden_bytes); };
+  if (scaled_) {
+    char* const to = next();
+    scaled_->run(hidden, reinterpret_cast<Address>(to), num_tokens, num_threads);
+    hidden = to;
+  }
+  for (const auto& [layers, taken] : stages_) {
+    std::vector<Address> inputs;
+    for (const int64_t input : taken) inputs.push_back(input < 0 ? reinterpret_cast<Address>(hidden) : given[size_t(input)]);
+    char* const to = next();
+    layers->run(step, num_tokens, std::move(inputs), std::find(taken.begin(), taken.end(), -1) - taken.begin(), {reinterpret_cast<Address>(to)},
+                num_threads);
+    hidden = to;
+  }
   if (!num_wanted) return std::nullopt;
   char* const rows = wanted_.bytes(num_wanted * hidden_bytes);
-  for (int64_t i = 0; i < num_wanted; ++i) memcpy(rows + i * hidden_bytes, result + at[i] * hidden_bytes, size_t(hidden_bytes));
-  addresses_[addresses_.size() - 2] = reinterpret_cast<Address>(rows);
-  addresses_.back() = logits;
-  tail_.run(0, tail_.num_steps(), num_wanted, tail_.bound(addresses_, num_wanted), num_threads);
+  for (int64_t i = 0; i < num_wanted; ++i) memcpy(rows + i * hidden_bytes, hidden + at[i] * hidden_bytes, size_t(hidden_bytes));
+  tail_.run(rows, logits, num_wanted, num_threads);
   return std::nullopt;
 }
 

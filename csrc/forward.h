@@ -1,7 +1,7 @@
 // A model's forward in one call, where it is made of nothing but these parts (native_forward.py):
 //
-//   ids ───────> rows of the embedding ──> layers ──> rows wanted ──> tail: last norm and head ──> logits
-//   positions ─> rows of tables (rope) ──────┘
+//   ids ───────> rows of the embedding ──> scaled, if they are ──> layers ──> more layers ──> rows wanted ──> tail: last norm and head ──> logits
+//   positions ─> rows of tables (rope) ─────────────────────────────┴─────────────┘
 #pragma once
 #include <optional>
 #include <vector>
@@ -49,12 +49,29 @@ class Tables {
   Kept memory_;
 };
 
+// What is made of rows by a program, whose given buffers are its weights, the rows and what becomes of them.
+struct Part {
+  const Program* program;
+  std::vector<Address> addresses;  // of the weights, and place for two more
+
+  Part(const Program* of, std::vector<Address> weights);
+  int64_t num_weights() const { return int64_t(addresses.size()) - 2; }
+  int64_t in_bytes() const { return program->row_bytes(num_weights()); }
+  int64_t out_bytes() const { return program->row_bytes(num_weights() + 1); }
+  void run(const char* rows, Address out, int64_t count, int32_t num_threads);
+};
+
+// Layers that take the same inputs, in order: -1 the hidden states, otherwise the number of a table.
+struct Stage {
+  const Layers* layers;
+  std::vector<int64_t> inputs;
+};
+
 class Forward {
  public:
-  // inputs: of the layers, in order; -1 the hidden states, otherwise the number of a table. tail: takes rows of what the layers give, and gives
-  // logits; its buffers: weights, rows, logits. `layers` and `tail` must outlive this. Throws std::invalid_argument where they do not fit.
-  Forward(const Embedding& embedding, std::vector<int64_t> table_row_bytes, const Layers& layers, std::vector<int64_t> inputs, const Program& tail,
-          std::vector<Address> tail_weights);
+  // scaled: what becomes of the embedding's rows before the layers. tail: takes rows of what the last layers give, and gives logits. Programs and
+  // layers must outlive this. Throws std::invalid_argument where they do not fit.
+  Forward(const Embedding& embedding, std::optional<Part> scaled, std::vector<int64_t> table_row_bytes, std::vector<Stage> stages, Part tail);
 
   // ids, positions: int64 of the step's tokens. tables: their rows of each table, or empty: those kept are used, of a step of at most
   // Tables::kBlocks tokens. wanted: int64 [num_wanted], the tokens behind which logits [num_wanted, V] are wanted. Where the tables lack a block it is
@@ -66,13 +83,11 @@ class Forward {
 
  private:
   Embedding embedding_;
+  std::optional<Part> scaled_;
   Tables tables_;
-  const Layers& layers_;
-  std::vector<int64_t> inputs_;
-  int64_t hidden_at_;
-  const Program& tail_;
-  std::vector<Address> addresses_;  // of the tail
-  Kept hidden_, table_rows_, result_, wanted_;
+  std::vector<Stage> stages_;
+  Part tail_;
+  Kept hidden_, table_rows_, results_[2], wanted_;
 };
 
 }  // namespace quire

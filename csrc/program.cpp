@@ -96,6 +96,12 @@ void Layers::set_weights(int64_t index, std::vector<Address> addresses) {
   layer.weights = std::move(addresses);
 }
 
+int64_t Layers::output_bytes() const {
+  const Layer& last = layers_.back();
+  const int64_t first = last.num_weights + last.num_inputs + 4;
+  return last.program->num_given() == first + 1 ? last.program->row_bytes(first) : -1;
+}
+
 void Layers::run(Step& step, int64_t num_rows, std::vector<Address> inputs, int64_t hidden_at, const std::vector<Address>& outputs,
                  int32_t num_threads) const {
   require(num_threads > 0 && num_rows == step.num_tokens(), "a layer's rows must be the step's tokens");

@@ -58,6 +58,8 @@ class Layers {
   // Of the first one, which all others have too.
   int64_t num_inputs() const { return layers_.front().num_inputs; }
   int64_t input_bytes(int64_t input) const { return layers_.front().program->row_bytes(layers_.front().num_weights + input); }
+  // Of the last one, -1 where that has several outputs.
+  int64_t output_bytes() const;
 
   // All of them for `num_rows` tokens, which are the step's. inputs[hidden_at]: the hidden states of the first;
   // layers before the last have one output, which goes there.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 pytest.importorskip("quire.tensors.native")
 
@@ -23,9 +24,10 @@ from tests.engine.test_chains import bits
 from tests.engine.test_replay import own, replay_of
 from tests.tensors.checkpoints import FAMILIES, tiny_model
 
-# Of those that are replayed, others scale embeddings in a module of their own, have layers that take other tables than the ones before, or norms of
-# which rows of operators do not have torch's bits.
-NATIVE = {"llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2"}
+# Of those that are replayed, others have norms of which rows of operators do not have torch's bits.
+NATIVE = {"llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gemma", "gemma3_text", "smollm3"}
+# Embeddings that are scaled, and layers that take other tables than the ones before, or none.
+OTHERS = [("gemma3_text", "none"), ("gemma3_text", "int8"), ("smollm3", "none")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,9 +41,10 @@ def test_which_models_forwards_are_one_call(checkpoint: Checkpoint, family: str,
 def fresh_step(llm: LLM, num_tokens: int) -> StagedStep:
     """A step of one sequence with nothing in the cache: all but its first token see others, wherever they are said to be."""
     starts, none = torch.tensor([0, num_tokens], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    store = llm._built.engine.runner.store
-    inputs = StepInputs(starts, none[1:].clone(), (TableInputs(torch.empty(0, dtype=torch.int32), none),))
-    return StagedStep(store, inputs, [torch.full((num_tokens,), -1)])
+    runner = llm._built.engine.runner
+    groups = len(runner.groups)
+    inputs = StepInputs(starts, none[1:].clone(), (TableInputs(torch.empty(0, dtype=torch.int32), none),) * groups)
+    return StagedStep(runner.store, inputs, [torch.full((num_tokens,), -1)] * groups)
 
 
 def logits_of(llm: LLM, ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -61,7 +64,7 @@ def by_calls(llm: LLM) -> LLM:
     return llm
 
 
-@pytest.mark.parametrize(("family", "quantization"), [("qwen3", "none"), ("qwen3", "int8"), ("qwen2", "int4"), ("phi3", "none")])
+@pytest.mark.parametrize(("family", "quantization"), [("qwen3", "none"), ("qwen3", "int8"), ("qwen2", "int4"), ("phi3", "none"), *OTHERS])
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens_anywhere_and_rows_of_them_give_the_bits_of_the_calls(checkpoint: Checkpoint, family: str, quantization: str, tied: bool) -> None:
     """Of few tokens, whose rows of tables are kept, and of more; positions that follow one another, repeat, and push each other out."""
@@ -124,6 +127,33 @@ def test_only_what_hangs_on_a_position_is_kept() -> None:
     assert is_of_position(rope) and not is_of_position(nn.Embedding(4, 4)) and not is_of_position(None)
     rope.__class__ = type("Mine", (type(rope),), {})
     assert not is_of_position(rope)
+
+
+class Twice(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) + super().forward(ids)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids + 1)
+
+
+class Other(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(ids, self.weight * 2)
+
+
+class Constant(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.ones(*ids.shape, self.embedding_dim)
+
+
+@pytest.mark.parametrize("kind", [Twice, Shifted, Other, Constant])
+def test_an_embedding_that_does_more_than_to_change_rows_of_its_own_is_none_of_rows(kind: type[nn.Embedding]) -> None:
+    hidden = torch.empty(1, 1, 16)
+    with torch.inference_mode(), pytest.raises(module.UnlowerableError):
+        module._part(module._Behind(kind(8, 16)), hidden)
 
 
 def not_lowered(*_: object, **__: object) -> Any:

@@ -21,8 +21,9 @@ from quire.tensors.packed import bytes_of
 class LoweredLayer:
     """What a layer gets as its forward. A live model's weights are looked up at every call: a trainer may have put others in their place.
 
-    `chain`, `index`: the chain it is in, and where (see chain.py). `passes`: whether it can give what it gets, as if not there; while `passing`
-    it does so in steps that attend by themselves. Raises RuntimeError where it is called, or its weights are, otherwise than when it was lowered.
+    `chain`, `index`: the chain it is in, and where (see chain.py). `native`: quire._native.Layers of it alone. `passes`: whether it can give what it
+    gets, as if not there; while `passing` it does so in steps that attend by themselves. Raises RuntimeError where it is called, or its weights are,
+    otherwise than when it was lowered.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class LoweredLayer:
         self._addresses = [0] * len(plan.weights)
         self._held: list[torch.Tensor] = []  # keeps the memory of a model of our own, whose weights are looked up once
         self._natives: list[tuple[Any, int]] = []
-        self._native = lib.Layers()
-        self.add_to(self._native, 0)
+        self.native = lib.Layers()
+        self.add_to(self.native, 0)
 
     def add_to(self, native: Any, index: int) -> None:
         """Make it the next one, number `index`, of `native`, a quire._native.Layers."""
@@ -114,7 +115,7 @@ class LoweredLayer:
             return put_together(self._result, iter([passed]))
         else:
             self.look_up()
-            self._native.run(step.handle, num_tokens, inputs, 0, [x.data_ptr() for x in results], self._num_threads)
+            self.native.run(step.handle, num_tokens, inputs, 0, [x.data_ptr() for x in results], self._num_threads)
             if self._chains is not None and self._chains.seen is not None:
                 form, result = (len(args), tuple(kwargs)), results[0] if len(results) == 1 else None
                 self._chains.seen.append(LayerCall(self, [*args, *kwargs.values()], form, tensors, result))
