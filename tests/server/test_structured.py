@@ -182,3 +182,25 @@ def test_a_call_that_was_cut_is_not_gone_on_from(client: openai.OpenAI) -> None:
     assert cut.status == "incomplete"
     with pytest.raises(openai.BadRequestError, match="previous_response_id: must be of a response whose calls are whole"):
         client.responses.create(model="tiny", input="and?", previous_response_id=cut.id)
+
+
+@pytest.mark.parametrize("stop", ['"legs"', "}", "<tool_call>"])
+def test_a_call_that_a_stop_string_cut_does_not_say_that_it_is_one(server: Running, client: openai.OpenAI, stop: str) -> None:
+    """A stop string is looked for in calls too; what they come to is the same whole and streamed, and in a response."""
+    asked: dict[str, Any] = {"model": "tiny", "messages": CHAT, "tools": TOOLS[:1], "tool_choice": NAMED, "stop": [stop]} | DRAWN
+    (made,) = client.chat.completions.create(**asked).choices
+    assert (made.finish_reason, made.to_dict()["stop_reason"]) == ("stop", stop)
+    parts = [part.choices[0] for part in client.chat.completions.create(**asked, stream=True)]
+    assert [part.finish_reason for part in parts if part.finish_reason] == ["stop"]
+    begun = [call.function.arguments for call in made.message.tool_calls or [] if call.type == "function"]
+    assert "".join(d.function.arguments or "" for part in parts for d in part.delta.tool_calls or [] if d.function) == "".join(begun)
+    tools: Any = [{"type": "function", **TOOLS[0]["function"]}]
+    response = client.responses.create(model="tiny", input=CHAT, tools=tools, tool_choice="required", extra_body={"stop": stop, "seed": 5})
+    if stop == "<tool_call>":
+        assert not begun and response.output_text == ""
+    else:
+        with pytest.raises(ValueError, match="Expecting"):
+            json.loads(begun[0])
+        assert [(item.type, item.to_dict()["status"]) for item in response.output] == [("function_call", "incomplete")]
+    past = client.chat.completions.create(**asked | {"stop": ["</tool_call>"]}).choices[0]
+    assert past.finish_reason == "tool_calls" and past.message.tool_calls, "a call that is whole was not cut"

@@ -10,7 +10,7 @@ from quire.outputs import Completion, TokenEvent
 from quire.params import SamplingParams
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import refused
-from quire.server.schema_chat import NamedTool, Tool
+from quire.server.schema_chat import NamedTool, Tool, arguments_of
 from quire.server.tool_formats import KNOWN, WORDS, Format, check_names
 from quire.server.tool_grammar import forced, offered
 from quire.server.tool_parser import ToolParser
@@ -99,18 +99,37 @@ def message_of(calling: Calling | None, completion: Completion) -> dict[str, Any
     return message
 
 
+def finish_reason_of(made: Completion | TokenEvent, arguments: str | None) -> str | None:
+    """Why a message ended, as OpenAI says it; `arguments` are those of its last call. A call that something the caller asked for cut is none."""
+    if made.finish_reason != "stop" or arguments is None:
+        return made.finish_reason
+    return "stop" if cuts_call(made, arguments) else "tool_calls"
+
+
+def cuts_call(made: Completion | TokenEvent, arguments: str) -> bool:
+    """Whether `max_tokens` or a stop string or token ended a message within its last call, of which these are the arguments."""
+    try:
+        arguments_of(arguments or "{")  # one of which nothing is written yet is not whole
+    except ValueError:
+        return made.finish_reason == "length" or made.stop_reason is not None
+    return False
+
+
 class StreamedMessage:
-    """One choice of a stream: events in, OpenAI's deltas out. `called`: whether it has made a call."""
+    """One choice of a stream: events in, OpenAI's deltas out. `arguments`: those of its last call so far, None where it has made none."""
 
     def __init__(self, calling: Calling) -> None:
-        self._parser, self.called = calling.parser(), False
+        self._parser = calling.parser()
+        self.arguments: str | None = None
 
     def deltas(self, news: TokenEvent) -> list[Delta]:
         """What is certain with this event, the last one included."""
         found = self._parser.push(news.text)
         if news.finish_reason is not None:
             found += self._parser.flush()
-        self.called |= any(isinstance(delta, CallDelta) for delta in found)
+        for delta in found:
+            if isinstance(delta, CallDelta):
+                self.arguments = (self.arguments or "" if delta.name is None else "") + delta.arguments
         return found
 
 

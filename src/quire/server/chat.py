@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from quire.outputs import Completion, RequestOutput, TokenEvent
 from quire.params import SamplingParams
-from quire.server.calling import Calling, StreamedMessage, calling_of, delta_of, message_of, with_calls
+from quire.server.calling import Calling, StreamedMessage, calling_of, delta_of, finish_reason_of, message_of, with_calls
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import ServerError, refused
 from quire.server.models import check_model
@@ -156,19 +156,21 @@ class Told:
     def _choice(self, completion: Completion) -> dict[str, Any]:
         message = message_of(self._calling, completion)
         told: dict[str, Any] = {"index": completion.index, "message": message, "logprobs": None}
-        return self._with_tokens(told, completion, _finish_reason(completion.finish_reason, "tool_calls" in message))
+        calls = message.get("tool_calls")
+        return self._with_tokens(told, completion, finish_reason_of(completion, calls[-1]["function"]["arguments"] if calls else None))
 
     def _delta(self, news: TokenEvent) -> dict[str, Any] | None:
         """A choice of a chunk; None while what came may still be a call, or white space beside one."""
         delta: dict[str, Any] = {"content": news.text} if news.text else {}
-        called = False
+        arguments = None
         if self._streamed:
             message = self._streamed[news.index]
-            delta, called = delta_of(message.deltas(news)), message.called
+            delta = delta_of(message.deltas(news))
+            arguments = message.arguments
             if not delta and news.finish_reason is None and not self._asked.logprobs and not self._asked.return_token_ids:
                 return None
         told = {"index": news.index, "delta": delta, "logprobs": None}
-        return self._with_tokens(told, news, _finish_reason(news.finish_reason, called))
+        return self._with_tokens(told, news, finish_reason_of(news, arguments))
 
     def _with_tokens(self, told: dict[str, Any], made: Completion | TokenEvent, finish_reason: str | None) -> dict[str, Any]:
         told |= {"finish_reason": finish_reason, "stop_reason": made.stop_reason}
@@ -177,7 +179,3 @@ class Told:
         if self._asked.return_token_ids:
             told["token_ids"] = made.token_ids
         return told
-
-
-def _finish_reason(reason: str | None, called: bool) -> str | None:
-    return "tool_calls" if called and reason == "stop" else reason
