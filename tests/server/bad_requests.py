@@ -130,7 +130,11 @@ BAD: list[Bad] = [
     *_chat("tools", 5, {}, named="tools"),
     *_chat("tools", [{"type": "web_search"}], named="tools.0.type"),
     *_chat("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
-    *_chat("tools", [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}, "strict": True}}]),
+    *_chat(
+        "tools",
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}, "strict": True}}],
+        named="tools.0.function.parameters",
+    ),
     *_chat("tool_choice", "required", {"type": "function", "function": {"name": "f"}}),
     *_chat("parallel_tool_calls", False),
     *_chat("response_format", "json", 5),

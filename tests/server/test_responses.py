@@ -220,7 +220,7 @@ def test_the_oldest_goes_first(server: Running, client: openai.OpenAI, monkeypat
         ("input.0.type", {"input": [{"role": "user", "content": "x", "type": "item_reference"}]}),
         ("input", {"input": "x " * 3000}),
         ("tools.0.type", {"tools": [{"type": "web_search"}]}),
-        ("tools", {"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {"type": "nothing"}}]}),
+        ("tools.0.parameters", {"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {"type": "nothing"}}]}),
         ("input.0.call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
         ("input.0.arguments", {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": {}}]}),
         ("input.1.arguments", {"input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "[]"}]}),

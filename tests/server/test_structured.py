@@ -82,7 +82,7 @@ def test_any_object_and_one_that_is_cut_short(server: Running) -> None:
 def test_what_does_not_go_together(server: Running) -> None:
     for param, body in (
         ("structured_outputs", {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}),
-        ("tools", {"tools": TOOLS, "response_format": {"type": "json_object"}}),
+        ("tools", {"tools": TOOLS, "structured_outputs": {"regex": "a"}}),
         ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "jump"}}}),
     ):
         answer = server.post("/v1/chat/completions", {"messages": CHAT} | body)
@@ -91,13 +91,57 @@ def test_what_does_not_go_together(server: Running) -> None:
 
 def test_a_form_that_cannot_be_is_told_without_our_own_words_for_it(server: Running) -> None:
     schema = {"type": "nothing"}
-    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     for param, body in (
         ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
-        ("tools", {"tools": [tool], "tool_choice": "required"}),
+        ("response_format", {"tools": TOOLS, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
     ):
         message = server.post("/v1/chat/completions", {"messages": CHAT} | body).json()["error"]["message"]
         assert message.startswith(f"{param}: must be a form that some text has and that can be compiled (") and "Invalid type: nothing" in message
+
+
+@pytest.mark.parametrize("schema", [{"type": "nothing"}, {"properties": {"a": {"enum": []}}, "required": ["a"]}, {"type": "string"}], ids=str)
+def test_of_tools_the_one_is_named_whose_schema_cannot_be(server: Running, schema: dict[str, Any]) -> None:
+    bad = {"name": "bad", "parameters": schema}
+    functions = [TOOLS[0]["function"], TOOLS[1]["function"], bad | {"strict": True}]
+    named = {"type": "function", "function": {"name": "bad"}}
+    for more in ({}, {"tool_choice": "required"}, {"tool_choice": named}, {"response_format": JSON_SCHEMA}):
+        body = {"messages": CHAT, "tools": [{"type": "function", "function": one} for one in functions]}
+        error = server.post("/v1/chat/completions", body | more).json()["error"]
+        assert error["param"] == "tools.2.function.parameters" and " | " not in error["message"], error
+        assert error["message"].startswith("tools.2.function.parameters: must be a schema that some arguments keep to and that can be compiled (")
+    tools = [{"type": "function", **one} for one in functions]
+    assert server.post("/v1/responses", {"input": "x", "tools": tools}).json()["error"]["param"] == "tools.2.parameters"
+    long = {"name": "bad", "strict": True, "parameters": {"const": "x" * 140_000}}
+    error = server.post("/v1/chat/completions", {"messages": CHAT, "tools": [{"type": "function", "function": long}]}).json()["error"]
+    assert error["param"] == "tools" and "at most 131072 characters" in error["message"]
+
+
+def test_with_tools_and_a_form_a_message_is_calls_or_has_the_form(server: Running, client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+    (less,) = server.llm.tokenizer("<").input_ids
+    asked: dict[str, Any] = {"model": "tiny", "messages": CHAT, "tools": tools, "response_format": JSON_SCHEMA, "n": 4} | DRAWN
+    form: Any = {"format": {"type": "json_schema", "name": "animal", "schema": SCHEMA}}
+    flat: Any = [{"type": "function", **tool["function"]} for tool in tools]
+    for bias, reason in ((100, "tool_calls"), (-100, "stop")):  # calls begin with this token
+        made = client.chat.completions.create(**asked, logit_bias={str(less): bias}, parallel_tool_calls=False).choices
+        assert [choice.finish_reason for choice in made] == [reason] * 4
+        extra = {"seed": 5, "logit_bias": {str(less): bias}}
+        response = client.responses.create(
+            model="tiny", input=CHAT, tools=flat, parallel_tool_calls=False, text=form, temperature=1.0, max_output_tokens=200, extra_body=extra
+        )
+        for choice in made:
+            message = choice.message
+            if reason == "stop":
+                assert message.tool_calls is None and checked(message.content or "")
+                continue
+            (call,) = message.tool_calls or []
+            assert message.content is None and call.type == "function"
+            assert checked(call.function.arguments) if call.function.name == "look" else json.loads(call.function.arguments) == {}
+        assert (response.output_text, response.output[0].type) == (made[0].message.content or "", "message" if reason == "stop" else "function_call")
+    must = client.chat.completions.create(**asked, tool_choice=NAMED).choices
+    assert all(choice.message.content is None and choice.message.tool_calls for choice in must)
+    never = client.chat.completions.create(**asked, tool_choice="none").choices
+    assert [checked(choice.message.content or "") for choice in never if choice.finish_reason == "stop"]
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])

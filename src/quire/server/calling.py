@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quire.errors import InvalidRequestError
 from quire.outputs import Completion, TokenEvent
 from quire.params import SamplingParams
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import refused
 from quire.server.schema_chat import NamedTool, Tool, arguments_of
 from quire.server.tool_formats import KNOWN, WORDS, Format, check_names
-from quire.server.tool_grammar import forced, offered
+from quire.server.tool_grammar import forced, mistake, offered
 from quire.server.tool_parser import ToolParser
 from quire.server.tools import CallDelta, Delta, Schemas, gather
 from quire.structured import StructuredOutput
@@ -22,13 +24,14 @@ from quire.structured import StructuredOutput
 class Calling:
     """How calls are told from text in the answers to one request.
 
-    tools: the schemas of their arguments. structured: the grammar that holds the model to calls, None where it is free. in_special: whether words of
-    the format are special tokens of this tokenizer, and its text must be decoded with them.
+    tools: the schemas of their arguments. structured: the grammar that holds the model to calls, None where it is free; held: which tools it was made
+    of, by their places. in_special: whether words of the format are special tokens of this tokenizer, and its text must be decoded with them.
     """
 
     style: Format
     tools: Schemas
     structured: StructuredOutput | None
+    held: Sequence[int]
     in_special: bool
 
     def parser(self) -> ToolParser:
@@ -37,9 +40,15 @@ class Calling:
 
 
 def calling_of(
-    template: ChatTemplate, tools: Sequence[Tool] | None, choice: str | NamedTool | None, parallel_tool_calls: bool | None
+    template: ChatTemplate,
+    tools: Sequence[Tool] | None,
+    choice: str | NamedTool | None,
+    parallel_tool_calls: bool | None,
+    form: StructuredOutput | None = None,
 ) -> Calling | None:
     """What `tools`, `tool_choice` and `parallel_tool_calls` of a request come to; None where nothing is to be called.
+
+    `form` is the answer's, where it is given: a message then has it, or is calls.
 
     Raises:
         ServerError: the fields do not go together, or the model's template teaches no format of calls that is known here.
@@ -64,27 +73,46 @@ def calling_of(
             "tools", f"must be left out, or come with tool_choice 'none': this model's chat template teaches none of {KNOWN} formats of calls"
         )
     check_names(style, "tools", schemas)
-    special, structured = template.special_token_ids, None
+    special, structured, held = template.special_token_ids, None, list(range(len(functions)))
     if isinstance(choice, NamedTool) or choice == "required":
         name = choice.function.name if isinstance(choice, NamedTool) else None
         structured = forced(style, schemas, special, name=name, parallel=parallel and name is None)
-    elif not parallel or any(function.strict for function in functions):
+        held = held if name is None else [list(schemas).index(name)]
+    elif form is not None and (form.source[0] != "json" or style == "llama3"):  # calls and answer must differ from their first character on
+        why = "no JSON" if style != "llama3" else "given: this model's format of calls is JSON too"
+        raise refused("tools", f"must be left out, or come with another tool_choice than 'auto', where the answer's form is {why}")
+    elif form is not None or not parallel or any(function.strict for function in functions):
         kept = {function.name: function.parameters if function.strict else None for function in functions}
-        structured = offered(style, kept, special, parallel=parallel)
-    return Calling(style, schemas, structured, any(word in special for word in WORDS[style]))
+        structured = offered(style, kept, special, parallel=parallel, form=form.source[1] if form is not None else None)
+    return Calling(style, schemas, structured, held, any(word in special for word in WORDS[style]))
 
 
 def with_calls(params: SamplingParams, calling: Calling | None) -> SamplingParams:
-    """The params of a request with tools: held to calls where it must be, and decoded with the words that calls are told by.
-
-    Raises:
-        ServerError: the form of the answer is given too.
-    """
+    """The params of a request with tools: held to calls where it must be, and decoded with the words that calls are told by."""
     if calling is None:
         return params
-    if params.structured is not None:
-        raise refused("tools", "must be left out, or come with tool_choice 'none', where the answer's form is given")
     return replace(params, structured=calling.structured, skip_special_tokens=params.skip_special_tokens and not calling.in_special)
+
+
+@contextlib.contextmanager
+def naming_tools(calling: Calling | None, parameters: str) -> Iterator[None]:
+    """Inside, where a request is submitted, a grammar of calls that cannot be is told as the tool's, or as the answer's, whose schema it is in.
+
+    `parameters` says where a tool has its schema, such as "function.parameters".
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        if calling is None or calling.structured is None or error.value is not calling.structured:
+            raise
+        found = mistake(calling.structured, error.limit)
+        if found is None:
+            raise InvalidRequestError("tools", error.value, error.limit) from error
+        place, what = found
+        if place is None:
+            raise InvalidRequestError("structured", error.value, f"a form that some text has and that can be compiled ({what})") from error
+        where = f"tools.{calling.held[place]}.{parameters}"
+        raise InvalidRequestError(where, error.value, f"a schema that some arguments keep to and that can be compiled ({what})") from error
 
 
 def message_of(calling: Calling | None, completion: Completion) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Send
 
 from quire.params import SamplingParams
-from quire.server.calling import Calling, with_calls
+from quire.server.calling import naming_tools, with_calls
 from quire.server.chat import chat_calling, chat_prompt
 from quire.server.errors import ServerError, refused
 from quire.server.limits import MAX_MESSAGES
@@ -54,12 +54,13 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     messages = [*(before.messages if before is not None else ()), *asked.messages()]
     if len(messages) > MAX_MESSAGES:
         raise refused("previous_response_id", f"must lead to at most {MAX_MESSAGES} messages in all")
-    with named_as(FIELD_NAMES):
-        calling = chat_calling(serving, asked.chat_tools, asked.chat_tool_choice, asked.parallel_tool_calls)
-    with named_as(FIELD_NAMES | _structure_names(asked, calling)):
-        job = Job(await _prompt(serving, asked, messages), with_calls(_params(asked), calling))
+    with named_as(FIELD_NAMES | _structure_names(asked)):
+        params = _params(asked)
+        calling = chat_calling(serving, asked.chat_tools, asked.chat_tool_choice, asked.parallel_tool_calls, params.structured)
+        job = Job(await _prompt(serving, asked, messages), with_calls(params, calling))
         told = Told(asked, serving.settings.model, serving.texts, calling)
-        run = await start_run(request, ENDPOINT, told.response_id, [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
+        with naming_tools(calling, "parameters"):
+            run = await start_run(request, ENDPOINT, told.response_id, [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
 
     def keep(body: Body) -> None:
         if asked.stored:
@@ -179,10 +180,8 @@ def _params(asked: ResponseRequest) -> SamplingParams:
     return params_of(asked, max_tokens=asked.max_output_tokens, logprobs=asked.logprobs, structured=structured)
 
 
-def _structure_names(asked: ResponseRequest, calling: Calling | None) -> dict[str, str]:
+def _structure_names(asked: ResponseRequest) -> dict[str, str]:
     """What this body calls the fields that the engine knows as `structured`."""
-    if calling is not None and calling.structured is not None:
-        return {"structured": "tools"}
     if asked.structured_outputs is not None:
         return structure_names(asked)
     return {"structured.json_schema": "text.format.schema", "structured": "text.format"}
