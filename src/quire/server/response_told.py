@@ -62,13 +62,11 @@ class Told:
         self.body |= {"status": "failed", "error": {"code": code, "message": known.message}}
         return self.body
 
-    def cancelled(self) -> Body:
-        """The response, where its maker did not want it any more."""
-        self.body |= {"status": "cancelled"}
-        return self.body
-
     async def events(self, run: Run, keep: Callable[[Body], None]) -> AsyncGenerator[bytes, None]:
-        """The events of a stream; one that fails ends with response.failed. `keep` gets the whole response before the last one."""
+        """The events of a stream. `keep` gets the whole response before the last one.
+
+        One that fails ends with response.failed; so does one that its maker cancelled, for which there is no event, and its response says so.
+        """
         numbers = itertools.count()
 
         def say(kind: str, fields: Body) -> bytes:
@@ -84,12 +82,18 @@ class Told:
                     yield say(kind, fields)
                 if news.output is not None:
                     outputs.append(news.output)
-            body = self._ended(outputs)
+            body = self.body if self._is_cancelled else self._ended(outputs)
             keep(body)
         except Exception as error:  # the status has been sent: what happened is told by the last event
-            yield say("response.failed", {"response": self.failed(error)})
+            body = self.body if self._is_cancelled else self.failed(error)
+        if body["status"] in ("failed", "cancelled"):
+            yield say("response.failed", {"response": body})
             return
         yield say(f"response.{body['status']}", {"response": body})
+
+    @property
+    def _is_cancelled(self) -> bool:
+        return bool(self.body["status"] == "cancelled")
 
     def _logprobs(self, made: Completion | TokenEvent) -> list[Body]:
         if made.logprobs is None or not made.token_ids:
