@@ -23,6 +23,7 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA, "strict": True}}
+FORM: dict[str, Any] = {"text": {"format": {"type": "json_schema", "name": "animal", "schema": SCHEMA}}}
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}},
@@ -47,8 +48,7 @@ def test_a_schema_through_every_endpoint(server: Running, client: openai.OpenAI)
     assert (choice.message.content, choice.finish_reason) == (text, "stop")
     parts = list(client.chat.completions.create(**asked, stream=True))
     assert "".join(part.choices[0].delta.content or "" for part in parts) == text
-    form: Any = {"format": {"type": "json_schema", "name": "animal", "schema": SCHEMA}}
-    made = client.responses.create(model="tiny", input=CHAT, text=form, temperature=1.0, max_output_tokens=200, extra_body={"seed": 5})
+    made = client.responses.create(model="tiny", input=CHAT, **FORM, temperature=1.0, max_output_tokens=200, extra_body={"seed": 5})
     assert made.output_text == text and made.text is not None and made.text.format is not None and made.text.format.type == "json_schema"
     two = server.complete(prompt=["the", [5, 6, 7]], n=2, response_format=JSON_SCHEMA, **DRAWN)
     assert len({choice["text"] for choice in two["choices"]}) > 1
@@ -120,14 +120,13 @@ def test_with_tools_and_a_form_a_message_is_calls_or_has_the_form(server: Runnin
     tools: Any = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
     (less,) = server.llm.tokenizer("<").input_ids
     asked: dict[str, Any] = {"model": "tiny", "messages": CHAT, "tools": tools, "response_format": JSON_SCHEMA, "n": 4} | DRAWN
-    form: Any = {"format": {"type": "json_schema", "name": "animal", "schema": SCHEMA}}
     flat: Any = [{"type": "function", **tool["function"]} for tool in tools]
     for bias, reason in ((100, "tool_calls"), (-100, "stop")):  # calls begin with this token
         made = client.chat.completions.create(**asked, logit_bias={str(less): bias}, parallel_tool_calls=False).choices
         assert [choice.finish_reason for choice in made] == [reason] * 4
         extra = {"seed": 5, "logit_bias": {str(less): bias}}
         response = client.responses.create(
-            model="tiny", input=CHAT, tools=flat, parallel_tool_calls=False, text=form, temperature=1.0, max_output_tokens=200, extra_body=extra
+            model="tiny", input=CHAT, tools=flat, parallel_tool_calls=False, **FORM, temperature=1.0, max_output_tokens=200, extra_body=extra
         )
         for choice in made:
             message = choice.message
@@ -187,6 +186,33 @@ def test_calls_that_may_be_made(server: Running) -> None:
     strict = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}, TOOLS[1]]
     held = ask(server, messages=CHAT, tools=strict, parallel_tool_calls=False)["choices"][0]
     assert held["message"]["content"] and held["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_all_tools_some_may_be_called(server: Running, client: openai.OpenAI, mode: Any) -> None:
+    """The prompt has all of them, so that what is cached of it goes on being hit."""
+    (less,) = server.llm.tokenizer("<").input_ids
+    # With auto a call is drawn where it is that or an object, and begins with this token.
+    bias, form, text = ({"logit_bias": {str(less): 100}}, {"response_format": JSON_SCHEMA}, FORM) if mode == "auto" else ({}, {}, {})
+    asked: dict[str, Any] = {"model": "tiny", "messages": CHAT, "tools": TOOLS, "parallel_tool_calls": False, "n": 8} | DRAWN | bias | form
+    ids = {"extra_body": {"return_token_ids": True}}
+    every = client.chat.completions.create(**asked, **ids, tool_choice="required")
+    named = {call.function.name for made in every.choices for call in made.message.tool_calls or [] if call.type == "function"}
+    assert named == {"look", "wait"}
+    for tool, name in ((NAMED, "look"), ({"type": "function", "function": {"name": "wait"}}, "wait")):
+        choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [tool]}}
+        some = client.chat.completions.create(**asked, **ids, tool_choice=choice)
+        assert some.to_dict()["prompt_token_ids"] == every.to_dict()["prompt_token_ids"]
+        calls = [call for made in some.choices for call in made.message.tool_calls or []]
+        assert {call.function.name for call in calls if call.type == "function"} == {name} and len(calls) == 8
+        flat: Any = [{"type": "function", **one["function"]} for one in TOOLS]
+        picked: Any = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": name}]}
+        response = client.responses.create(model="tiny", input=CHAT, tools=flat, tool_choice=picked, extra_body={"seed": 5} | bias | text)
+        assert {item.name for item in response.output if item.type == "function_call"} == {name}
+        assert response.to_dict()["tool_choice"] == picked
+    wrong: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [{"type": "function", "function": {"name": "jump"}}]}}
+    with pytest.raises(openai.BadRequestError, match="tool_choice='jump': must be of the tools given \\(look, wait\\)"):
+        client.chat.completions.create(**asked, tool_choice=wrong)
 
 
 def test_a_call_and_its_result_go_back(server: Running) -> None:

@@ -12,7 +12,7 @@ from quire.outputs import Completion, TokenEvent
 from quire.params import SamplingParams
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import refused
-from quire.server.schema_chat import NamedTool, Tool, arguments_of
+from quire.server.schema_chat import AllowedToolChoice, NamedTool, Tool, ToolChoice, arguments_of
 from quire.server.tool_formats import KNOWN, WORDS, Format, check_names
 from quire.server.tool_grammar import forced, mistake, offered
 from quire.server.tool_parser import ToolParser
@@ -42,7 +42,7 @@ class Calling:
 def calling_of(
     template: ChatTemplate,
     tools: Sequence[Tool] | None,
-    choice: str | NamedTool | None,
+    choice: ToolChoice | None,
     parallel_tool_calls: bool | None,
     form: StructuredOutput | None = None,
 ) -> Calling | None:
@@ -74,17 +74,30 @@ def calling_of(
         )
     check_names(style, "tools", schemas)
     special, structured, held = template.special_token_ids, None, list(range(len(functions)))
-    if isinstance(choice, NamedTool) or choice == "required":
+    mode = choice
+    if isinstance(choice, AllowedToolChoice):
+        mode, held = choice.allowed_tools.mode, _allowed(choice, list(schemas))
+        functions = [functions[i] for i in held]
+        schemas = {function.name: function.parameters for function in functions}
+    if isinstance(choice, NamedTool) or mode == "required":
         name = choice.function.name if isinstance(choice, NamedTool) else None
         structured = forced(style, schemas, special, name=name, parallel=parallel and name is None)
         held = held if name is None else [list(schemas).index(name)]
     elif form is not None and (form.source[0] != "json" or style == "llama3"):  # calls and answer must differ from their first character on
         why = "no JSON" if style != "llama3" else "given: this model's format of calls is JSON too"
         raise refused("tools", f"must be left out, or come with another tool_choice than 'auto', where the answer's form is {why}")
-    elif form is not None or not parallel or any(function.strict for function in functions):
+    elif form is not None or not parallel or len(held) < len(tools) or any(function.strict for function in functions):
         kept = {function.name: function.parameters if function.strict else None for function in functions}
         structured = offered(style, kept, special, parallel=parallel, form=form.source[1] if form is not None else None)
     return Calling(style, schemas, structured, held, any(word in special for word in WORDS[style]))
+
+
+def _allowed(choice: AllowedToolChoice, names: Sequence[str]) -> list[int]:
+    """The places of the tools that may be called. Raises InvalidRequestError where one was not given."""
+    allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+    if not allowed <= set(names):
+        raise InvalidRequestError("tool_choice", min(allowed - set(names)), f"of the tools given ({', '.join(names)})")
+    return [i for i, name in enumerate(names) if name in allowed]
 
 
 def with_calls(params: SamplingParams, calling: Calling | None) -> SamplingParams:

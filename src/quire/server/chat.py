@@ -18,7 +18,7 @@ from quire.server.models import check_model
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema_answers import ChatCompletion, ChatCompletionChunk, answers, chunks_of
-from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, NamedTool, Tool, as_template_messages
+from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, Tool, ToolChoice, as_template_messages
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
 from quire.server.structure import named_as, structure_names, structure_of
@@ -82,7 +82,7 @@ async def chat_prompt(serving: Serving, asked: ChatPrompt, messages: Sequence[Me
 def chat_calling(
     serving: Serving,
     tools: Sequence[Tool] | None,
-    tool_choice: str | NamedTool | None,
+    tool_choice: ToolChoice | None,
     parallel_tool_calls: bool | None,
     form: StructuredOutput | None,
 ) -> Calling | None:

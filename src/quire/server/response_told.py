@@ -13,8 +13,9 @@ from quire.server.calling import Calling
 from quire.server.errors import as_server_error
 from quire.server.response_items import Body, Items
 from quire.server.runs import Run
+from quire.server.schema import Part
 from quire.server.schema_chat import Message
-from quire.server.schema_responses import NamedFunctionTool, ResponseRequest
+from quire.server.schema_responses import ResponseRequest
 from quire.server.token_texts import TokenTexts
 from quire.server.usage import chat_logprobs
 
@@ -125,7 +126,7 @@ def _fields(asked: ResponseRequest) -> Body:
         "store": asked.stored,
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
         "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form is not None else {"type": "text"}},
-        "tool_choice": asked.tool_choice.model_dump() if isinstance(asked.tool_choice, NamedFunctionTool) else asked.tool_choice or "auto",
+        "tool_choice": asked.tool_choice.model_dump() if isinstance(asked.tool_choice, Part) else asked.tool_choice or "auto",
         "tools": [tool.model_dump() for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": 1.0 if asked.top_p is None else asked.top_p,

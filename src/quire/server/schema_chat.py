@@ -81,6 +81,21 @@ class NamedTool(Part):
     function: NamedFunction
 
 
+class AllowedTools(Part):
+    """Some of the tools, of which any may be called, or one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedToolChoice(Part):
+    """Of all tools, which the prompt still has, those that may be called now."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
@@ -102,7 +117,7 @@ class ChatRequest(ChatPrompt, Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Label | None = Field(default=None, description="For templates that have such a variable; refused by others.")
     metadata: dict[str, Label] | None = Field(default=None, max_length=16, description="Labels. Nothing depends on them.")

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, check_size
 from quire.server.schema import Asked, Label, NamedSchema, Part, ResponseFormat, Sampling, StreamOptions
-from quire.server.schema_chat import Function, Message, Name, NamedFunction, NamedTool, Tool
+from quire.server.schema_chat import AllowedToolChoice, AllowedTools, Function, Message, Name, NamedFunction, NamedTool, Tool, ToolChoice
 from quire.server.schema_items import AnyItem, as_messages
 
 LOGPROBS = "message.output_text.logprobs"
@@ -31,10 +31,22 @@ class FunctionTool(Part):
 
 
 class NamedFunctionTool(Part):
-    """The one function that must be called."""
+    """A function by its name; alone, the one that must be called."""
 
     type: Literal["function"]
     name: Name
+
+    def named(self) -> NamedTool:
+        """As a chat has it."""
+        return NamedTool(type="function", function=NamedFunction(name=self.name))
+
+
+class AllowedFunctionTools(Part):
+    """Of all tools, those that may be called now, or of which one must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunctionTool], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class Reasoning(Part):
@@ -85,7 +97,7 @@ class ResponsePrompt(Asked):
     previous_response_id: Label | None = Field(None, description="Go on where this one ended. It must be stored still.")
     text: TextForm | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = Field(default=None, description="Functions; there are no other tools.")
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | AllowedFunctionTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension. Values for the model's own chat template.")
@@ -98,10 +110,15 @@ class ResponsePrompt(Asked):
         return [tool.tool() for tool in self.tools] if self.tools else None
 
     @property
-    def chat_tool_choice(self) -> str | NamedTool | None:
-        """Which must be called, as a chat says it."""
-        chosen = self.tool_choice
-        return NamedTool(type="function", function=NamedFunction(name=chosen.name)) if isinstance(chosen, NamedFunctionTool) else chosen
+    def chat_tool_choice(self) -> ToolChoice | None:
+        """Which must be called, or may be, as a chat says it."""
+        match self.tool_choice:
+            case NamedFunctionTool() as tool:
+                return tool.named()
+            case AllowedFunctionTools() as some:
+                return AllowedToolChoice(type=some.type, allowed_tools=AllowedTools(mode=some.mode, tools=[tool.named() for tool in some.tools]))
+            case choice:
+                return choice
 
     @property
     def response_format(self) -> ResponseFormat | None:
