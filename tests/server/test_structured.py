@@ -211,6 +211,8 @@ def test_of_all_tools_some_may_be_called(server: Running, client: openai.OpenAI,
         assert {item.name for item in response.output if item.type == "function_call"} == {name}
         assert response.to_dict()["tool_choice"] == picked
     wrong: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [{"type": "function", "function": {"name": "jump"}}]}}
+    with pytest.raises(openai.BadRequestError, match="tool_choice.type='x': must be 'function' or 'allowed_tools'"):
+        client.chat.completions.create(**asked, tool_choice=wrong | {"type": "x"})
     with pytest.raises(openai.BadRequestError, match="tool_choice='jump': must be of the tools given \\(look, wait\\)"):
         client.chat.completions.create(**asked, tool_choice=wrong)
 
