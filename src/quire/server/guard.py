@@ -80,6 +80,8 @@ class Guard:
             message = "there must be a valid API key in the header 'authorization: Bearer KEY'"
             raise ServerError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer", "connection": "close"})
         state["namespace"], state["key_id"] = caller or ("", "")
+        if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):  # it would be told to be no JSON
+            raise ServerError(415, "content-encoding: must be left out: a body is read as it comes", code="unsupported_encoding")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
             too_large = _too_large()
