@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,20 @@ def test_what_is_refused_is_told_by_its_code(server: Running, lines: Any) -> Non
         (413, "body_too_large"),
     ]
     assert MARK not in json.dumps(told).lower()
+
+
+def test_what_is_waited_for_is_told_by_its_code_too(lines: Any) -> None:
+    loads = threading.Event()
+
+    def load() -> LLM:
+        loads.wait(60)
+        raise RuntimeError("there is no model")
+
+    with running(load, wait=False) as one:
+        assert one.get("/ready", None).json()["error"]["code"] == "loading"
+        (told,) = wait_for(lines, "refused", 1)
+        assert (told["route"], told["status"], told["code"]) == ("/ready", 503, "loading")
+        loads.set()
 
 
 def test_of_a_failure_the_place_is_told_and_only_of_the_engine_the_words(lines: Any) -> None:
