@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from quire.server import response_store
 from quire.server.response_log import EventLog
 from tests.server.conftest import KEY, OTHER_KEY, Running
 from tests.server.test_life import eventually
@@ -89,6 +90,17 @@ def test_of_one_that_is_cancelled_or_forgotten_readers_are_told(server: Running,
         last = list(stream)[-1]
         assert (last.type, last.response.status, last.response.error) == ("response.failed", "cancelled", None)
     assert eventually(lambda: not server.serving.runs and server.llm.stats()["num_running"] == 0)
+
+
+def test_events_that_are_kept_count_within_the_bound(server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body takes a few KiB whatever it was asked; the events of so many tokens take more, and older responses go."""
+    monkeypatch.setattr(response_store, "MAX_STORED_BYTES", 16_000)
+    older = client.responses.create(model="tiny", input=ASK, max_output_tokens=1).id
+    until_ended(client, client.responses.create(**KEPT | {"stream": False}, max_output_tokens=150).id)
+    assert client.responses.retrieve(older).id == older
+    list(client.responses.create(**KEPT, max_output_tokens=150))
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(older)
 
 
 def test_what_cannot_be_read_again_is_refused(server: Running, client: openai.OpenAI) -> None:
