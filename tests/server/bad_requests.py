@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ BAD: list[Bad] = [
     *(Bad(COMPLETIONS, content) for content in (b'{"prompt": "x"}}', b'{"prompt": "x",}', b'{"prompt": \xff"x"}', b'{"prompt": "\xed\xa0\x80"}')),
     *(Bad(CHATS, content) for content in (b"", b"{", b"[]", b'{"messages": [}', b"<xml/>")),
     *(Bad(COMPLETIONS, json.dumps(GOOD).encode(), headers=headers) for headers in ((), (("content-type", "text/plain"),))),
+    Bad(COMPLETIONS, gzip.compress(json.dumps(GOOD).encode()), 415, headers=(("content-type", "application/json"), ("content-encoding", "gzip"))),
     *(Bad(COMPLETIONS, _deep(depth)) for depth in (3, 65, 500, 5000, 100_000)),
     Bad(COMPLETIONS, _deep(20_000, b'{"a":', b"}")),
     Bad(CHATS, b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": ' + b"[" * 70 + b"]" * 70 + b"}}"),
@@ -130,7 +132,11 @@ BAD: list[Bad] = [
     *_chat("tools", 5, {}, named="tools"),
     *_chat("tools", [{"type": "web_search"}], named="tools.0.type"),
     *_chat("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
-    *_chat("tools", [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}, "strict": True}}]),
+    *_chat(
+        "tools",
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}, "strict": True}}],
+        named="tools.0.function.parameters",
+    ),
     *_chat("tool_choice", "required", {"type": "function", "function": {"name": "f"}}),
     *_chat("parallel_tool_calls", False),
     *_chat("response_format", "json", 5),

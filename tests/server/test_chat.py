@@ -89,6 +89,8 @@ def test_messages_as_clients_send_them(server: Running) -> None:
         "stop",
     )
     assert ask(server, **dict.fromkeys(unasked))["choices"] == ask(server)["choices"], "null asks for nothing"
+    nameless = [*CHAT, {"role": "tool", "content": "a dog"}]
+    assert ask(server, messages=nameless, return_token_ids=True)["prompt_token_ids"] == prompt_ids(server, nameless)
     tools = ask(server, tools=[TOOL], tool_choice="none", return_token_ids=True)
     assert tools["prompt_token_ids"] == prompt_ids(server, tools=[TOOL])
 

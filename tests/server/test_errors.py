@@ -22,7 +22,7 @@ PER_BATCH = 15
 
 def checked(answer: httpx.Response) -> dict[str, Any]:
     """The error of an answer in the one shape."""
-    assert answer.headers["content-type"] == "application/json", answer.text
+    assert answer.headers["content-type"] == "application/json" and len(answer.headers.get_list("x-request-id")) == 1, answer.text
     (envelope, error), *rest = answer.json().items()
     assert envelope == "error" and not rest and set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["message"], str) and error["message"] and len(error["message"]) < 1000
@@ -170,7 +170,7 @@ def test_what_is_no_http(server: Running, raw: bytes) -> None:
     with socket.create_connection((host, int(port)), timeout=10) as sock:
         sock.sendall(raw + b"\r\n\r\n")
         answer = b"".join(iter(lambda: sock.recv(4096), b""))
-    assert b" 400 " in answer.splitlines()[0] and b'"error"' in answer
+    assert b" 400 " in answer.splitlines()[0] and b'"error"' in answer and b"x-request-id: req-" in answer
     assert server.get("/health").status_code == 200
 
 

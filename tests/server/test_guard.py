@@ -126,12 +126,14 @@ def test_settings_are_checked() -> None:
 
 
 def test_other_origins_may_ask_only_if_named(server: Running) -> None:
-    ask = {"origin": "http://page.example", "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    sent = "authorization,content-type,x-stainless-lang,x-stainless-os"  # by OpenAI's client for JavaScript
+    ask = {"origin": "http://page.example", "access-control-request-method": "POST", "access-control-request-headers": sent}
     answer = httpx.options(server.url + "/v1/completions", headers=ask)
     assert answer.status_code == 401 and "access-control-allow-origin" not in answer.headers
     with running(lambda: server.llm, cors_origins=("http://page.example",)) as open_one:
         allowed = httpx.options(open_one.url + "/v1/completions", headers=ask)
-        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "http://page.example"
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "http://page.example", allowed.text
+        assert set(sent.split(",")) <= set(allowed.headers["access-control-allow-headers"].split(","))
         refused = httpx.options(open_one.url + "/v1/completions", headers=ask | {"origin": "http://other.example"})
         assert "access-control-allow-origin" not in refused.headers
         no_key = httpx.post(open_one.url + "/v1/completions", headers={"origin": "http://page.example"})

@@ -237,3 +237,21 @@ def test_what_cannot_be_served_ends_quire_serve(tmp_path: Path) -> None:
         bind("127.0.0.1", taken.getsockname()[1])
     bad = CliRunner().invoke(app, ["serve", str(tmp_path), "--port", "99999"])
     assert bad.exit_code == 2 and "port=99999" in bad.stderr
+
+
+def test_a_key_that_is_empty_opens_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed or in the environment: there was to be one."""
+    from typer.testing import CliRunner
+
+    from quire.cli.app import app
+
+    serve = ["serve", str(tmp_path / "nothing"), "--port", "0"]
+    typed = CliRunner().invoke(app, [*serve, "--api-key", ""])
+    assert typed.exit_code == 2 and "api_key: must have from 1 to" in typed.stderr and "Quire at" not in typed.stderr
+    for empty in ("", " "):
+        monkeypatch.setenv("QUIRE_API_KEY", empty)
+        told = CliRunner().invoke(app, serve)
+        assert told.exit_code == 2 and f"QUIRE_API_KEY={empty!r}: must hold a key" in told.stderr and "Quire at" not in told.stderr
+        assert "with API keys" in CliRunner().invoke(app, [*serve, "--api-key", "k"]).stderr, "what is typed counts"
+    monkeypatch.delenv("QUIRE_API_KEY")
+    assert "without API keys" in CliRunner().invoke(app, serve).stderr

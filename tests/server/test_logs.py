@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ def test_a_request_is_told_with_what_it_cost(server: Running, lines: Any) -> Non
     server.get("/version")
     embedded, version = wait_for(lines, "request", 2)
     assert embedded["id"].startswith("embd-") and embedded["generated_tokens"] == 0
-    assert "id" not in version and "prompt_tokens" not in version and version["route"] == "/version"
+    assert version["id"].startswith("req-") and "prompt_tokens" not in version and version["route"] == "/version"
 
 
 def test_a_client_that_leaves_is_told_when_its_request_has_ended(server: Running, lines: Any) -> None:
@@ -102,12 +103,15 @@ def test_a_client_that_leaves_is_told_when_its_request_has_ended(server: Running
 
 def test_what_is_refused_is_told_by_its_code(server: Running, lines: Any) -> None:
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        client.get("/v1/models", headers={"authorization": f"Bearer {MARK}"})
-        client.get(f"/{MARK}", headers=HEADERS)
-        client.request(MARK.upper(), "/v1/models", headers=HEADERS)
-        client.post("/v1/completions", json={MARK: MARK, "prompt": MARK}, headers=HEADERS)
-        client.post("/v1/completions", content=b" " * (4 * 2**20 + 1), headers=HEADERS)
+        answers = [
+            client.get("/v1/models", headers={"authorization": f"Bearer {MARK}"}),
+            client.get(f"/{MARK}", headers=HEADERS),
+            client.request(MARK.upper(), "/v1/models", headers=HEADERS),
+            client.post("/v1/completions", json={MARK: MARK, "prompt": MARK}, headers=HEADERS | {"x-request-id": MARK}),
+            client.post("/v1/completions", content=b" " * (4 * 2**20 + 1), headers=HEADERS),
+        ]
     told = wait_for(lines, "refused", 5)
+    assert [one["id"] for one in told] == [answer.headers["x-request-id"] for answer in answers] and len({one["id"] for one in told}) == 5
     assert [(one["status"], one["code"]) for one in told] == [
         (401, "invalid_api_key"),
         (404, None),
@@ -116,6 +120,20 @@ def test_what_is_refused_is_told_by_its_code(server: Running, lines: Any) -> Non
         (413, "body_too_large"),
     ]
     assert MARK not in json.dumps(told).lower()
+
+
+def test_what_is_waited_for_is_told_by_its_code_too(lines: Any) -> None:
+    loads = threading.Event()
+
+    def load() -> LLM:
+        loads.wait(60)
+        raise RuntimeError("there is no model")
+
+    with running(load, wait=False) as one:
+        assert one.get("/ready", None).json()["error"]["code"] == "loading"
+        (told,) = wait_for(lines, "refused", 1)
+        assert (told["route"], told["status"], told["code"]) == ("/ready", 503, "loading")
+        loads.set()
 
 
 def test_of_a_failure_the_place_is_told_and_only_of_the_engine_the_words(lines: Any) -> None:
@@ -204,7 +222,7 @@ def test_quire_serve_tells_its_life_in_json(model: str) -> None:
     told = [json.loads(line) for line in rest.splitlines()]
     assert MARK not in rest, rest
     assert [line["event"] for line in told if line["event"] not in ("request", "refused")] == ["draining", "drained"], rest
-    ended = [line for line in told if line["event"] == "request" and "id" in line]
+    ended = [line for line in told if line["event"] == "request" and "finish" in line]
     assert [line["finish"] == ["cancelled"] for line in ended] == [False, False, False, True], rest
     assert sorted(line["status"] for line in told if line["event"] == "refused") == [400, 400, 401, 404], rest
     (drained,) = [line for line in told if line["event"] == "drained"]

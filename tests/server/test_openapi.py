@@ -13,7 +13,7 @@ from quire.server.app import create_app
 from quire.server.health import Alive, Ready, Version
 from quire.server.models import ModelCard, ModelList
 from quire.server.schema_answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, ErrorEnvelope
-from quire.server.schema_response_answers import Deleted, InputItems, ResponseEvent, ResponseObject
+from quire.server.schema_response_answers import Deleted, InputItems, InputTokens, ResponseEvent, ResponseObject
 from quire.server.serving import Serving
 from quire.server.settings import ServerSettings
 from quire.server.tokens import TokenizerInfo, Tokens, TokensText
@@ -106,6 +106,11 @@ def test_what_is_stored_and_what_is_tokenised(server: Running) -> None:
         InputItems.model_validate_json(server.get(f"/v1/responses/{stored['id']}/input_items").content, strict=True)
     import httpx
 
+    InputTokens.model_validate_json(server.post("/v1/responses/input_tokens", {"input": "x"}).content, strict=True)
+    kept = server.post("/v1/responses", {"input": "hi", "max_output_tokens": 2, "background": True, "stream": True})
+    for told in (kept.text, server.get(f"/v1/responses/{kept.headers['x-request-id']}?stream=true").text):
+        for one in filter(None, told.split("\n\n")):
+            ResponseEvent.model_validate_json(one.rpartition("data: ")[2], strict=True)
     gone = httpx.delete(f"{server.url}/v1/responses/{made['id']}", headers={"authorization": f"Bearer {KEY}"})
     Deleted.model_validate_json(gone.content, strict=True)
     for asked in ({"prompt": "a fox"}, {"prompt": "a fox", "return_token_strs": True}):

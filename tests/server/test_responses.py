@@ -154,9 +154,10 @@ def test_input_items(server: Running, client: openai.OpenAI) -> None:
     page = server.get(f"{address}?limit=4&after={items[5].id}").json()
     assert (page["object"], page["has_more"], page["first_id"], page["last_id"]) == ("list", True, items[4].id, items[1].id)
     assert server.get(f"{address}?after={items[0].id}").json() == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
-    for wrong in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_none", "include=x"):
+    for wrong in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_none", "include=x", "stream=true"):
         answer = server.get(f"{address}?{wrong}")
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, wrong.partition("=")[0])
+    assert client.responses.input_items.list(second.id, include=["message.output_text.logprobs"]).data[0] == items[5]
     assert server.get(address, OTHER_KEY).status_code == 404
     client.responses.delete(first.id)
     assert len(list(client.responses.input_items.list(second.id))) == 6
@@ -220,7 +221,7 @@ def test_the_oldest_goes_first(server: Running, client: openai.OpenAI, monkeypat
         ("input.0.type", {"input": [{"role": "user", "content": "x", "type": "item_reference"}]}),
         ("input", {"input": "x " * 3000}),
         ("tools.0.type", {"tools": [{"type": "web_search"}]}),
-        ("tools", {"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {"type": "nothing"}}]}),
+        ("tools.0.parameters", {"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {"type": "nothing"}}]}),
         ("input.0.call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
         ("input.0.arguments", {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": {}}]}),
         ("input.1.arguments", {"input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "[]"}]}),
@@ -237,7 +238,7 @@ def test_the_oldest_goes_first(server: Running, client: openai.OpenAI, monkeypat
         ("truncation", {"truncation": "auto"}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "x"}}),
-        ("background", {"background": True, "stream": True}),
+        ("background", {"background": True, "stream": True, "store": False}),
         ("background", {"background": True, "store": False}),
         ("previous_response_id", {"previous_response_id": "resp_none"}),
         ("temperature", {"temperature": 3}),

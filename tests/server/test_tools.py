@@ -225,6 +225,31 @@ def test_an_offered_call_is_right_if_it_is_made(style: Format, parallel: bool, s
         assert allows(grammar, text + " Done.", special) == (parallel, parallel)
 
 
+@pytest.mark.parametrize("special", [NO_TOKENS, AS_TOKENS], ids=["text", "tokens"])
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "llama3"])
+def test_with_a_form_it_is_calls_alone_or_the_form(style: Format, parallel: bool, special: dict[str, int]) -> None:
+    grammar = offered(style, TOOLS, special, parallel=parallel, form='{"type": "object",\n "required": ["a"]}')
+    text, two = written(style), written(style, 2)
+    assert allows(grammar, text, special) == (True, True) and allows(grammar, two, special) == (parallel, parallel)
+    assert allows(grammar, '{"a": 1}', special) == (True, True)
+    for wrong in ('{"b": 1}', "Hm. " + text, "Just text.", text + '{"a": 1}', '{"a": 1}' + text, written(style, name="g")):
+        assert not allows(grammar, wrong, special)[1], wrong
+
+
+@pytest.mark.parametrize(
+    "schema", [{"properties": {"a": {"type": "integer"}}}, {"type": ["object", "null"]}, {"anyOf": [{}]}, {"enum": [{"a": 1}, 5]}]
+)
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "qwen_xml"])
+def test_arguments_are_an_object_whatever_the_schema_leaves_open(style: Format, schema: dict[str, Any]) -> None:
+    text = written(style)
+    arguments = text[text.rindex("{") : text.index("}") + 1]
+    for grammar in (forced(style, {"f": schema}, {}), offered(style, {"f": schema}, {}, parallel=False)):
+        assert allows(grammar, text.replace(arguments, '{"a": 1}'), {}) == (True, True)
+        for wrong in ("5", "null", '"x"', "[]"):
+            assert not allows(grammar, text.replace(arguments, wrong), {})[1], wrong
+
+
 def test_a_tool_that_is_not_there_is_refused() -> None:
     for tools, name in (({}, None), (TOOLS, "g")):
         with pytest.raises(InvalidRequestError, match="tool_choice"):

@@ -16,6 +16,7 @@ from quire.config import EngineConfig
 from quire.errors import ConfigError, QuireError
 
 PANEL = "Server"
+KEY_VARIABLE = "QUIRE_API_KEY"
 
 M_ARENA_MAX = -8  # glibc's number for it, see malloc.h
 
@@ -27,7 +28,7 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", rich_help_panel=PANEL)] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(help="Who has it may ask. Repeatable.", envvar="QUIRE_API_KEY", show_default="everybody may", rich_help_panel=PANEL),
+        typer.Option(help="Who has it may ask. Repeatable.", envvar=KEY_VARIABLE, show_default="everybody may", rich_help_panel=PANEL),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
@@ -51,6 +52,8 @@ def serve(
     Python code that comes with a checkpoint is never run by a server: such a model is refused.
     """
     _share_one_arena()
+    if not api_key and KEY_VARIABLE in os.environ:  # a secret that was not filled in must not open the server
+        raise ConfigError(f"{KEY_VARIABLE}={os.environ[KEY_VARIABLE]!r}: must hold a key, or not be set where everybody may ask")
     with needs_server_extra("the server"):
         from quire.server import life, logs
         from quire.server.keys import KeyRing

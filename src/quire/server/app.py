@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 import quire
-from quire.server import chat, completions, embeddings, health, metrics, models, page, response_inputs, responses, tokens, traces
+from quire.server import chat, completions, embeddings, health, metrics, models, page, response_inputs, response_prompt, responses, tokens, traces
 from quire.server.errors import install
 from quire.server.guard import OPEN_PATHS, Guard
 from quire.server.schema_answers import REF, ChatCompletionChunk, CompletionChunk, ErrorEnvelope
@@ -52,6 +52,7 @@ def create_app(serving: Serving) -> FastAPI:
         chat.router,
         responses.router,
         response_inputs.router,
+        response_prompt.router,
         embeddings.router,
         models.router,
         tokens.router,
@@ -70,7 +71,7 @@ def create_app(serving: Serving) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(serving.settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client names a dozen of its own in a browser; none says anything here but the key and the body's type
             expose_headers=["x-request-id", "retry-after"],
         )
     return app

@@ -11,23 +11,24 @@ from fastapi import APIRouter, Request, Response
 
 from quire.outputs import Completion, RequestOutput, TokenEvent
 from quire.params import SamplingParams
-from quire.server.calling import Calling, StreamedMessage, calling_of, delta_of, message_of, with_calls
+from quire.server.calling import Calling, StreamedMessage, calling_of, delta_of, finish_reason_of, message_of, naming_tools, with_calls
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import ServerError, refused
 from quire.server.models import check_model
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema_answers import ChatCompletion, ChatCompletionChunk, answers, chunks_of
-from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, NamedTool, Tool, as_template_messages
+from quire.server.schema_chat import ChatPrompt, ChatRequest, Message, Tool, ToolChoice, as_template_messages
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import Chunks, EventStream, answer_at_end, event, new_id
 from quire.server.structure import named_as, structure_names, structure_of
 from quire.server.token_texts import TokenTexts
 from quire.server.usage import chat_logprobs, prompt_logprobs, usage_of
+from quire.structured import StructuredOutput
 
 ENDPOINT = "chat/completions"
 PROMPT_NAMES = {"prompt": "messages"}  # which became the prompt
-TOOL_NAMES = {"structured": "tools"}
+TOOL_NAMES = {"structured": "tools", "structured.grammar": "tools"}
 router = APIRouter()
 
 
@@ -38,10 +39,12 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     serving.engine()
     check_model(serving, asked.model)
     prompt = await chat_prompt(serving, asked, asked.messages, asked.reasoning_effort)
-    calling = chat_calling(serving, asked.tools, asked.tool_choice, asked.parallel_tool_calls)
-    with named_as(PROMPT_NAMES | _limit_names(asked) | (TOOL_NAMES if calling and calling.structured else structure_names(asked))):
-        job = Job(prompt, _params(asked, calling))
-        run = await start_run(request, ENDPOINT, new_id("chatcmpl"), [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
+    with named_as(PROMPT_NAMES | _limit_names(asked) | structure_names(asked)):
+        params = _params(asked)
+        calling = chat_calling(serving, asked.tools, asked.tool_choice, asked.parallel_tool_calls, params.structured)
+        with naming_tools(calling, "function.parameters"):
+            job = Job(prompt, with_calls(params, calling))
+            run = await start_run(request, ENDPOINT, new_id("chatcmpl"), [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
     told = Told(asked, run, serving.settings.model, serving.texts, calling)
     return EventStream(run, told.chunks(prompt)) if asked.stream else await answer_at_end(request, run, told.whole)
 
@@ -77,11 +80,15 @@ async def chat_prompt(serving: Serving, asked: ChatPrompt, messages: Sequence[Me
 
 
 def chat_calling(
-    serving: Serving, tools: Sequence[Tool] | None, tool_choice: str | NamedTool | None, parallel_tool_calls: bool | None
+    serving: Serving,
+    tools: Sequence[Tool] | None,
+    tool_choice: ToolChoice | None,
+    parallel_tool_calls: bool | None,
+    form: StructuredOutput | None,
 ) -> Calling | None:
     """How a chat's tools are called, None where none is. Raises ServerError as `calling_of`, and where the model has no chat template."""
     with named_as(TOOL_NAMES):
-        return calling_of(_template(serving), tools, tool_choice, parallel_tool_calls)
+        return calling_of(_template(serving), tools, tool_choice, parallel_tool_calls, form)
 
 
 def _template(serving: Serving) -> ChatTemplate:
@@ -95,21 +102,20 @@ def _limit_names(asked: ChatRequest) -> dict[str, str]:
     return {"max_tokens": "max_completion_tokens"} if asked.max_tokens is None and asked.max_completion_tokens is not None else {}
 
 
-def _params(asked: ChatRequest, calling: Calling | None) -> SamplingParams:
+def _params(asked: ChatRequest) -> SamplingParams:
     if asked.max_tokens is not None and asked.max_completion_tokens not in (None, asked.max_tokens):
         raise refused("max_completion_tokens", "must be left out, or equal, where max_tokens is given")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise refused("top_logprobs", "must be left out without logprobs: true")
     if asked.stream and asked.prompt_logprobs is not None:
         raise refused("stream", "must be false with prompt_logprobs: a prompt's are known when it has run")
-    params = params_of(
+    return params_of(
         asked,
         max_tokens=asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         prompt_logprobs=asked.prompt_logprobs,
         structured=structure_of(asked.response_format, asked.structured_outputs),
     )
-    return with_calls(params, calling)
 
 
 class Told:
@@ -156,19 +162,21 @@ class Told:
     def _choice(self, completion: Completion) -> dict[str, Any]:
         message = message_of(self._calling, completion)
         told: dict[str, Any] = {"index": completion.index, "message": message, "logprobs": None}
-        return self._with_tokens(told, completion, _finish_reason(completion.finish_reason, "tool_calls" in message))
+        calls = message.get("tool_calls")
+        return self._with_tokens(told, completion, finish_reason_of(completion, calls[-1]["function"]["arguments"] if calls else None))
 
     def _delta(self, news: TokenEvent) -> dict[str, Any] | None:
         """A choice of a chunk; None while what came may still be a call, or white space beside one."""
         delta: dict[str, Any] = {"content": news.text} if news.text else {}
-        called = False
+        arguments = None
         if self._streamed:
             message = self._streamed[news.index]
-            delta, called = delta_of(message.deltas(news)), message.called
+            delta = delta_of(message.deltas(news))
+            arguments = message.arguments
             if not delta and news.finish_reason is None and not self._asked.logprobs and not self._asked.return_token_ids:
                 return None
         told = {"index": news.index, "delta": delta, "logprobs": None}
-        return self._with_tokens(told, news, _finish_reason(news.finish_reason, called))
+        return self._with_tokens(told, news, finish_reason_of(news, arguments))
 
     def _with_tokens(self, told: dict[str, Any], made: Completion | TokenEvent, finish_reason: str | None) -> dict[str, Any]:
         told |= {"finish_reason": finish_reason, "stop_reason": made.stop_reason}
@@ -177,7 +185,3 @@ class Told:
         if self._asked.return_token_ids:
             told["token_ids"] = made.token_ids
         return told
-
-
-def _finish_reason(reason: str | None, called: bool) -> str | None:
-    return "tool_calls" if called and reason == "stop" else reason

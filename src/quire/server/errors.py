@@ -39,6 +39,7 @@ TYPES = {
     405: "invalid_request_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     431: "invalid_request_error",
     503: "service_unavailable_error",
@@ -150,7 +151,7 @@ def _validation(error: RequestValidationError | ValidationError) -> ServerError:
     if first["type"] in KINDS:
         message = _kinds(found, where)
     elif first["type"] == "literal_error":
-        message = f"must be {first['ctx']['expected'].replace('False', 'false')}"
+        message = _words(found, where)
     elif first["type"] == "none_required":
         message = "must be null or left out: this server has no such thing"
     # A number, or a word where there is a choice of them: other texts may be a prompt's.
@@ -164,6 +165,12 @@ def _kinds(found: Sequence[Any], where: Sequence[str | int]) -> str:
     """What a value that is of none of the kinds it may be of must be."""
     kinds = [KINDS[one["type"]] for one in found if one["type"] in KINDS and _where(one["loc"], of_a_field=False) == where]
     return f"must be {' or '.join(dict.fromkeys(kinds))}"
+
+
+def _words(found: Sequence[Any], where: Sequence[str | int]) -> str:
+    """Which words a value must be one of, where each kind of what it is in has its own."""
+    words = [one["ctx"]["expected"] for one in found if one["type"] == "literal_error" and _where(one["loc"], of_a_field=False) == where]
+    return f"must be {' or '.join(dict.fromkeys(words)).replace('False', 'false')}"
 
 
 def _where(loc: Sequence[str | int], *, of_a_field: bool) -> list[str | int]:

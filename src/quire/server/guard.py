@@ -1,4 +1,4 @@
-"""Before any route: who asks, how much they send, HEAD as GET without its body, and a line in the log afterwards.
+"""Before any route: who asks, how much they send, HEAD as GET without its body, and a name in every answer that the log has too.
 
 Everything is guarded but what is listed here, also addresses that do not exist: who has no key learns nothing.
 """
@@ -18,6 +18,7 @@ from quire.server.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from quire.server.logs import access_log, tell
 from quire.server.runs import Run
 from quire.server.serving import Serving
+from quire.server.sse import new_id
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/"))
 OPEN_FOLDER = "/page/static/"
@@ -42,7 +43,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                named = any(header[0].lower() == b"x-request-id" for header in message["headers"])
+                name = () if named else ((b"x-request-id", _name(state).encode()),)
+                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff"), *name]
                 if status == 405:
                     others = [header for header in message["headers"] if header[0].lower() != b"allow"]
                     message["headers"] = [*others, (b"allow", _allowed(asked))]
@@ -77,6 +80,8 @@ class Guard:
             message = "there must be a valid API key in the header 'authorization: Bearer KEY'"
             raise ServerError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer", "connection": "close"})
         state["namespace"], state["key_id"] = caller or ("", "")
+        if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):  # it would be told to be no JSON
+            raise ServerError(415, "content-encoding: must be left out: a body is read as it comes", code="unsupported_encoding")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
             too_large = _too_large()
@@ -95,18 +100,26 @@ class Guard:
             "ms": round(seconds * 1000, 1),
         }
         run: Run | None = state.get("run")
+        named = {"id": _name(state)} | facts
         if run is None:
             code = {"code": state.get("code")} if status >= 400 else {}
-            _say("refused" if code else "request", facts | code)
+            _say("refused" if code else "request", named | code)
         elif run.over.is_set():
-            _say("request", {"id": run.name} | facts | run.facts())
+            _say("request", named | run.facts())
         else:  # it was cancelled, or goes on in the background
 
             async def later() -> None:
                 await run.over.wait()
-                _say("request", {"id": run.name} | facts | run.facts())
+                _say("request", named | run.facts())
 
             self._serving.in_background(later())
+
+
+def _name(state: dict[str, Any]) -> str:
+    """What a request is called: as the engine knows it, else by a name of its own."""
+    run: Run | None = state.get("run")
+    name: str = run.name if run is not None else state.setdefault("name", new_id("req"))
+    return name
 
 
 def _allowed(scope: Scope) -> bytes:

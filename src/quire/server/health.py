@@ -51,7 +51,7 @@ async def ready(request: Request) -> Response:
     except ServerError as error:
         if error.code == "loading":
             error.message = f"the model is being loaded, for {time.monotonic() - serving.started_s:.0f} s so far"
-        return error.response()
+        raise
     return Response('{"status": "ready"}', media_type="application/json")
 
 

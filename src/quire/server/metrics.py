@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quire.engine.llm import LLM
 
 OTHER = "other"
-ENDPOINTS = ("completions", "chat/completions", "responses", "embeddings", "tokenize", "detokenize", OTHER)
+ENDPOINTS = ("completions", "chat/completions", "responses", "embeddings", OTHER)  # which reach the engine
 STATUSES = ("400", "401", "403", "404", "405", "408", "413", "415", "422", "429", "431", "499", "500", "501", "503", OTHER)
 OUTCOMES = ("stop", "length", "cancelled", "error")  # of several sequences the last in this list counts
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from quire.server.errors import ServerError
 from quire.server.limits import MAX_CONNECTIONS, OTHER_DESCRIPTORS, REQUEST_S
 from quire.server.logs import access_log, tell
+from quire.server.sse import new_id
 
 COMING = (h11.IDLE, h11.SEND_BODY)
 
@@ -83,10 +84,12 @@ class Protocol(H11Protocol):
             self._refuse(ServerError(503, f"there are {self._max_connections} connections with requests, the most there may be", code="busy"))
 
     def _refuse(self, error: ServerError) -> None:
-        tell("refused", f"a connection is refused: {error.status}, {error.code}", {"status": error.status, "code": error.code}, to=access_log)
+        name = new_id("req")
+        facts = {"id": name, "status": error.status, "code": error.code}
+        tell("refused", f"a connection is refused: {error.status}, {error.code}, id {name}", facts, to=access_log)
         self._refused(error.status)
         body = error.response().body
-        told = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **error.headers}
+        told = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", "x-request-id": name, **error.headers}
         answer = h11.Response(status_code=error.status, headers=list(told.items()), reason=b"")
         with contextlib.suppress(h11.LocalProtocolError):  # an answer may be on its way already
             for part in (answer, h11.Data(data=bytes(body)), h11.EndOfMessage()):

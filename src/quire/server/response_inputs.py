@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -14,12 +14,13 @@ from quire.server.response_store import store_of
 from quire.server.schema_answers import answers
 from quire.server.schema_items import FunctionCallItem, FunctionOutputItem, Item
 from quire.server.schema_response_answers import InputItems
-from quire.server.schema_responses import ResponseRequest
+from quire.server.schema_responses import Included, ResponseRequest
 from quire.server.sse import json_response
 
 MOST = 100  # OpenAI's numbers
 DEFAULT = 20
 PARAMETERS = ("limit", "order", "after")
+INCLUDE = ("include", "include[]")  # the second as OpenAI's clients write lists
 router = APIRouter(tags=["OpenAI"])
 
 
@@ -32,9 +33,7 @@ async def listed(
     after: Annotated[str | None, Query(description="The id of the last item of the page before.")] = None,
 ) -> Response:
     """What a response was made from: its input, and before that what led to it by previous_response_id. With asc the last item comes last."""
-    for name in request.query_params:
-        if name not in PARAMETERS:
-            raise refused(name, "must be left out: there are limit, order and after")
+    check_query(request, PARAMETERS)
     items = store_of(request).get(request.state.namespace, response_id).inputs
     items = list(items if order == "asc" else reversed(items))
     if after is not None:
@@ -45,6 +44,20 @@ async def listed(
     page = items[:limit]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
     return json_response({"object": "list", "data": page, "has_more": len(items) > limit, **ends})
+
+
+def check_query(request: Request, known: Sequence[str]) -> None:
+    """Refuse what else there is behind an address. `include` is taken with what may be asked of an answer: a stored one is told with all it has.
+
+    Raises:
+        ServerError: 400.
+    """
+    for name, value in request.query_params.multi_items():
+        if name in INCLUDE:
+            if value not in get_args(Included):
+                raise refused("include", f"must be of {' and '.join(get_args(Included))}")
+        elif name not in known:
+            raise refused(name, f"must be left out: there are {', '.join((*known, 'include'))}")
 
 
 def inputs_of(asked: ResponseRequest, before: Sequence[Body]) -> list[Body]:

@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 from quire.outputs import Completion, TokenEvent
-from quire.server.calling import Calling
+from quire.server.calling import Calling, cuts_call
 from quire.server.schema_chat import FunctionCall, Message, ToolCall
 from quire.server.tools import CallDelta, TextDelta
 
@@ -36,7 +36,7 @@ class Items:
             if not self.items:
                 events += self._begin(_message())
             if self._open:
-                events += self._end("incomplete" if made.finish_reason == "length" else "completed")
+                events += self._end("incomplete" if self._is_cut(made) else "completed")
         return events
 
     def message(self) -> Message:
@@ -65,6 +65,10 @@ class Items:
             events += self._begin({"id": item_id, "type": "function_call", "call_id": call_id, "name": delta.name, "arguments": ""})
         self.items[-1]["arguments"] += delta.arguments
         return [*events, ("response.function_call_arguments.delta", self._place() | {"delta": delta.arguments})]
+
+    def _is_cut(self, made: Completion | TokenEvent) -> bool:
+        last = self.items[-1]
+        return made.finish_reason == "length" or (last["type"] == "function_call" and cuts_call(made, last["arguments"]))
 
     def _begin(self, item: Body) -> list[Event]:
         events = self._end("completed") if self._open else []

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request
 
 from quire.server.errors import ServerError
+from quire.server.response_log import EventLog
 from quire.server.runs import Run
 from quire.server.schema_chat import Message
 
@@ -22,19 +23,36 @@ class Stored:
 
     `messages` are what it was asked and what it answered, for a later one to go on from, and `inputs` what it was asked as items. They are shared
     with the responses before and after it, yet counted whole in each: then the bound holds whichever of them go. `run` is there while it runs in the
-    background.
+    background, and `log` where its events are kept.
     """
 
-    def __init__(self, body: dict[str, Any], inputs: Sequence[dict[str, Any]], messages: Sequence[Message], run: Run | None = None) -> None:
-        self.inputs, self.messages, self.run = inputs, messages, run
+    def __init__(
+        self,
+        body: dict[str, Any],
+        inputs: Sequence[dict[str, Any]],
+        messages: Sequence[Message],
+        *,
+        run: Run | None = None,
+        log: EventLog | None = None,
+    ) -> None:
+        self.inputs, self.messages, self.run, self.log = inputs, messages, run, log
         self.background = bool(body["background"])
         self.body = body
         self.num_bytes = len(json.dumps([body, inputs])) + sum(MESSAGE_BYTES + 4 * len(str(message.content)) for message in messages)
+        self.num_bytes += log.num_bytes if log is not None else 0
 
     @property
     def items(self) -> list[dict[str, Any]]:
         """What it was asked and what it answered, as items."""
         return [*self.inputs, *self.body["output"]]
+
+    def cancelled(self) -> Stored:
+        """Cancel it, if it runs. Returns it as it is then."""
+        if self.run is None:
+            return self
+        self.run.cancel()
+        self.body["status"] = "cancelled"
+        return Stored(self.body, self.inputs, self.messages, log=self.log)
 
     @property
     def status(self) -> str:

@@ -13,8 +13,9 @@ from quire.server.calling import Calling
 from quire.server.errors import as_server_error
 from quire.server.response_items import Body, Items
 from quire.server.runs import Run
+from quire.server.schema import Part
 from quire.server.schema_chat import Message
-from quire.server.schema_responses import NamedFunctionTool, ResponseRequest
+from quire.server.schema_responses import ResponseRequest
 from quire.server.token_texts import TokenTexts
 from quire.server.usage import chat_logprobs
 
@@ -62,13 +63,11 @@ class Told:
         self.body |= {"status": "failed", "error": {"code": code, "message": known.message}}
         return self.body
 
-    def cancelled(self) -> Body:
-        """The response, where its maker did not want it any more."""
-        self.body |= {"status": "cancelled"}
-        return self.body
-
     async def events(self, run: Run, keep: Callable[[Body], None]) -> AsyncGenerator[bytes, None]:
-        """The events of a stream; one that fails ends with response.failed. `keep` gets the whole response before the last one."""
+        """The events of a stream. `keep` gets the whole response before the last one.
+
+        One that fails ends with response.failed; so does one that its maker cancelled, for which there is no event, and its response says so.
+        """
         numbers = itertools.count()
 
         def say(kind: str, fields: Body) -> bytes:
@@ -84,12 +83,18 @@ class Told:
                     yield say(kind, fields)
                 if news.output is not None:
                     outputs.append(news.output)
-            body = self._ended(outputs)
+            body = self.body if self._is_cancelled else self._ended(outputs)
             keep(body)
         except Exception as error:  # the status has been sent: what happened is told by the last event
-            yield say("response.failed", {"response": self.failed(error)})
+            body = self.body if self._is_cancelled else self.failed(error)
+        if body["status"] in ("failed", "cancelled"):
+            yield say("response.failed", {"response": body})
             return
         yield say(f"response.{body['status']}", {"response": body})
+
+    @property
+    def _is_cancelled(self) -> bool:
+        return bool(self.body["status"] == "cancelled")
 
     def _logprobs(self, made: Completion | TokenEvent) -> list[Body]:
         if made.logprobs is None or not made.token_ids:
@@ -121,7 +126,7 @@ def _fields(asked: ResponseRequest) -> Body:
         "store": asked.stored,
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
         "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form is not None else {"type": "text"}},
-        "tool_choice": asked.tool_choice.model_dump() if isinstance(asked.tool_choice, NamedFunctionTool) else asked.tool_choice or "auto",
+        "tool_choice": asked.tool_choice.model_dump() if isinstance(asked.tool_choice, Part) else asked.tool_choice or "auto",
         "tools": [tool.model_dump() for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": 1.0 if asked.top_p is None else asked.top_p,

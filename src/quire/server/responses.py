@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.types import Send
 
 from quire.params import SamplingParams
-from quire.server.calling import Calling, with_calls
-from quire.server.chat import chat_calling, chat_prompt
-from quire.server.errors import ServerError, refused
-from quire.server.limits import MAX_MESSAGES
+from quire.server.calling import naming_tools, with_calls
+from quire.server.chat import chat_calling
+from quire.server.errors import refused
 from quire.server.models import check_model
-from quire.server.response_inputs import inputs_of
+from quire.server.response_inputs import check_query, inputs_of
 from quire.server.response_items import Body
+from quire.server.response_log import EventLog
+from quire.server.response_prompt import FIELD_NAMES, before_of, messages_of, prompt_of
 from quire.server.response_store import ResponseStore, Stored, store_of
 from quire.server.response_told import Told
 from quire.server.runs import Job, Run, start_run
 from quire.server.sampling import params_of
 from quire.server.schema_answers import answers
-from quire.server.schema_chat import ChatPrompt, Message, arguments_of
 from quire.server.schema_response_answers import TYPED_EVENTS, Deleted, ResponseObject
 from quire.server.schema_responses import ResponseRequest
-from quire.server.serving import Serving, serving_of
+from quire.server.serving import serving_of
 from quire.server.sse import EventStream, answer_at_end, json_response
 from quire.server.structure import named_as, structure_names, structure_of
 
 ENDPOINT = "responses"
-# Of fields that /v1/chat/completions, whose parts do the work, and the engine call otherwise.
-FIELD_NAMES = {
-    "messages": "input",
-    "prompt": "input",
-    "max_tokens": "max_output_tokens",
-    "response_format": "text.format",
-    "response_format.json_schema": "text.format",
-    "reasoning_effort": "reasoning.effort",
-}
+PARAMETERS = ("stream", "starting_after", "include_obfuscation")
 router = APIRouter(tags=["OpenAI"])
 
 
@@ -49,17 +41,16 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     serving.engine()
     check_model(serving, asked.model)
     _check(asked)
-    before = _before(store, owner, asked.previous_response_id)
+    before = before_of(store, owner, asked.previous_response_id)
     inputs = inputs_of(asked, before.items if before is not None else ())
-    messages = [*(before.messages if before is not None else ()), *asked.messages()]
-    if len(messages) > MAX_MESSAGES:
-        raise refused("previous_response_id", f"must lead to at most {MAX_MESSAGES} messages in all")
-    with named_as(FIELD_NAMES):
-        calling = chat_calling(serving, asked.chat_tools, asked.chat_tool_choice, asked.parallel_tool_calls)
-    with named_as(FIELD_NAMES | _structure_names(asked, calling)):
-        job = Job(await _prompt(serving, asked, messages), with_calls(_params(asked), calling))
+    messages = messages_of(asked, before)
+    with named_as(FIELD_NAMES | _structure_names(asked)):
+        params = _params(asked)
+        calling = chat_calling(serving, asked.chat_tools, asked.chat_tool_choice, asked.parallel_tool_calls, params.structured)
+        job = Job(await prompt_of(serving, asked, messages), with_calls(params, calling))
         told = Told(asked, serving.settings.model, serving.texts, calling)
-        run = await start_run(request, ENDPOINT, told.response_id, [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
+        with naming_tools(calling, "parameters"):
+            run = await start_run(request, ENDPOINT, told.response_id, [job], priority=asked.priority or 0, cache_salt=asked.cache_salt)
 
     def keep(body: Body) -> None:
         if asked.stored:
@@ -70,21 +61,32 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
         keep(body)
         return body
 
-    if asked.background:
-        store.put(owner, Stored(told.body, inputs, messages, run))
-        answer = json_response(told.body, run.name)
-        serving.in_background(_finish(run, told, store, owner, whole))
-        return answer
-    return TypedStream(run, told.events(run, keep)) if asked.stream else await answer_at_end(request, run, whole)
+    if not asked.background:
+        return TypedStream(run, told.events(run, keep)) if asked.stream else await answer_at_end(request, run, whole)
+    log = EventLog() if asked.stream else None
+    store.put(owner, Stored(told.body, inputs, messages, run=run, log=log))
+    serving.in_background(_finish(run, told, store, owner, log))
+    return json_response(told.body, run.name) if log is None else TypedStream(None, log.follow(None))
 
 
-@router.get("/v1/responses/{response_id}", responses=answers(ResponseObject))
-async def retrieve(request: Request, response_id: str) -> Response:
+@router.get("/v1/responses/{response_id}", responses=answers(ResponseObject, TYPED_EVENTS))
+async def retrieve(
+    request: Request,
+    response_id: str,
+    stream: Annotated[bool, Query(description="Its events, once more and as they come: of one made with background and stream.")] = False,
+    starting_after: Annotated[int | None, Query(ge=0, description="With stream: the sequence_number of the last event that was read.")] = None,
+    include_obfuscation: Literal["false"] | None = None,
+) -> Response:
     """One that was stored, as it is now."""
-    for name, value in request.query_params.items():
-        if value not in ("", "false"):
-            raise refused(name, "must be left out: a stored response is given back whole")
-    return json_response(store_of(request).get(request.state.namespace, response_id).body)
+    check_query(request, PARAMETERS)
+    stored = store_of(request).get(request.state.namespace, response_id)
+    if not stream:
+        if starting_after is not None:
+            raise refused("starting_after", "must be left out without stream=true")
+        return json_response(stored.body)
+    if stored.log is None:
+        raise refused("stream", "must be false or left out: of this response no events are kept, as it was not made with background and stream")
+    return TypedStream(None, stored.log.follow(starting_after))
 
 
 @router.post("/v1/responses/{response_id}/cancel", responses=answers(ResponseObject))
@@ -95,8 +97,7 @@ async def cancel(request: Request, response_id: str) -> Response:
     if not stored.background:
         raise refused("response_id", "must be of a response with background: true; others end when their connection is closed")
     if stored.run is not None:
-        stored.run.cancel()
-        stored = Stored(stored.body | {"status": "cancelled"}, stored.inputs, stored.messages)
+        stored = stored.cancelled()
         store.put(owner, stored)
     return json_response(stored.body)
 
@@ -105,9 +106,7 @@ async def cancel(request: Request, response_id: str) -> Response:
 async def delete(request: Request, response_id: str) -> Response:
     """Forget one. If it runs in the background it ends."""
     store, owner = store_of(request), str(request.state.namespace)
-    stored = store.get(owner, response_id)
-    if stored.run is not None:
-        stored.run.cancel()
+    store.get(owner, response_id).cancelled()
     store.drop(owner, response_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -123,55 +122,23 @@ class TypedStream(EventStream):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _finish(run: Run, told: Told, store: ResponseStore, owner: str, whole: Callable[[Sequence[Any]], Body]) -> None:
-    """See a response in the background to its end; `whole` keeps it, in the place of the one that was running."""
+async def _finish(run: Run, told: Told, store: ResponseStore, owner: str, log: EventLog | None) -> None:
+    """See a response in the background to its end, and keep it in the place of the one that was running, if that is still there."""
     with run:
-        try:
-            outputs = await run.outputs()
-        except Exception as error:
-            running = store.find(owner, told.response_id)
-            if running is not None and running.run is run:  # neither cancelled nor forgotten
-                store.put(owner, Stored(told.failed(error), running.inputs, running.messages))
-            return
+        async for event in told.events(run, lambda _: None):
+            if log is not None:
+                log.append(event)
     running = store.find(owner, told.response_id)
-    if running is not None and running.run is run:
-        whole(outputs)
+    if running is not None and running.run is run:  # neither cancelled nor forgotten
+        messages = running.messages if told.body["status"] == "failed" else [*running.messages, told.message()]
+        store.put(owner, Stored(told.body, running.inputs, messages, log=log))
+    if log is not None:
+        log.end()
 
 
 def _check(asked: ResponseRequest) -> None:
-    if asked.background and asked.stream:
-        raise refused("background", "must be false with stream: a response in the background is fetched when it has ended")
     if asked.background and not asked.stored:
         raise refused("background", "must be false with store: false: there would be nothing to fetch")
-
-
-def _before(store: ResponseStore, owner: str, response_id: str | None) -> Stored | None:
-    """The response that this one goes on from."""
-    if response_id is None:
-        return None
-    stored = store.find(owner, response_id)
-    if stored is None:
-        message = "previous_response_id: there is no such response, or no more"
-        raise ServerError(400, message, param="previous_response_id", code="previous_response_not_found")
-    if stored.status not in ("completed", "incomplete"):
-        raise refused("previous_response_id", f"must be of a response that was answered (it is {stored.status})")
-    for call in stored.messages[-1].tool_calls or ():
-        try:
-            arguments_of(call.function.arguments)
-        except ValueError as error:
-            what = f"must be of a response whose calls are whole (the arguments of {call.id} are no JSON object)"
-            raise refused("previous_response_id", what) from error
-    return stored
-
-
-async def _prompt(serving: Serving, asked: ResponseRequest, messages: list[Message]) -> list[int]:
-    if asked.instructions is not None:
-        messages = [Message(role="system", content=asked.instructions), *messages]
-    effort = asked.reasoning.effort if asked.reasoning is not None else None
-    whole = ChatPrompt(
-        tools=asked.chat_tools, add_generation_prompt=None, continue_final_message=None, chat_template_kwargs=asked.chat_template_kwargs
-    )
-    return await chat_prompt(serving, whole, messages, effort)
 
 
 def _params(asked: ResponseRequest) -> SamplingParams:
@@ -179,10 +146,8 @@ def _params(asked: ResponseRequest) -> SamplingParams:
     return params_of(asked, max_tokens=asked.max_output_tokens, logprobs=asked.logprobs, structured=structured)
 
 
-def _structure_names(asked: ResponseRequest, calling: Calling | None) -> dict[str, str]:
+def _structure_names(asked: ResponseRequest) -> dict[str, str]:
     """What this body calls the fields that the engine knows as `structured`."""
-    if calling is not None and calling.structured is not None:
-        return {"structured": "tools"}
     if asked.structured_outputs is not None:
         return structure_names(asked)
     return {"structured.json_schema": "text.format.schema", "structured": "text.format"}

@@ -46,6 +46,15 @@ class Part(Asked):
         return data
 
 
+class SentBack(Part):
+    """A part of an answer that may come back as clients keep it: what it does not have they write as null, under names that may be their own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shape(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None or name in cls.model_fields} if isinstance(data, dict) else data
+
+
 class StreamOptions(Part):
     """What a stream carries beside text."""
 

@@ -10,26 +10,27 @@ from pydantic import Field
 
 from quire.server.errors import refused
 from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_N, MAX_TOOLS, MAX_TOP_LOGPROBS
-from quire.server.schema import Asked, Label, Part, ResponseFormat, Sampling
+from quire.server.schema import Asked, Label, Part, ResponseFormat, Sampling, SentBack
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
 
 
-class TextPart(Part):
+class TextPart(SentBack):
     """A part of a message's content. There are no other kinds: models here read text."""
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(Part):
+class FunctionCall(SentBack):
     """What was called, its arguments a JSON object written out."""
 
     name: Name
     arguments: str
+    parsed_arguments: Any = Field(default=None, description="The same once more, as OpenAI's client adds it. Nobody reads it.")
 
 
-class ToolCall(Part):
+class ToolCall(SentBack):
     """A call an assistant made."""
 
     id: Label | None = None
@@ -37,7 +38,7 @@ class ToolCall(Part):
     function: FunctionCall
 
 
-class Message(Part):
+class Message(SentBack):
     """One message. Fields of OpenAI's answers are taken where they come back empty: no template says what they hold."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
@@ -50,6 +51,7 @@ class Message(Part):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
+    parsed: Any = Field(default=None, description="The content once more, as OpenAI's client adds it. Nobody reads it.")
 
 
 class Function(Part):
@@ -81,6 +83,21 @@ class NamedTool(Part):
     function: NamedFunction
 
 
+class AllowedTools(Part):
+    """Some of the tools, of which any may be called, or one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedToolChoice(Part):
+    """Of all tools, which the prompt still has, those that may be called now."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
@@ -102,7 +119,7 @@ class ChatRequest(ChatPrompt, Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Label | None = Field(default=None, description="For templates that have such a variable; refused by others.")
     metadata: dict[str, Label] | None = Field(default=None, max_length=16, description="Labels. Nothing depends on them.")

@@ -8,17 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from quire.server.limits import MAX_LABEL_CHARS
-from quire.server.schema import Label, Part
+from quire.server.schema import Label, SentBack
 from quire.server.schema_chat import FunctionCall, Message, Name, ToolCall, arguments_of
 
 
-class Text(Part):
+class Text(SentBack):
     """A part of a message: what was said to the model, or what it said, as its answers hold it."""
 
     type: Literal["input_text", "output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     logprobs: list[Any] | None = None  # an answer sent back may have them; nobody reads them
+    parsed: Any = Field(None, exclude=True, description="The text once more, as OpenAI's client adds it. Nobody reads it.")
 
 
 def _text(content: str | list[Text]) -> str:
@@ -32,7 +33,7 @@ def _known(kind: Any) -> Any:
     return kind
 
 
-class Item(Part):
+class Item(SentBack):
     """A message. Messages of an answer may be sent back as they came."""
 
     type: Annotated[Literal["message"], BeforeValidator(_known)] = "message"
@@ -52,13 +53,14 @@ def _arguments(text: str) -> str:
     return text
 
 
-class FunctionCallItem(Part):
+class FunctionCallItem(SentBack):
     """A call that was made, as an answer holds it."""
 
     type: Literal["function_call"]
     call_id: Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
     name: Name
     arguments: Annotated[str, AfterValidator(_arguments)]
+    parsed_arguments: Any = Field(None, exclude=True, description="The same once more, as OpenAI's client adds it. Nobody reads it.")
     id: Label | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -67,7 +69,7 @@ class FunctionCallItem(Part):
         return ToolCall(id=self.call_id, function=FunctionCall(name=self.name, arguments=self.arguments))
 
 
-class FunctionOutputItem(Part):
+class FunctionOutputItem(SentBack):
     """What a call came to."""
 
     type: Literal["function_call_output"]

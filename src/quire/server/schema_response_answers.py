@@ -178,6 +178,13 @@ class CallOutput(Answer):
     status: Status
 
 
+class InputTokens(Answer):
+    """How many tokens a response would be answered from."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class InputItems(Answer):
     """A page of what a response was made from."""
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import uuid
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from fastapi import Request, Response
@@ -60,14 +61,18 @@ async def answer_at_end(request: Request, run: Run, made: Callable[[list[Request
 
 
 class EventStream(Response):
-    """The run's events as they come, each a chunk of bytes from `chunks`; an error is the last event, in the shape of any other."""
+    """A run's events as they come, each a chunk of bytes from `chunks`; an error is the last event, in the shape of any other.
+
+    Without a `run` they are of one that goes on whether or not this client listens.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Run, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, run: Run | None, chunks: AsyncGenerator[bytes, None]) -> None:
         self.status_code, self.background = 200, None
-        self.init_headers({**HEADERS, "x-request-id": run.name})
-        self._run, self._chunks = run, chunks
+        self.init_headers(HEADERS if run is None else {**HEADERS, "x-request-id": run.name})
+        self._run: AbstractContextManager[object] = contextlib.nullcontext() if run is None else run
+        self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._run, contextlib.suppress(ClientLeft):
