@@ -88,6 +88,21 @@ def test_positions_are_those_of_the_model(tmp_path: Path, rope: str) -> None:
         assert replay_of(llm).calls and replay_of(live).calls
 
 
+def test_a_model_whose_forwards_are_never_short_is_seen_too(checkpoint: Checkpoint) -> None:
+    """40 requests begin together, and each step after their prompts' has 40 tokens; a single long prompt is not run twice."""
+    prompts = [[3 + i, 7, 11 * i + 5] for i in range(40)]
+    with LLM(checkpoint("qwen3", torch.bfloat16)) as llm, LLM(checkpoint("qwen3", torch.bfloat16)) as plain:
+        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=2)
+        together = [out.outputs for out in llm.generate(prompts, params)]
+        assert replay_of(llm).native is not None
+        assert together == [out.outputs for out in own(plain).generate(prompts, params)]
+    with LLM(checkpoint("qwen3", torch.bfloat16)) as llm:
+        llm.generate([LONG[:17]], SamplingParams(max_tokens=1))
+        assert not replay_of(llm).calls
+        llm.generate([LONG[:17]], SamplingParams(max_tokens=2))
+        assert replay_of(llm).native is not None
+
+
 def test_hidden_states_are_those_of_the_model(checkpoint: Checkpoint) -> None:
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, pooling="mean", logprobs=2)
 

@@ -30,7 +30,7 @@ from quire.tensors.packed import PackedWeight
 
 _INPUTS = ("input_ids", "position_ids", "logits_to_keep")
 _WANTED = 2  # among them
-_MOST_WATCHED = 16  # tokens of a forward that is run twice
+_FIRST_WATCHED, _MOST_WATCHED = 16, 256  # tokens of a forward that is run twice, at most: of the first one, and of later ones where all were longer
 
 
 class Forward(Protocol):
@@ -65,7 +65,7 @@ class Replay:
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], surgery: Surgery, chains: Chains, num_threads: int, *, live: bool) -> None:
         self.calls: list[Call] = []
         self.native: NativeForward | None = None
-        self._num_threads = num_threads
+        self._num_threads, self._most_watched = num_threads, _FIRST_WATCHED
         self._surgery, self._chains, self._live = surgery, chains, live
         self._around, self._parts = holding(model, layers)
         self._kinds = [(module, type(module), type(module).forward) for module in self._around]
@@ -78,7 +78,10 @@ class Replay:
             return self._chains.run(forward)
         if self.calls:
             return self._chains.run(lambda: self._replayed(inputs), forward)
-        if not self._to_watch or inputs["input_ids"].numel() > _MOST_WATCHED or not self._untouched():
+        if not self._to_watch or not self._untouched():
+            return self._chains.run(forward)
+        if inputs["input_ids"].numel() > self._most_watched:
+            self._most_watched = min(2 * self._most_watched, _MOST_WATCHED)
             return self._chains.run(forward)
         self._to_watch = False
         watch = Watch(inputs)
