@@ -1,6 +1,6 @@
 """The gate every model passes at load: what it gives packed with others is compared with what it gives alone.
 
-Three questions, two of them over the same few short sequences, which go past a window or chunk where that is short:
+Four questions, two of them over the same few short sequences, which go past a window or chunk where that is short:
   close   packed logits against the model's own forward of each sequence alone, nothing of ours on it. A wrong mask, a wrong scale, positions taken
           from the batch, state that leaks from one sequence into the next: all show here.
   exact   packed logits against packed logits in another order and against each sequence alone, all through our path: the same bits. If the modules
@@ -8,6 +8,8 @@ Three questions, two of them over the same few short sequences, which go past a 
   strays  whether torch itself multiplies tokens anywhere (strays.py): then too the whole forward runs in exact mode, and whatever that does not know
           is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show. Not asked of a checkpoint whose code is all
           torch's and transformers': its weights stay, and its family is known (a test asks each).
+  curves  whether elementwise functions are given rests of vectors anywhere but in modules that run in exact mode: then, too, the whole forward does.
+          Asked of every model, with the layers as they run, since few tokens seldom meet an element whose last bit tells.
 
 Of a checkpoint without code of its own whose layers are programs (lowered.py), each question is asked where it can still be answered otherwise:
   close   at full depth, all sequences. For the longest one the model's own forward multiplies as torch does in one layer of each program, in plain
@@ -32,9 +34,11 @@ from torch import nn
 
 from quire.errors import ProbeMismatchError, UnsupportedModelError
 from quire.tensors.models.facts import ordinary_tokens
+from quire.tensors.models.geometry import NoAttention
 from quire.tensors.models.hook import AttentionStep
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.strays import Remainders, differing
 
 if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
@@ -97,6 +101,14 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             " not in place, without out=, uncompiled"
         )
     with programs.first_of_each() if programs is not None else nullcontext():
+        if not model.everywhere and not model.compiled and _curves(model):
+            model.everywhere = True
+            packed = _packed(model, make_step, sequences)
+            if told := "; ".join(f"{owner} calls {operator}" for operator, owner in _curves(model)[:4]):
+                raise UnsupportedModelError(
+                    f"{model.model_type}: elementwise functions whose bits depend on how many elements there are ({told}) are called in spellings"
+                    " that exact mode does not know"
+                )
         exact = _exact(model, make_step, sequences, _packed(model, make_step, sequences) if programs and programs.alike else packed)
     if not exact:
         everywhere = model.everywhere
@@ -134,6 +146,17 @@ def _packed(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.T
     positions = torch.cat([torch.arange(length, device=model.where) for length in lengths])
     logits = model.forward(make_step(lengths), torch.cat(list(sequences)), positions, torch.arange(sum(lengths), device=model.where))
     return list(torch.split(logits, lengths))
+
+
+def _curves(model: CausalModel) -> list[tuple[str, str]]:
+    token = ordinary_tokens(model.transformers_model.config, 64)[0]
+    seen = []
+    for num_tokens in (3, 5):  # of one element a token, or several: no whole vectors
+        watch, places = Remainders(), torch.arange(num_tokens, device=model.where)
+        with watch:
+            model.forward(NoAttention(), torch.full_like(places, token), places, places)
+        seen.append(watch)
+    return differing(*seen)
 
 
 def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> bool:
