@@ -115,6 +115,26 @@ def test_a_text_model_within_a_composite_one() -> None:
     }
 
 
+def test_a_composite_model_that_hands_down_which_logits_are_wanted() -> None:
+    """As far as its attention, which has no use for it."""
+    vision = {
+        "hidden_size": 32,
+        "mlp_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "output_channels": 16,
+    }
+    kind: Any = CONFIG_MAPPING["got_ocr2"]
+    config = kind(text_config={**BASE, "model_type": "qwen2"}, vision_config=vision, image_token_id=5)
+    composite: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = load(composite)
+    assert probe(model).max_error < 1e-4
+    text = ids(1, 20)
+    assert torch.equal(model.forward(RowByRow([20]), text, torch.arange(20), torch.tensor([3, 19])), packed(model, [text])[0][[3, 19]])
+
+
 def test_geometry() -> None:
     def geometry(family: str) -> list[tuple[int, ...]]:
         return [(g.layer_idx, g.num_kv_heads, g.k_dim, g.v_dim, g.window, g.chunk) for g in load(tiny_model(family)).layers]

@@ -78,6 +78,8 @@ class PackedWeight(torch.Tensor):
             return _linear(args[1], args[2], args[0])
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
+        if func is torch.Tensor.__getitem__ and (row := _one_row(*args)) is not None:
+            return row
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -121,3 +123,12 @@ def _embedding(
 ) -> torch.Tensor:
     assert isinstance(weight, PackedWeight) and max_norm is None  # padding_idx and what follows it matter to gradients alone
     return weight.rows(input)
+
+
+def _one_row(weight: torch.Tensor, at: object) -> torch.Tensor | None:
+    """`weight[i]` or `weight[i, :]`, as Gemma 4 asks for its padding's embedding; None for whatever else is asked for."""
+    if isinstance(at, tuple) and len(at) == 2 and at[1] == slice(None):
+        at = at[0]
+    if not isinstance(weight, PackedWeight) or weight.transposed or type(at) is not int or not -weight.form.n <= at < weight.form.n:
+        return None
+    return weight.rows(torch.tensor([at % weight.form.n], device=weight.device))[0]

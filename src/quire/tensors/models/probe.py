@@ -24,15 +24,15 @@ The random state of torch is neither used nor changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from quire.errors import ProbeMismatchError, UnsupportedModelError
+from quire.errors import ProbeMismatchError, QuireError, UnsupportedModelError
 from quire.tensors.models.facts import ordinary_tokens
 from quire.tensors.models.geometry import NoAttention
 from quire.tensors.models.hook import AttentionStep
@@ -65,8 +65,26 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
     """Check `model`, and set its `everywhere` if bits ask for it.
 
     make_step: gives the step for fresh sequences of these lengths, packed in order, each from position 0.
-    Raises ProbeMismatchError when packed logits are not the model's own, UnsupportedModelError when their bits depend on the batch.
+    Raises ProbeMismatchError when packed logits are not the model's own, UnsupportedModelError when their bits depend on the batch or a
+    forward fails.
     """
+    with failures_told(model):
+        return _probe(model, make_step)
+
+
+@contextmanager
+def failures_told(model: CausalModel) -> Iterator[None]:
+    """What a model's own code raises on several tokens, whatever that is, becomes an UnsupportedModelError: one token, which it took, may be a case
+    of its own."""
+    try:
+        yield
+    except (QuireError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"{model.model_type}: its forward fails on several tokens: {type(error).__name__}: {error}") from error
+
+
+def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
     sequences = _sequences(model)
     programs = model.lowered if not model.owned else None
     packed = _packed(model, make_step, sequences)
@@ -124,8 +142,9 @@ def probe_again(model: CausalModel) -> None:
 
     Raises as `probe`, UnsupportedModelError too for a change that only a new engine can take; nothing may be computed until a later call succeeds.
     """
-    if model.take_again():
-        probe(model)
+    with failures_told(model):
+        if model.take_again():
+            _probe(model, RowByRow)
 
 
 def _sequences(model: CausalModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

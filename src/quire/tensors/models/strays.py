@@ -45,8 +45,8 @@ _CURVES = frozenset(
     for suffix in ("", "_")
     for name in (
         "sigmoid", "tanh", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "erf", "erfc", "sin", "cos", "tan", "asin", "acos", "atan",
-        "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "pow", "logit", "sinc", "silu", "gelu", "glu", "softplus", "mish", "elu", "log_sigmoid_forward",
-        "logaddexp", "logaddexp2", "xlogy", "lgamma", "digamma",
+        "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "pow", "logit", "sinc", "silu", "gelu", "glu", "softplus", "mish", "elu",
+        "log_sigmoid_forward", "logaddexp", "logaddexp2", "xlogy", "lgamma", "digamma",
     )
 )  # fmt: skip
 _EXACT_POWERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)  # made of products, quotients and roots
