@@ -113,6 +113,13 @@ def test_a_weight_with_other_readers_stays(tmp_path: Path) -> None:
     assert isinstance(model.model.layers[1].mlp.up_proj._parameters["weight"], PackedWeight)
 
 
+def test_weights_in_double_are_refused_before_they_are_packed(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama", torch.float64)
+    with pytest.raises(UnsupportedModelError, match=r"llama: its weights are torch\.float64; served are torch\.float32"):
+        load(folder)
+    assert load_model(folder, dtype="float32", trust_remote_code=False, revision=None, products=NativeProducts(1)).dtype == torch.float32
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantization='int8': a live model's weights are its owner's"):
         load_model(tiny_model("llama"), dtype="auto", trust_remote_code=False, revision=None, products=NativeProducts(1), quantization="int8")

@@ -27,7 +27,7 @@ from quire.tensors.models.facts import text_config
 from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
-from quire.tensors.models.refusals import refuse_config
+from quire.tensors.models.refusals import refuse_config, refuse_dtype
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -74,6 +74,7 @@ def load_model(
     elif not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"{source}: holds no .safetensors file{_other_weights(folder)}; only safetensors are loaded, as they run no code")
     model = _weights(source, config, dtype, where)
+    refuse_dtype(model)
     _move(model, products, quantization, device)
     weights = _fingerprint(folder) + ("" if quantization == "none" else f" {quantization}")
     weights += f" {type(model).__module__}"  # of a checkpoint's own code it is a hash of that, or the commit it came with
