@@ -111,6 +111,24 @@ class OfTransformers(LlamaMLP):
         return torch.sigmoid(x[..., :33]).mean(-1, keepdim=True) * (x @ self.weight) + x.shape[1] * self.shift
 
 
+class Unseen(OfTransformers):
+    """A product that shows in no bit, as one does whose sums torch orders otherwise for more tokens than a probe has."""
+
+    __module__ = "transformers.models.llama.modeling_llama"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) + x @ torch.zeros_like(self.weight)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_product_of_torchs_in_a_plain_layer_is_looked_for_by_what_it_is() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = Unseen(model.config)
+    model = served(model, packs=False)
+    assert not model.owned and model.lowered is not None and model.lowered.num_lowered == 2
+    assert probe(model).everywhere
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_layers_that_do_something_else_with_one_token_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are recorded with three and five tokens, so only the model's own forward of one takes the branch."""

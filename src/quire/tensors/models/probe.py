@@ -6,8 +6,8 @@ Four questions, two of them over the same few short sequences, which go past a w
   exact   packed logits against packed logits in another order and against each sequence alone, all through our path: the same bits. If the modules
           that were changed are not all that depend on the batch, the whole forward runs in exact mode from then on, and is asked again.
   strays  whether torch itself multiplies tokens anywhere (strays.py): then too the whole forward runs in exact mode, and whatever that does not know
-          is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show. Not asked of a checkpoint whose code is all
-          torch's and transformers': its weights stay, and its family is known (a test asks each).
+          is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show, and few tokens what many would. Not asked of a
+          checkpoint whose code is all torch's and transformers' and whose layers are programs: their products are known, each by itself.
   curves  whether elementwise functions are given rests of vectors anywhere but in modules that run in exact mode: then, too, the whole forward does.
           Asked of every model, with the layers as they run, since few tokens seldom meet an element whose last bit tells.
 
@@ -103,7 +103,8 @@ def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
             " or attention takes something that its interface does not pass on"
         )
-    if strays := model.strays() if model.owned or model.rows is not None else []:
+    plain = not model.compiled and (model.lowered is None or bool(model.lowered.plain))
+    if strays := model.strays() if model.owned or plain or model.rows is not None else []:
         model.everywhere = not model.compiled  # compiled layers are as they were traced
         strays = model.strays() if model.everywhere else strays
         packed = _packed(model, make_step, sequences)
