@@ -23,6 +23,7 @@ from tests.tensors.checkpoints import BASE, FAMILIES, VOCAB, make, one_thread, t
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "shared_expert_intermediate_size": 36}
 LONG = 70  # tokens of the longest sequence: past every window, chunk and vector of the tiny families
 
 
@@ -114,6 +115,26 @@ def test_a_text_model_within_a_composite_one() -> None:
     }
 
 
+def test_a_composite_model_that_hands_down_which_logits_are_wanted() -> None:
+    """As far as its attention, which has no use for it."""
+    vision = {
+        "hidden_size": 32,
+        "mlp_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "output_channels": 16,
+    }
+    kind: Any = CONFIG_MAPPING["got_ocr2"]
+    config = kind(text_config={**BASE, "model_type": "qwen2"}, vision_config=vision, image_token_id=5)
+    composite: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = load(composite)
+    assert probe(model).max_error < 1e-4
+    text = ids(1, 20)
+    assert torch.equal(model.forward(RowByRow([20]), text, torch.arange(20), torch.tensor([3, 19])), packed(model, [text])[0][[3, 19]])
+
+
 def test_geometry() -> None:
     def geometry(family: str) -> list[tuple[int, ...]]:
         return [(g.layer_idx, g.num_kv_heads, g.k_dim, g.v_dim, g.window, g.chunk) for g in load(tiny_model(family)).layers]
@@ -197,6 +218,25 @@ def test_a_model_whose_bits_depend_on_the_batch_runs_in_exact_mode_or_not_at_all
 
     monkeypatch.setattr(mlp, "forward", lambda x: gated(x) + x.shape[1] * 1e-7)
     with pytest.raises(UnsupportedModelError, match="even in exact mode"):
+        probe(load(model))
+
+
+@pytest.mark.parametrize(("family", "changes"), [("qwen2_moe", EXPERTS), ("ministral3", {})], ids=["gate of one element", "scale of positions"])
+def test_functions_of_a_few_elements_a_token(family: str, changes: dict[str, Any]) -> None:
+    """In transformers' own code, in modules without weights of their own: the last bit of few elements depends on where a vector ends."""
+    model = load(tiny_model(family, **changes))
+    assert probe(model).everywhere
+    text = ids(1, LONG)
+    (alone,) = packed(model, [text])
+    for length in range(1, LONG):
+        assert torch.equal(packed(model, [text[:length]])[0], alone[:length]), length
+
+
+def test_a_function_that_exact_mode_does_not_know_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    mlp = type(model.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, "forward", lambda self, x: torch.logaddexp(x[..., :33], x[..., 31:]).mean(-1, keepdim=True) * x)
+    with pytest.raises(UnsupportedModelError, match="LlamaMLP calls logaddexp"):
         probe(load(model))
 
 

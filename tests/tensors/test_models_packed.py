@@ -113,6 +113,34 @@ def test_a_weight_with_other_readers_stays(tmp_path: Path) -> None:
     assert isinstance(model.model.layers[1].mlp.up_proj._parameters["weight"], PackedWeight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_router_that_converts_its_weight_at_every_call(dtype: torch.dtype, tmp_path: Path) -> None:
+    """LongCat's, and then torch would multiply by it: the product is found and served."""
+    heads = {
+        "num_key_value_heads": 4,
+        "num_layers": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "v_head_dim": 16,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+    }
+    experts = {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 36, "ffn_hidden_size": 100}
+    model = load(make(tmp_path, "longcat_flash", dtype, qk_rope_head_dim=8, qk_nope_head_dim=16, **heads, **experts))
+    assert probe(model).everywhere
+    text = ids(1, 40)
+    (alone,) = packed(model, [text])
+    for length in (1, 2, 3, 17, 39):
+        assert torch.equal(packed(model, [text[:length]])[0], alone[:length])
+
+
+def test_weights_in_double_are_refused_before_they_are_packed(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama", torch.float64)
+    with pytest.raises(UnsupportedModelError, match=r"llama: its weights are torch\.float64; served are torch\.float32"):
+        load(folder)
+    assert load_model(folder, dtype="float32", trust_remote_code=False, revision=None, products=NativeProducts(1)).dtype == torch.float32
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantization='int8': a live model's weights are its owner's"):
         load_model(tiny_model("llama"), dtype="auto", trust_remote_code=False, revision=None, products=NativeProducts(1), quantization="int8")

@@ -21,7 +21,7 @@ from quire.tensors.models.probe import probe
 from quire.tensors.models.rows import RowByRow
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedWeight
-from tests.tensors.checkpoints import make, one_thread, tiny_model
+from tests.tensors.checkpoints import VOCAB, make, one_thread, tiny_model
 
 __all__ = ["one_thread"]
 
@@ -81,6 +81,25 @@ def test_a_layer_that_differs_by_its_number_alone_is_caught(at: int, monkeypatch
         probe(model)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_layers_that_share_keys_and_values_stay_plain() -> None:
+    """Gemma 3n and 4 carry them from layer to layer in an object among the arguments: a program would not put any in."""
+    shared = {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "sliding_window": 8}
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    model = served(tiny_model("gemma4_text", layer_types=kinds, head_dim=16, global_head_dim=16, **shared))
+    assert model.lowered is not None and "its arguments change" in model.lowered.plain["Gemma4TextDecoderLayer"]
+    assert probe(model).max_error < 1e-3
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_forward_that_fails_on_several_tokens_is_told() -> None:
+    """One token it takes: sizes of 1 go with any other."""
+    heads = {"num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "v_head_dim": 16, "head_dim": 8}
+    given = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "moe_intermediate_size": 36}
+    with pytest.raises(UnsupportedModelError, match="deepseek_v2: its forward fails on several tokens: RuntimeError: The size of tensor"):
+        probe(served(tiny_model("deepseek_v2", num_experts_per_tok=2, **heads, **given)))
+
+
 class OfTransformers(LlamaMLP):
     """Stands for a family's code: a product that follows the tokens, in no module that Quire would run in exact mode by itself."""
 
@@ -90,6 +109,24 @@ class OfTransformers(LlamaMLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(x[..., :33]).mean(-1, keepdim=True) * (x @ self.weight) + x.shape[1] * self.shift
+
+
+class Unseen(OfTransformers):
+    """A product that shows in no bit, as one does whose sums torch orders otherwise for more tokens than a probe has."""
+
+    __module__ = "transformers.models.llama.modeling_llama"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) + x @ torch.zeros_like(self.weight)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_product_of_torchs_in_a_plain_layer_is_looked_for_by_what_it_is() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = Unseen(model.config)
+    model = served(model, packs=False)
+    assert not model.owned and model.lowered is not None and model.lowered.num_lowered == 2
+    assert probe(model).everywhere
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -69,6 +69,21 @@ def test_models_without_a_language_head() -> None:
             load(kind(config))
 
 
+@pytest.mark.parametrize("given", ["</s>", [[2]], [2, None], 2.0, True])
+def test_an_end_of_sequence_that_is_no_token_id(given: object) -> None:
+    """Of a generation config, which transformers takes as it is."""
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = given
+    with pytest.raises(UnsupportedModelError, match=re.escape(f"eos_token_id={given!r} in its GenerationConfig: must be an id, or a list of ids")):
+        load(model)
+
+
+def test_an_end_of_sequence_that_no_vocabulary_has_is_none() -> None:
+    model = tiny_model("llama", eos_token_id=[-1, 2])
+    model.generation_config.eos_token_id = [2**31, 2**40, 7]
+    assert load(model).eos_token_ids == {2, 7}
+
+
 def test_a_layer_whose_kind_and_window_disagree() -> None:
     """Too long a window for the probe to notice, so the two are compared."""
     model = tiny_model("gemma3_text", sliding_window=1000)

@@ -251,7 +251,10 @@ def test_modules_of_torch_still_run(quantization: str) -> None:
     with torch.inference_mode():
         assert torch.allclose(linear(x), functional.linear(x, elements, bias), atol=0.1)
         assert torch.equal(embedding(ids), elements[ids])
+        assert torch.equal(packed.type(torch.float32), elements.float()) and torch.equal(packed.to(torch.bfloat16), elements)
+        assert torch.equal(packed[3], elements[3]) and torch.equal(packed[-1, :], elements[-1])
         turned = PackedWeight(packed.packed, packed.form, NativeProducts(1).rows, "conv.weight", transposed=True)
+        assert torch.equal(turned.type(torch.float32), elements.float().t())
         assert torch.allclose(torch.addmm(bias, x, turned), functional.linear(x, elements, bias), atol=0.1)
         assert_same_bits(NativeProducts(2).matmul(x, turned, bias), NativeProducts(2).linear(x, packed, bias))
     assert packed.shape == (70, 40) and turned.shape == (40, 70) and packed.dtype == torch.bfloat16 and packed.is_floating_point()
@@ -259,7 +262,15 @@ def test_modules_of_torch_still_run(quantization: str) -> None:
 
 def test_other_readers_are_told() -> None:
     packed, x = pack(random(1, 70, 40)), random(0, 5, 40)
-    for read in (lambda: packed + 1, lambda: x @ packed.T, lambda: packed[0], lambda: packed.float().sum(), packed.detach, packed.sum):
+    for read in (
+        lambda: packed + 1,
+        lambda: x @ packed.T,
+        lambda: packed[:1],
+        lambda: packed[0, 0],
+        lambda: packed.float().sum(),
+        packed.detach,
+        packed.sum,
+    ):
         with pytest.raises(RuntimeError, match=r"layer\.weight is packed"):
             read()
     with pytest.raises(ValueError, match=r"layer\.weight is packed and cannot be multiplied as its transpose"):

@@ -26,7 +26,7 @@ from quire.request import Limits
 from quire.tensors.device import Device
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
-from quire.tensors.models.probe import probe
+from quire.tensors.models.probe import failures_told, probe
 from quire.tensors.models.rows import RowByRow
 from quire.tensors.models.workspace import Workspace, measure
 from quire.tensors.sampler import Sampler
@@ -140,7 +140,8 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
 
 def _examine(model: CausalModel, kernels: Kernels, *, lower: bool) -> None:
     if lower:
-        model.lower()
+        with failures_told(model):
+            model.lower()
     probe(model, RowByRow if kernels.rows is None else FreshSteps(model, kernels))
 
 

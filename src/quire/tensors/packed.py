@@ -1,8 +1,8 @@
 """Weights in a form of our own: packed for the kernels, or quantised, in the place where a model's weight was.
 
-A `PackedWeight` is a tensor to whoever asks for its shape and dtype. What modules do with a weight (linear, addmm, embedding) works, slowly, on rows
-that are unpacked for the occasion, so that a model's own forward still runs; anything else raises, naming the weight. `Products` know it and multiply
-it as it lies. How the bytes lie is in csrc/packed_formats.h.
+A `PackedWeight` is a tensor to whoever asks for its shape and dtype. What modules do with a weight (linear, addmm, embedding; its conversion, one
+row) works, slowly, on rows that are unpacked for the occasion, so that a model's own forward still runs; anything else raises, naming the weight.
+`Products` know it and multiply it as it lies. How the bytes lie is in csrc/packed_formats.h.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ class PackedWeight(torch.Tensor):
             return _linear(args[1], args[2], args[0])
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
+        if func in (torch.Tensor.to, torch.Tensor.type) and len(args) == 2 and isinstance(args[1], torch.dtype) and not kwargs:
+            return _converted(*args)
+        if func is torch.Tensor.__getitem__ and (row := _one_row(*args)) is not None:
+            return row
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -121,3 +125,18 @@ def _embedding(
 ) -> torch.Tensor:
     assert isinstance(weight, PackedWeight) and max_norm is None  # padding_idx and what follows it matter to gradients alone
     return weight.rows(input)
+
+
+def _converted(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """All elements in a dtype, as LongCat's router takes its weight at every call."""
+    elements = weight.rows(torch.arange(weight.form.n, device=weight.device), weight.dtype).to(dtype)
+    return elements.t() if weight.transposed else elements
+
+
+def _one_row(weight: torch.Tensor, at: object) -> torch.Tensor | None:
+    """`weight[i]` or `weight[i, :]`, as Gemma 4 asks for its padding's embedding; None for whatever else is asked for."""
+    if isinstance(at, tuple) and len(at) == 2 and at[1] == slice(None):
+        at = at[0]
+    if not isinstance(weight, PackedWeight) or weight.transposed or type(at) is not int or not -weight.form.n <= at < weight.form.n:
+        return None
+    return weight.rows(torch.tensor([at % weight.form.n], device=weight.device))[0]

@@ -60,6 +60,21 @@ def taken_apart(value: Any, skeleton: Any, tensors: list[torch.Tensor]) -> bool:
     return value is skeleton or (not isinstance(value, torch.Tensor) and bool(value == skeleton))
 
 
+def same_skeleton(a: Any, b: Any) -> bool:
+    """Whether two skeletons say the same: plain values that are equal, and for the rest the same objects.
+
+    An object of a model's own may hold tensors or carry them from layer to layer, as Gemma 3n's keys and values that several layers share do; that
+    it is equal to another would say nothing.
+    """
+    if type(a) is not type(b):
+        return False
+    if type(a) in (tuple, list):
+        return len(a) == len(b) and all(map(same_skeleton, a, b))
+    if type(a) is dict:
+        return list(a) == list(b) and all(same_skeleton(value, b[name]) for name, value in a.items())
+    return a is b or (isinstance(a, PLAIN) and bool(a == b))
+
+
 def put_together(skeleton: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The inverse of `take_apart`."""
     if skeleton is _TENSOR:

@@ -33,12 +33,17 @@ def in_whole_vectors(function: Callable[[torch.Tensor], torch.Tensor], x: torch.
     """function(x) for an elementwise `function` of a float tensor of any shape; no element is computed by a vector loop's remainder."""
     if isinstance(x.numel(), torch.SymInt):  # traced for the compiler, whose loops are its own; the tokens it runs on are padded (compiled.py)
         return function(x)
-    # Rows of whole vectors with unit stride need nothing; neither does a contiguous tensor that is whole in total.
-    if (x.is_contiguous() and x.numel() % VECTOR == 0) or (x.dim() and x.shape[-1] % VECTOR == 0 and x.stride(-1) == 1):
+    if is_whole(x):
         return function(x)
     flat = x.reshape(-1)
     count = flat.numel()
     return function(functional.pad(flat, (0, -count % VECTOR)))[:count].view(x.shape)
+
+
+def is_whole(x: torch.Tensor) -> bool:
+    """Whether an elementwise function takes `x` in whole vectors as it lies: rows of them with unit stride, or as many in total where it is
+    contiguous."""
+    return (x.is_contiguous() and x.numel() % VECTOR == 0) or (x.dim() > 0 and x.shape[-1] % VECTOR == 0 and x.stride(-1) == 1)
 
 
 class ExactMode(TorchFunctionMode):

@@ -9,6 +9,7 @@ from quire.errors import UnsupportedModelError
 from quire.tensors.models.ropes import unstretched_len
 from quire.tensors.packed import PackedWeight
 
+MAX_TOKEN_ID = 2**31 - 1
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
@@ -24,12 +25,20 @@ def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Of its config, the config of the language model proper, and the generation config."""
+    """Of its config, the config of the language model proper, and the generation config; those that no vocabulary has, as -1 for none, are left out.
+
+    Raises UnsupportedModelError for what is no id and no list of them: a sequence would not end where it should.
+    """
     found: set[int] = set()
     for source in (model.config, text_config(model), getattr(model, "generation_config", None)):
         given = getattr(source, "eos_token_id", None)
-        found.update(given if isinstance(given, (list, tuple)) else [] if given is None else [given])
-    return frozenset(found)
+        ids = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        if any(type(token_id) is not int for token_id in ids):  # transformers checks a config's, not a generation config's
+            raise UnsupportedModelError(
+                f"{model.config.model_type}: eos_token_id={given!r} in its {type(source).__name__}: must be an id, or a list of ids"
+            )
+        found.update(ids)
+    return frozenset(token_id for token_id in found if 0 <= token_id <= MAX_TOKEN_ID)
 
 
 def context_len(config: PreTrainedConfig, *, stretched: bool = False) -> int:

@@ -32,7 +32,7 @@ _REFUSED = {
     "cache": "brings a cache of its own to attention",
 }
 # Tensors that ride along for other attention functions and are already applied to q and k, or say nothing a step does not know.
-_HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "input_ids"})
+_HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "input_ids", "logits_to_keep"})
 
 
 class AttentionStep(Protocol):

@@ -27,7 +27,7 @@ from quire.tensors.models.facts import context_len, text_config
 from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
-from quire.tensors.models.refusals import refuse_config
+from quire.tensors.models.refusals import refuse_config, refuse_dtype
 from quire.tensors.models.ropes import stretch, unstretched_len, warn_of_limit
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -83,6 +83,7 @@ def load_model(
     if not stretched:
         warn_of_limit(text)
     model = _weights(source, config, dtype, where)
+    refuse_dtype(model)
     if length is not None and stretched:
         stretch(model, length)
     _move(model, products, quantization, device)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from quire.tensors.attention.base import Mask
+from quire.tensors.models.calls import same_skeleton
 from quire.tensors.models.recording import Done, Recording, Seen, UnlowerableError
 from quire.tensors.models.rowplan import Attend, Multiply, Operand, Plan, Work
 from quire.tensors.models.rowviews import Rows, RowView, collapsed, contiguous, with_dimension
@@ -29,7 +30,7 @@ def lower(few: Recording, more: Recording, *, attends: bool = True) -> Plan:
 
     Raises UnlowerableError with the reason.
     """
-    if few.call.skeleton != more.call.skeleton or len(few.inputs) != len(more.inputs):
+    if not same_skeleton(few.call.skeleton, more.call.skeleton) or len(few.inputs) != len(more.inputs):
         raise UnlowerableError("its arguments change from call to call in more than the number of tokens")
     axes = [_token_axis(a, b) for a, b in zip(few.inputs, more.inputs, strict=True)]
     counts = [{seen.shape[-axis] for seen, axis in zip(recording.inputs, axes, strict=True) if axis} for recording in (few, more)]

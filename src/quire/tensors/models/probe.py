@@ -1,13 +1,15 @@
 """The gate every model passes at load: what it gives packed with others is compared with what it gives alone.
 
-Three questions, two of them over the same few short sequences, which go past a window or chunk where that is short:
+Four questions, two of them over the same few short sequences, which go past a window or chunk where that is short:
   close   packed logits against the model's own forward of each sequence alone, nothing of ours on it. A wrong mask, a wrong scale, positions taken
           from the batch, state that leaks from one sequence into the next: all show here.
   exact   packed logits against packed logits in another order and against each sequence alone, all through our path: the same bits. If the modules
           that were changed are not all that depend on the batch, the whole forward runs in exact mode from then on, and is asked again.
   strays  whether torch itself multiplies tokens anywhere (strays.py): then too the whole forward runs in exact mode, and whatever that does not know
-          is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show. Not asked of a checkpoint whose code is all
-          torch's and transformers': its weights stay, and its family is known (a test asks each).
+          is refused by name. Bits alone do not tell: today's weights may hide what tomorrow's show, and few tokens what many would. Not asked of a
+          checkpoint whose code is all torch's and transformers' and whose layers are programs: their products are known, each by itself.
+  curves  whether elementwise functions are given rests of vectors anywhere but in modules that run in exact mode: then, too, the whole forward does.
+          Asked of every model, with the layers as they run, since few tokens seldom meet an element whose last bit tells.
 
 Of a checkpoint without code of its own whose layers are programs (lowered.py), each question is asked where it can still be answered otherwise:
   close   at full depth, all sequences. For the longest one the model's own forward multiplies as torch does in one layer of each program, in plain
@@ -22,19 +24,21 @@ The random state of torch is neither used nor changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from quire.errors import ProbeMismatchError, UnsupportedModelError
+from quire.errors import ProbeMismatchError, QuireError, UnsupportedModelError
 from quire.tensors.models.facts import ordinary_tokens
+from quire.tensors.models.geometry import NoAttention
 from quire.tensors.models.hook import AttentionStep
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.strays import Remainders, differing
 
 if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
@@ -61,8 +65,26 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
     """Check `model`, and set its `everywhere` if bits ask for it.
 
     make_step: gives the step for fresh sequences of these lengths, packed in order, each from position 0.
-    Raises ProbeMismatchError when packed logits are not the model's own, UnsupportedModelError when their bits depend on the batch.
+    Raises ProbeMismatchError when packed logits are not the model's own, UnsupportedModelError when their bits depend on the batch or a
+    forward fails.
     """
+    with failures_told(model):
+        return _probe(model, make_step)
+
+
+@contextmanager
+def failures_told(model: CausalModel) -> Iterator[None]:
+    """What a model's own code raises on several tokens, whatever that is, becomes an UnsupportedModelError: one token, which it took, may be a case
+    of its own."""
+    try:
+        yield
+    except (QuireError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"{model.model_type}: its forward fails on several tokens: {type(error).__name__}: {error}") from error
+
+
+def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
     sequences = _sequences(model)
     programs = model.lowered if not model.owned else None
     packed = _packed(model, make_step, sequences)
@@ -81,7 +103,8 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
             " or attention takes something that its interface does not pass on"
         )
-    if strays := model.strays() if model.owned or model.rows is not None else []:
+    plain = not model.compiled and (model.lowered is None or bool(model.lowered.plain))
+    if strays := model.strays() if model.owned or plain or model.rows is not None else []:
         model.everywhere = not model.compiled  # compiled layers are as they were traced
         strays = model.strays() if model.everywhere else strays
         packed = _packed(model, make_step, sequences)
@@ -97,6 +120,14 @@ def probe(model: CausalModel, make_step: MakeStep = RowByRow) -> ProbeReport:
             " not in place, without out=, uncompiled"
         )
     with programs.first_of_each() if programs is not None else nullcontext():
+        if not model.everywhere and not model.compiled and _curves(model):
+            model.everywhere = True
+            packed = _packed(model, make_step, sequences)
+            if told := "; ".join(f"{owner} calls {operator}" for operator, owner in _curves(model)[:4]):
+                raise UnsupportedModelError(
+                    f"{model.model_type}: elementwise functions whose bits depend on how many elements there are ({told}) are called in spellings"
+                    " that exact mode does not know"
+                )
         exact = _exact(model, make_step, sequences, _packed(model, make_step, sequences) if programs and programs.alike else packed)
     if not exact:
         everywhere = model.everywhere
@@ -112,8 +143,9 @@ def probe_again(model: CausalModel) -> None:
 
     Raises as `probe`, UnsupportedModelError too for a change that only a new engine can take; nothing may be computed until a later call succeeds.
     """
-    if model.take_again():
-        probe(model)
+    with failures_told(model):
+        if model.take_again():
+            _probe(model, RowByRow)
 
 
 def _sequences(model: CausalModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -134,6 +166,17 @@ def _packed(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.T
     positions = torch.cat([torch.arange(length, device=model.where) for length in lengths])
     logits = model.forward(make_step(lengths), torch.cat(list(sequences)), positions, torch.arange(sum(lengths), device=model.where))
     return list(torch.split(logits, lengths))
+
+
+def _curves(model: CausalModel) -> list[tuple[str, str]]:
+    token = ordinary_tokens(model.transformers_model.config, 64)[0]
+    seen = []
+    for num_tokens in (3, 5):  # of one element a token, or several: no whole vectors
+        watch, places = Remainders(), torch.arange(num_tokens, device=model.where)
+        with watch:
+            model.forward(NoAttention(), torch.full_like(places, token), places, places)
+        seen.append(watch)
+    return differing(*seen)
 
 
 def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> bool:

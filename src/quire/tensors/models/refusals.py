@@ -42,8 +42,7 @@ def refuse_model(model: PreTrainedModel, where: torch.device, *, live: bool) -> 
         raise UnsupportedModelError(f"{kind}: {type(model).__name__} has no language model head")
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModelError(f"{kind}: {type(model).__name__} takes no position_ids, so sequences cannot be packed")
-    if model.dtype not in _DTYPES:
-        raise UnsupportedModelError(f"{kind}: its weights are {model.dtype}; served are {', '.join(map(str, _DTYPES))}")
+    refuse_dtype(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != where:
             raise UnsupportedModelError(f"{kind}: {name} is on device {tensor.device}; this engine's is {where} (its option device)")
@@ -53,3 +52,9 @@ def refuse_model(model: PreTrainedModel, where: torch.device, *, live: bool) -> 
             raise UnsupportedModelError(f"{kind}: {name or 'the model'} is compiled (nn.Module.compile), so its attention cannot be replaced")
         if "A_log" in module._parameters or "time_decay" in module._parameters:
             raise UnsupportedModelError(f"{kind}: {name} ({type(module).__name__}) is a recurrent layer, whose state would leak between sequences")
+
+
+def refuse_dtype(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for weights of a dtype that nothing here computes in. Ask before they are packed."""
+    if model.dtype not in _DTYPES:
+        raise UnsupportedModelError(f"{model.config.model_type}: its weights are {model.dtype}; served are {', '.join(map(str, _DTYPES))}")

@@ -1,7 +1,8 @@
-"""Products that torch computes itself in a forward of ours: with the number of rows it picks another kernel, which adds in another order.
+"""What torch computes itself in a forward of ours though its bits follow the number of tokens: products, for which it picks another kernel with
+another order of adding, and elementwise functions of a number of elements that is no whole number of vectors.
 
 They are looked for by what they are, not by what they give: an adapter that begins at zero, or adds little, shows no difference in any bit of the
-probe's logits, and would in those of a later step.
+probe's logits, and would in those of a later step. A curve differs in the last bit of few elements, which the probe's few tokens need not have.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire.tensors.attention.base import Products
+from quire.tensors.models.exact import is_whole
 
 # Operator -> the argument whose last dimension is added over; over one element nothing is added. None: whatever its shapes.
 _PRODUCTS: dict[str, int | None] = {
@@ -36,6 +38,18 @@ _SUMS = frozenset((
     "native_group_norm", "group_norm", "native_batch_norm", "_native_batch_norm_legit", "batch_norm", "scatter_add", "scatter_add_", "scatter_reduce",
     "segment_reduce", "_embedding_bag", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d",
 ))  # fmt: skip
+
+# Elementwise functions whose vector loop and the remainder behind it differ in the last bit. Roots, quotients and their likes round alike in both.
+_CURVES = frozenset(
+    name + suffix
+    for suffix in ("", "_")
+    for name in (
+        "sigmoid", "tanh", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "erf", "erfc", "sin", "cos", "tan", "asin", "acos", "atan",
+        "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "pow", "logit", "sinc", "silu", "gelu", "glu", "softplus", "mish", "elu",
+        "log_sigmoid_forward", "logaddexp", "logaddexp2", "xlogy", "lgamma", "digamma",
+    )
+)  # fmt: skip
+_EXACT_POWERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)  # made of products, quotients and roots
 
 Stray = tuple[str, str, tuple[tuple[int, ...], ...]]  # operator, class of the module that runs it, its operands' shapes
 
@@ -77,6 +91,27 @@ class Strays(TorchDispatchMode):
             self._overlooking = before
 
 
+class Remainders(TorchDispatchMode):
+    """Notes in `found` every elementwise function that is given something else than whole vectors while this is on (see exact.py)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Stray] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # under inference_mode, what is made of smaller operators arrives whole
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
+        name = func.overloadpacket.__name__
+        if name in _CURVES and not (name in ("pow", "pow_") and isinstance(args[1], int | float) and args[1] in _EXACT_POWERS):
+            given = [x for x in args if isinstance(x, torch.Tensor)]
+            if any(x.is_floating_point() and not is_whole(x) for x in given):
+                self.found.append((name, _running_module(), tuple(tuple(x.shape) for x in given)))
+        return func(*args, **kwargs)
+
+
 class OverlookedProducts:
     """`Products` whose own use of torch is their own affair."""
 
@@ -94,8 +129,8 @@ class OverlookedProducts:
             return self._products.matmul(x, weight, bias)
 
 
-def differing(few: Strays, more: Strays) -> list[tuple[str, str]]:
-    """(operator, class of the module) of the products whose shapes, or whose number, are others for another number of tokens, each once."""
+def differing(few: Strays | Remainders, more: Strays | Remainders) -> list[tuple[str, str]]:
+    """(operator, class of the module) of those found whose shapes, or whose number, are others for another number of tokens, each once."""
     if len(few.found) == len(more.found):
         strays = [b for a, b in zip(few.found, more.found, strict=True) if a != b]
     else:  # experts, of which some get no token

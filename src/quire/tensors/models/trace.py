@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from quire.tensors.models.calls import Call, Weights, put_together, take_apart, weights_of
+from quire.tensors.models.calls import Call, Weights, put_together, same_skeleton, take_apart, weights_of
 from quire.tensors.models.hook import Running, running
 from quire.tensors.models.opaque import OpaqueStep
 from quire.tensors.models.surgery import Surgery
@@ -67,7 +67,7 @@ def trace(layer: nn.Module, few: Call, more: Call, surgery: Surgery) -> Traced:
     pairs = zip(few.tensors, more.tensors, strict=True)
     inputs = [fake(torch.empty(tensor.shape, dtype=tensor.dtype), _token_axes(tensor, other)) for tensor, other in pairs]
     num_tokens: Any = next((size for tensor in inputs for size in tensor.shape if isinstance(size, torch.SymInt)), None)
-    if few.skeleton != more.skeleton or num_tokens is None:
+    if not same_skeleton(few.skeleton, more.skeleton) or num_tokens is None:
         raise UntraceableError("its arguments change from call to call in more than the number of tokens")
     step, results = OpaqueStep(), []
     with mode:
