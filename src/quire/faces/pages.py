@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig, split_codec
 from quire.engine.build import open_model
+from quire.engine.home import OwnThread
 from quire.engine.kernels import choose_kernels
 from quire.errors import InvalidRequestError
 from quire.policy.copies import PageCopy
@@ -73,8 +73,7 @@ class PagedCache:
         arrangement = in_one_group(layers, page_size)
         self._store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
         self.num_pages, self.page_size = num_pages, page_size
-        # The forward must find torch on one thread of its own (promise 1), which the caller's is not.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-pages", initializer=one_torch_thread_here)
+        self._thread = OwnThread("quire-pages", one_torch_thread_here)
         self._close = weakref.finalize(self, self._model.close)
 
     @property
@@ -128,18 +127,18 @@ class PagedCache:
             step.commit()
             return logits
 
-        return self._thread.submit(run).result().view(num_rows, kept, -1)
+        return self._thread.run(run).view(num_rows, kept, -1)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page, before a sequence that shares it goes on writing. Raises InvalidRequestError for a page that is not there."""
         for name, page in (("source", source), ("target", target)):
             if not 0 <= page < self.num_pages:
                 raise InvalidRequestError(name, page, f"a page from 0 to {self.num_pages - 1}")
-        self._thread.submit(self._store.copy_pages, [PageCopy(source, target, group_id=0, num_tokens=self.page_size)]).result()
+        self._thread.run(lambda: self._store.copy_pages([PageCopy(source, target, group_id=0, num_tokens=self.page_size)]))
 
     def close(self) -> None:
         """Leave a live model as it was. A second call does nothing."""
-        self._thread.shutdown()
+        self._thread.close()
         self._close()
 
     def __enter__(self) -> PagedCache:

@@ -128,7 +128,7 @@ class Slots:
 
         Raises:
             OutOfPagesError: free a slot first. InvalidRequestError: a slot is at the context's end. StepError, NonFiniteLogitsError: the forward
-            failed. Nothing has happened then, and the same call may be made again.
+            failed. Nothing has happened then, and the same call may be made again; so it may when it was broken off (Ctrl-C).
         """
         slots, context_len = self.active, self._engine.built.limits.context_len
         for slot in slots:
