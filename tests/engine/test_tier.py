@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,3 +200,19 @@ def test_the_folder_stays_within_its_bytes(checkpoint: Checkpoint, tmp_path: Pat
             llm.generate([[3 + (i * i + seed * i) % 150 for i in range(90)]], DRAWN[0])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert 50_000 < sum(path.stat().st_size for path in files if "index" not in path.name) <= 220_000
+
+
+def test_restarts_leave_room_for_what_is_there(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of which the pages take as much as they may: half of it, at the second start as at the first."""
+
+    def taken() -> int:
+        return sum(path.stat().st_size for path in tmp_path.glob("*.page"))
+
+    disk = namedtuple("disk", "total used free")
+    monkeypatch.setattr("quire.engine.cache_dir.shutil.disk_usage", lambda _: disk(400_000, taken(), 400_000 - taken()))
+    for start in range(3):
+        with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
+            assert llm.stats()["num_disk_evictions"] == 0
+            for seed in range(6 if start == 0 else 0):
+                llm.generate([[3 + (i * i + seed * i) % 150 for i in range(90)]], DRAWN[0])
+        assert 180_000 < taken() <= 200_000
