@@ -194,9 +194,18 @@ def test_mistakes_are_named_and_change_nothing(checkpoint: Checkpoint) -> None:
         for field, value in (("max_tokens", 5), ("stop", "x"), ("n", 2), ("logprobs", 1), ("ignore_eos", True), ("return_logits", True)):
             with pytest.raises(InvalidRequestError, match=f"{field}=.*left out"):
                 slots.prefill([5, 6], SamplingParams(**{field: value}))
-        for bad in ([], [-1], [10**6]):
+        for bad in ([], [-1], [10**6], [5.5], "56", [True], None, torch.tensor([5.0]), torch.tensor([[5]])):
             with pytest.raises(InvalidRequestError, match="prompt"):
-                slots.prefill(bad)
+                slots.prefill(bad)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="params"):
+            slots.prefill([5, 6], {"temperature": 0.0})  # type: ignore[arg-type]
+        for none in (0.5, True, "0", [0]):
+            with pytest.raises(InvalidRequestError, match="slot=.*an integer"):
+                slots.insert(prefix, none)  # type: ignore[arg-type]
+            with pytest.raises(InvalidRequestError, match="slot=.*an integer"):
+                slots.free(none)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="prefix=None"):
+            slots.insert(None, 0)  # type: ignore[arg-type]
         with pytest.raises(CacheTooSmallError):
             slots.prefill([5] * 400)
         for taken in ([2], [0, 0], [-1]):

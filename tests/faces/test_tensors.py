@@ -157,6 +157,12 @@ def test_new_weights_are_noticed_and_the_model_is_left_as_it_was() -> None:
         ({"seeds": [1]}, "one for each of the 4 prompts"),
         ({"seeds": [1] * 4, "rng": torch.Generator()}, "rng"),
         ({"max_generated_tokens": 100_000}, "context"),
+        ({"pad_id": None}, "pad_id=None"),
+        ({"pad_id": 0.5}, "pad_id=0.5"),
+        ({"stop_tokens": [5.5]}, "stop_tokens=5.5"),
+        ({"seeds": [1.5] * 4}, "seeds=1.5"),
+        ({"prompt_lens": [1.5] * 4}, "prompt_lens=1.5"),
+        ({"rng": 5}, "rng=5"),
     ],
 )
 def test_what_cannot_be_is_refused(llm: LLM, options: dict[str, Any], match: str) -> None:
@@ -171,7 +177,13 @@ def test_options_belong_to_an_engine_made_here(llm: LLM, model: PreTrainedModel)
     assert torch.equal(small, quire.generate(llm, left(), max_generated_tokens=6, temperature=0.0)[0])
 
 
-@pytest.mark.parametrize("tokens", [torch.tensor([[0, 5]]), torch.tensor([[5]]), torch.tensor([5, 6])])
-def test_what_has_no_score_is_refused(llm: LLM, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize("tokens", [torch.tensor([[0, 5]]), torch.tensor([[5]]), torch.tensor([5, 6]), torch.tensor([[5.0, 6.0]]), [[5, 6]]])
+def test_what_has_no_score_is_refused(llm: LLM, tokens: Any) -> None:
     with pytest.raises(InvalidRequestError, match="tokens"):
         quire.score(llm, tokens)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([[0.2, 0.5]]), torch.tensor([[1, 1, 1]]), [[True, True]]])
+def test_a_mask_that_is_none_is_refused(llm: LLM, mask: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="mask="):
+        quire.score(llm, torch.tensor([[5, 6]]), mask=mask)
