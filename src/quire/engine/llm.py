@@ -40,8 +40,8 @@ class LLM:
 
     Args:
         model: a hub id, a local folder in Hugging Face format, or a live `PreTrainedModel` on the device. A live model is not copied and not changed.
-            Change its weights or its code only while no request is open; what was cached is then forgotten by itself, except after writes through
-            `.data` and changes inside hooks and objects, which leave no trace: call `reset_cache` after these.
+            Run it yourself, and change its weights or its code, only while no request is open; what was cached is then forgotten by itself,
+            except after writes through `.data` and changes inside hooks and objects, which leave no trace: call `reset_cache` after these.
         **options: fields of `EngineConfig`.
 
     Raises:

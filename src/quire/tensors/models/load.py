@@ -28,6 +28,7 @@ from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
 from quire.tensors.models.refusals import refuse_config
+from quire.tensors.models.turns import turn_of
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -57,7 +58,9 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         if quantization != "none":
             raise ConfigError(f"quantization={quantization!r}: a live model's weights are its owner's and stay as they are")
-        return CausalModel(source, products, name=type(source).__name__, identity=_live(source, dtype, revision), live=True, device=device, rows=rows)
+        with turn_of(source):
+            identity = _live(source, dtype, revision)
+            return CausalModel(source, products, name=type(source).__name__, identity=identity, live=True, device=device, rows=rows)
     if not isinstance(source, str):
         what = "a hub id, a local folder or a transformers PreTrainedModel"
         raise ConfigError(f"model={type(source).__name__}: must be {what}{_what_it_wraps(source)}")

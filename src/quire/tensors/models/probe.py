@@ -112,8 +112,9 @@ def probe_again(model: CausalModel) -> None:
 
     Raises as `probe`, UnsupportedModelError too for a change that only a new engine can take; nothing may be computed until a later call succeeds.
     """
-    if model.take_again():
-        probe(model)
+    with model.turn:
+        if model.take_again():
+            probe(model)
 
 
 def _sequences(model: CausalModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
