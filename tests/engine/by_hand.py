@@ -189,7 +189,7 @@ def damage(folder: Path, how: str, rng: random.Random) -> bool:
         return False
     path, other = rng.choice(pages), rng.choice(pages)
     if how == "flip":
-        raw = bytearray(path.read_bytes())
+        raw = bytearray(path.read_bytes() or b"\0")  # it may have been cut to nothing before
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
         path.write_bytes(raw)
     elif how == "cut":
