@@ -134,6 +134,20 @@ def test_a_disk_that_fails_costs_nothing_but_the_hits(
         assert llm.stats()["num_fetched_pages"] == 0
 
 
+def test_a_system_without_threads_to_spare_stores_all_the_same(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        cold = bits(llm.generate(PROMPTS, DRAWN))
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        assert bits(llm.generate(PROMPTS, DRAWN)) == cold
+        assert llm.stats()["num_fetched_pages"] > 0
+        llm.check_integrity()
+
+
 def test_a_slow_disk_keeps_nobody_else_waiting(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, gate, read = checkpoint("llama"), threading.Event(), DiskStore.read
     with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
