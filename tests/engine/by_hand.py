@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from quire import LLM, RequestOutput
 from quire.engine.engine import Engine
+from quire.engine.home import Home
 from quire.engine.stream import RequestStream
 from quire.request import Request
 from quire.tensors.models.model import CausalModel
@@ -33,7 +34,7 @@ class SteppedWorker:
     death = None
 
     def __init__(self, engine: Engine, *, max_open: int) -> None:
-        self.engine, self.turn = engine, engine.step
+        self.engine, self.turn, self.home = engine, engine.step, Home()
 
     def submit(self, request: Request) -> SteppedStream:
         stream = SteppedStream(request.request_id, self)
