@@ -194,7 +194,7 @@ def damage(folder: Path, how: str, rng: random.Random) -> bool:
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
         path.write_bytes(raw)
     elif how == "cut":
-        os.truncate(path, rng.randrange(path.stat().st_size))
+        os.truncate(path, rng.randrange(path.stat().st_size or 1))
     elif how == "exchange":
         first, second = path.read_bytes(), other.read_bytes()
         path.write_bytes(second)
