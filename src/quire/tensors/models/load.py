@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -29,6 +30,8 @@ from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
 from quire.tensors.models.refusals import refuse_config
 from quire.tensors.models.turns import turn_of
+
+_LOADING = threading.Lock()  # transformers replaces methods of all its models for the time of a load; two at once would leave its own in their place
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -167,16 +170,17 @@ def _unasked_code(source: str) -> UnsupportedModelError:
 
 def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation="eager",  # what every family has; ours is put in for the time of a forward
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name; transformers refuses without
-            **where,
-        )
+        with _LOADING:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation="eager",  # what every family has; ours is put in for the time of a forward
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name; transformers refuses without
+                **where,
+            )
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _unasked_code(source) from error
