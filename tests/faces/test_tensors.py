@@ -121,6 +121,24 @@ def test_a_trainers_own_padded_forward_agrees_to_the_roundings_of_the_dtype(dtyp
             optimizer.step()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_a_recipes_default_dtype_rounds_nothing(llm: LLM, default: torch.dtype) -> None:
+    """Recipes set it, to make a model in it; what comes back is float32 all the same."""
+
+    def told() -> list[torch.Tensor]:
+        options: dict[str, Any] = {"max_generated_tokens": 4, "temperature": 0.0}
+        results = [quire.generate(llm, left(), **options, logprobs=logprobs) for logprobs in (False, True)]
+        return [*(x for result in results for x in result if x is not None), quire.score(llm, results[0][0])]
+
+    expected = told()
+    torch.set_default_dtype(default)
+    try:
+        got = told()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 def test_generators_and_the_global_one_repeat_themselves(llm: LLM) -> None:
     def drawn(**rng: Any) -> list[list[int]]:
         return quire.generate(llm, left(), max_generated_tokens=8, return_logits=False, **rng)[0].tolist()

@@ -92,11 +92,11 @@ def generate(
     tokens = torch.full((len(samples), longest), pad_id, dtype=torch.int64)
     told: torch.Tensor | None = None
     if logprobs or return_logits:
-        told = torch.zeros(len(samples), longest, *(() if logprobs else (samples[0].logits.shape[1],)))
+        told = torch.zeros(len(samples), longest, *(() if logprobs else (samples[0].logits.shape[1],)), dtype=torch.float32)
     for i, one in enumerate(samples):
         tokens[i, : len(one.token_ids)] = torch.tensor(one.token_ids)
         if told is not None:
-            told[i, : len(one.token_ids)] = torch.tensor(one.logprobs) if logprobs else one.logits
+            told[i, : len(one.token_ids)] = torch.tensor(one.logprobs, dtype=torch.float32) if logprobs else one.logits
     device = rows.padded.device
     whole = torch.cat([rows.padded.long().repeat_interleave(num_samples, dim=0), tokens.to(device)], dim=1)
     return whole, None if told is None else told.to(device)
@@ -133,10 +133,10 @@ def score(
     params = SamplingParams(max_tokens=0, temperature=temperature, prompt_logprobs=0, scaled_logprobs=True)
     with _engine(model, options) as llm:
         outputs = [output.raise_for_error() for output in llm.generate(Rows(tokens, spans).token_ids(), params)]
-    logprobs = torch.zeros(tokens.shape)
+    logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
     for b, (output, (start, end)) in enumerate(zip(outputs, spans, strict=True)):
         assert output.prompt_logprobs is not None
-        logprobs[b, start + 1 : end] = torch.tensor(output.prompt_logprobs[1:])
+        logprobs[b, start + 1 : end] = torch.tensor(output.prompt_logprobs[1:], dtype=torch.float32)
     return logprobs.to(tokens.device)
 
 
