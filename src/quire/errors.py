@@ -110,7 +110,7 @@ class OutOfPagesError(QuireError, RuntimeError):
 
 
 class EngineDeadError(QuireError, RuntimeError):
-    """The engine's loop has ended; every open request failed with this error, and so does every later one."""
+    """The engine's loop has ended; every open request failed with this error, and so does every later one. Or this is a fork of its process."""
 
 
 class IntegrityError(QuireError, RuntimeError):

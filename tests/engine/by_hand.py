@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from quire import LLM, RequestOutput
 from quire.engine.engine import Engine
+from quire.engine.home import Home
 from quire.engine.stream import RequestStream
 from quire.request import Request
 from quire.tensors.models.model import CausalModel
@@ -33,7 +34,7 @@ class SteppedWorker:
     death = None
 
     def __init__(self, engine: Engine, *, max_open: int) -> None:
-        self.engine, self.turn = engine, engine.step
+        self.engine, self.turn, self.home = engine, engine.step, Home()
 
     def submit(self, request: Request) -> SteppedStream:
         stream = SteppedStream(request.request_id, self)
@@ -189,11 +190,11 @@ def damage(folder: Path, how: str, rng: random.Random) -> bool:
         return False
     path, other = rng.choice(pages), rng.choice(pages)
     if how == "flip":
-        raw = bytearray(path.read_bytes())
+        raw = bytearray(path.read_bytes() or b"\0")  # it may have been cut to nothing before
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
         path.write_bytes(raw)
     elif how == "cut":
-        os.truncate(path, rng.randrange(path.stat().st_size))
+        os.truncate(path, rng.randrange(path.stat().st_size or 1))
     elif how == "exchange":
         first, second = path.read_bytes(), other.read_bytes()
         path.write_bytes(second)

@@ -10,7 +10,9 @@ import pytest
 from quire import LLM, SamplingParams
 from quire.errors import InvalidRequestError
 from quire.outputs import RequestOutput
+from quire.text.tokenizer import TextTokenizer
 from tests.engine.conftest import Checkpoint
+from tests.text.text_tokenizers import PythonBytes
 
 PROMPT = [5 + (i * i * 7 + 3 * i) % 180 for i in range(37)]
 DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=40, logprobs=0, ignore_eos=True)
@@ -149,3 +151,13 @@ def test_priorities_go_first(checkpoint: Checkpoint) -> None:
         assert bits(high_output) == bits(low_output)
         assert high_output.receipt.queued_s < low_output.receipt.queued_s
         assert long.wait(60).receipt.num_preemptions == 1, "the only place was taken by the higher priority"
+
+
+def test_an_id_that_the_tokenizer_does_not_know_is_explained_too(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's vocabulary may be padded; a tokenizer in Python raises for such an id, and that once ended the engine."""
+    tokenizer = TextTokenizer(PythonBytes())
+    monkeypatch.setattr("quire.engine.build.load_tokenizer", lambda *_, **__: tokenizer)
+    with LLM(checkpoint("llama"), page_size=4) as llm:
+        (output,) = llm.generate([[599, 5, 6]], SamplingParams(max_tokens=2))
+        assert output.error is None and output.receipt.miss_text == llm.explain([598, 5]).miss_text == ""
+        assert llm.explain([65, 5]).miss_text == "A"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,20 @@ def test_a_disk_that_fails_costs_nothing_but_the_hits(
         assert llm.stats()["num_fetched_pages"] == 0
 
 
+def test_a_system_without_threads_to_spare_stores_all_the_same(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        cold = bits(llm.generate(PROMPTS, DRAWN))
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        assert bits(llm.generate(PROMPTS, DRAWN)) == cold
+        assert llm.stats()["num_fetched_pages"] > 0
+        llm.check_integrity()
+
+
 def test_a_slow_disk_keeps_nobody_else_waiting(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, gate, read = checkpoint("llama"), threading.Event(), DiskStore.read
     with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
@@ -199,3 +214,19 @@ def test_the_folder_stays_within_its_bytes(checkpoint: Checkpoint, tmp_path: Pat
             llm.generate([[3 + (i * i + seed * i) % 150 for i in range(90)]], DRAWN[0])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert 50_000 < sum(path.stat().st_size for path in files if "index" not in path.name) <= 220_000
+
+
+def test_restarts_leave_room_for_what_is_there(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of which the pages take as much as they may: half of it, at the second start as at the first."""
+
+    def taken() -> int:
+        return sum(path.stat().st_size for path in tmp_path.glob("*.page"))
+
+    disk = namedtuple("disk", "total used free")
+    monkeypatch.setattr("quire.engine.cache_dir.shutil.disk_usage", lambda _: disk(400_000, taken(), 400_000 - taken()))
+    for start in range(3):
+        with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
+            assert llm.stats()["num_disk_evictions"] == 0
+            for seed in range(6 if start == 0 else 0):
+                llm.generate([[3 + (i * i + seed * i) % 150 for i in range(90)]], DRAWN[0])
+        assert 180_000 < taken() <= 200_000

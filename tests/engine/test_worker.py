@@ -47,13 +47,6 @@ def test_cancel_gives_pages_back_before_the_next_step(llm: LLM) -> None:
     settle(llm)
 
 
-def test_leaving_a_stream_early_cancels(llm: LLM) -> None:
-    events = llm.stream([5, 6, 7], LONG)
-    next(events)
-    events.close()
-    assert llm.stats()["num_running"] == 0
-
-
 def test_a_loop_is_woken_once_a_step_and_not_once_a_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llm.generate([[5, 6, 7 + i] for i in range(8)], GREEDY)
     before, calls = llm.stats()["num_steps"], 0
@@ -307,12 +300,3 @@ def test_an_idle_engine_uses_no_processor(llm: LLM) -> None:
         return used() == before
 
     assert any(idle() for _ in range(5)), "one look of the idle engine, or the end of what was before, may fall into some of these"
-
-
-def test_an_id_is_one_open_request_s_alone(checkpoint: Checkpoint) -> None:
-    with LLM(checkpoint("llama")) as llm:
-        first = llm.submit([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True), request_id="x")
-        with pytest.raises(InvalidRequestError, match="request_id='x': must be one that no open request has"):
-            llm.submit([5, 6, 7], request_id="x")
-        assert first.wait(60).error is None
-        assert llm.submit([5, 6, 7], SamplingParams(max_tokens=1), request_id="x").wait(60).error is None

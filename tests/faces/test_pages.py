@@ -106,6 +106,12 @@ def test_the_seeds_worked_example() -> None:
         ({"cache_lens": [4, -1]}, "cache_lens"),
         ({"cache_lens": [4, 10**6]}, "context"),
         ({"logits_to_keep": 2}, "logits_to_keep"),
+        ({"input_ids": [[5], [6]]}, "input_ids=.*tensor of integers"),
+        ({"input_ids": torch.tensor([[True], [True]])}, "input_ids=.*tensor of integers"),
+        ({"page_table": torch.tensor([[0.5, 1.5], [2.5, 3.5]])}, "page_table=.*tensor of integers"),
+        ({"cache_lens": [4.5, 4.5]}, "cache_lens=4.5"),
+        ({"cache_lens": torch.tensor([4.0, 4.0])}, "cache_lens"),
+        ({"logits_to_keep": True}, "logits_to_keep=True"),
     ],
 )
 def test_a_wrong_table_is_refused_before_anything_is_written(changes: dict[str, Any], match: str) -> None:
@@ -115,5 +121,6 @@ def test_a_wrong_table_is_refused_before_anything_is_written(changes: dict[str, 
     with pytest.raises(InvalidRequestError, match=match):
         cache.forward(call.pop("input_ids"), **call)
     assert not cache._store.pages.any()
-    with pytest.raises(InvalidRequestError, match="target=10"):
-        cache.copy_page(0, 10)
+    for target in (10, 0.5, "0"):
+        with pytest.raises(InvalidRequestError, match="target="):
+            cache.copy_page(0, target)  # type: ignore[arg-type]

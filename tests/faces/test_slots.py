@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -140,6 +143,49 @@ def test_a_refused_step_can_be_made_again(checkpoint: Checkpoint, monkeypatch: p
         assert refused and got == expected
 
 
+def broken_off(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the first forward of the call runs, which goes on once the caller has been interrupted."""
+    caller, interrupted, forward = threading.main_thread().ident, threading.Event(), CausalModel.forward
+    assert caller is not None
+
+    def interrupting(self: CausalModel, *args: Any) -> torch.Tensor:
+        if not interrupted.is_set():
+            signal.pthread_kill(caller, signal.SIGINT)
+            assert interrupted.wait(60)
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalModel, "forward", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        interrupted.set()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_call_that_is_broken_off_loses_no_token_and_no_page(checkpoint: Checkpoint, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(family)
+    with Slots(folder, 3, page_size=4, max_tokens_per_step=16) as slots:
+        got = [[slots.insert(slots.prefill(prompt, DRAWN), i)] for i, prompt in enumerate(PROMPTS[:2])]
+        slots.check_integrity()
+        gc.collect()  # of the prefixes, so that slots alone hold pages
+        cache = slots._engine.built.engine.scheduler.cache
+        for i in range(9):
+            if i % 3 == 1:
+                broken_off(slots.generate, monkeypatch)
+            if i == 4:
+                got.append([slots.insert(slots.prefill(PROMPTS[3], DRAWN), 2)])  # beside two whose tokens wait to be taken
+            for slot, token in slots.generate().items():
+                got[slot].append(token)
+            slots.check_integrity()
+        assert got == [alone(folder, PROMPTS[n], len(tokens), DRAWN) for n, tokens in zip((0, 1, 3), got, strict=True)]
+        for slot in range(3):
+            slots.free(slot)
+        broken_off(lambda: slots.prefill([9, *PROMPTS[3]]), monkeypatch)
+        gc.collect()
+        slots.check_integrity()
+        assert cache.pool.num_held == 0, "what nobody was given is let go"
+
+
 def test_mistakes_are_named_and_change_nothing(checkpoint: Checkpoint) -> None:
     with pytest.raises(InvalidRequestError, match="max_waiting"):
         Slots(checkpoint("llama"), 2, max_waiting=3)
@@ -148,9 +194,18 @@ def test_mistakes_are_named_and_change_nothing(checkpoint: Checkpoint) -> None:
         for field, value in (("max_tokens", 5), ("stop", "x"), ("n", 2), ("logprobs", 1), ("ignore_eos", True), ("return_logits", True)):
             with pytest.raises(InvalidRequestError, match=f"{field}=.*left out"):
                 slots.prefill([5, 6], SamplingParams(**{field: value}))
-        for bad in ([], [-1], [10**6]):
+        for bad in ([], [-1], [10**6], [5.5], "56", [True], None, torch.tensor([5.0]), torch.tensor([[5]])):
             with pytest.raises(InvalidRequestError, match="prompt"):
-                slots.prefill(bad)
+                slots.prefill(bad)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="params"):
+            slots.prefill([5, 6], {"temperature": 0.0})  # type: ignore[arg-type]
+        for none in (0.5, True, "0", [0]):
+            with pytest.raises(InvalidRequestError, match="slot=.*an integer"):
+                slots.insert(prefix, none)  # type: ignore[arg-type]
+            with pytest.raises(InvalidRequestError, match="slot=.*an integer"):
+                slots.free(none)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="prefix=None"):
+            slots.insert(None, 0)  # type: ignore[arg-type]
         with pytest.raises(CacheTooSmallError):
             slots.prefill([5] * 400)
         for taken in ([2], [0, 0], [-1]):

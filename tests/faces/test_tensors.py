@@ -121,6 +121,24 @@ def test_a_trainers_own_padded_forward_agrees_to_the_roundings_of_the_dtype(dtyp
             optimizer.step()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_a_recipes_default_dtype_rounds_nothing(llm: LLM, default: torch.dtype) -> None:
+    """Recipes set it, to make a model in it; what comes back is float32 all the same."""
+
+    def told() -> list[torch.Tensor]:
+        options: dict[str, Any] = {"max_generated_tokens": 4, "temperature": 0.0}
+        results = [quire.generate(llm, left(), **options, logprobs=logprobs) for logprobs in (False, True)]
+        return [*(x for result in results for x in result if x is not None), quire.score(llm, results[0][0])]
+
+    expected = told()
+    torch.set_default_dtype(default)
+    try:
+        got = told()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 def test_generators_and_the_global_one_repeat_themselves(llm: LLM) -> None:
     def drawn(**rng: Any) -> list[list[int]]:
         return quire.generate(llm, left(), max_generated_tokens=8, return_logits=False, **rng)[0].tolist()
@@ -157,6 +175,12 @@ def test_new_weights_are_noticed_and_the_model_is_left_as_it_was() -> None:
         ({"seeds": [1]}, "one for each of the 4 prompts"),
         ({"seeds": [1] * 4, "rng": torch.Generator()}, "rng"),
         ({"max_generated_tokens": 100_000}, "context"),
+        ({"pad_id": None}, "pad_id=None"),
+        ({"pad_id": 0.5}, "pad_id=0.5"),
+        ({"stop_tokens": [5.5]}, "stop_tokens=5.5"),
+        ({"seeds": [1.5] * 4}, "seeds=1.5"),
+        ({"prompt_lens": [1.5] * 4}, "prompt_lens=1.5"),
+        ({"rng": 5}, "rng=5"),
     ],
 )
 def test_what_cannot_be_is_refused(llm: LLM, options: dict[str, Any], match: str) -> None:
@@ -171,7 +195,13 @@ def test_options_belong_to_an_engine_made_here(llm: LLM, model: PreTrainedModel)
     assert torch.equal(small, quire.generate(llm, left(), max_generated_tokens=6, temperature=0.0)[0])
 
 
-@pytest.mark.parametrize("tokens", [torch.tensor([[0, 5]]), torch.tensor([[5]]), torch.tensor([5, 6])])
-def test_what_has_no_score_is_refused(llm: LLM, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize("tokens", [torch.tensor([[0, 5]]), torch.tensor([[5]]), torch.tensor([5, 6]), torch.tensor([[5.0, 6.0]]), [[5, 6]]])
+def test_what_has_no_score_is_refused(llm: LLM, tokens: Any) -> None:
     with pytest.raises(InvalidRequestError, match="tokens"):
         quire.score(llm, tokens)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([[0.2, 0.5]]), torch.tensor([[1, 1, 1]]), [[True, True]]])
+def test_a_mask_that_is_none_is_refused(llm: LLM, mask: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="mask="):
+        quire.score(llm, torch.tensor([[5, 6]]), mask=mask)

@@ -309,3 +309,21 @@ def test_a_pinned_part_of_a_page_may_still_be_filled_by_its_owner() -> None:
     assert run(driver, tokens(B + 2)).num_hit == B + 1
     driver.keeper.unpin(pin.pin_id)
     driver.check()
+
+
+@pytest.mark.parametrize("num_before", range(B))
+def test_a_pinned_part_of_a_page_outlives_a_twin_that_fills_its_own_first(num_before: int) -> None:
+    """Of two sequences that end up sharing one page, which is first depends on when they came."""
+    driver = Driver(FULL, 40, vocab=1000)
+    for _ in range(num_before):
+        run(driver, tokens(1, 9))
+    driver.add(tokens(B + 2), 10)
+    driver.step()
+    pin = driver.keeper.pin(tokens(B + 2), "", None)
+    driver.add(tokens(B + 2), 10)
+    driver.run(100)
+    for seed in range(10):
+        run(driver, tokens(60, seed + 1))
+    assert pin is not None and run(driver, tokens(B + 2)).num_hit == pin.num_tokens - 1
+    driver.keeper.unpin(pin.pin_id)
+    driver.check()

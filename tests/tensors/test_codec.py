@@ -126,3 +126,18 @@ def test_error_of_normal_rows(name: str) -> None:
     x = sample((2000, 128), torch.float32, 3)
     noise = decode(encode(x, RowFormat(name, 128)), RowFormat(name, 128)) - x
     assert 10 * math.log10(float(noise.square().mean() / x.square().mean())) < {"int8": -43.0, "int4": -20.5}[name]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_no_row(name: str, default: torch.dtype) -> None:
+    """Trainers set it, and so does transformers, for all threads, while it loads another model."""
+    row, x = RowFormat(name, 32), sample((20000, 1, 32), torch.float32, 3, spread=4.0)
+    coded = encode(x, row)
+    back = decode(coded, row)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(encode(x, row), coded)
+        assert decode(coded, row).dtype == torch.float32 and torch.equal(decode(coded, row), back)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,15 @@ def test_a_closed_model_says_so() -> None:
     model.close()
     with pytest.raises(RuntimeError, match="closed"):
         model.forward(RowByRow([1]), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+
+
+def test_models_loaded_on_several_threads_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them overlapping would leave transformers unable to tie weights, in this process for good."""
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", own := PreTrainedModel.tie_weights)  # put back whatever happens
+    tied = make(tmp_path / "tied", "gemma3_text")
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load, [tied] * 12))
+    assert PreTrainedModel.tie_weights is own
+    for one in loaded:
+        model = one.transformers_model
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -130,7 +130,8 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
     try:
         _context_len(config, model)  # refused before compiling and probing take their time
         if config.compile:
-            model.compile()
+            with model.turn:
+                model.compile()
         device.on_a_thread(lambda: _examine(model, kernels, lower=kernels.programs and not config.compile))
     except BaseException:
         model.close()
@@ -139,10 +140,16 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
 
 
 def _examine(model: CausalModel, kernels: Kernels, *, lower: bool) -> None:
-    if lower:
-        with failures_told(model):
-            model.lower()
-    probe(model, RowByRow if kernels.rows is None else FreshSteps(model, kernels))
+    with model.turn:
+        if lower:
+            with failures_told(model):
+                model.lower()
+        probe(model, RowByRow if kernels.rows is None else FreshSteps(model, kernels))
+
+
+def _measured(model: CausalModel) -> Workspace:
+    with model.turn:
+        return measure(model)
 
 
 def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
@@ -150,7 +157,7 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     if config.cache_layout == "stacked":
         config = replace(config, page_size=context_len)
     device = kernels.device
-    workspace = device.on_a_thread(lambda: measure(model))
+    workspace = device.on_a_thread(lambda: _measured(model))
     device.give_back_freed()  # of loading and probing, before the pool is sized by what there is
     config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     codec = split_codec(config.kv_codec)

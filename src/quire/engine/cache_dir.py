@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -30,5 +31,13 @@ def disk_store(config: EngineConfig, page_bytes: int, identity: str) -> DiskStor
     """The store in `cache_dir`, which has been checked."""
     assert config.cache_dir is not None
     folder = Path(config.cache_dir).expanduser()
-    capacity = shutil.disk_usage(folder).free // 2 if config.cache_dir_bytes is None else config.cache_dir_bytes
+    capacity = _half_of_what_is_free(folder) if config.cache_dir_bytes is None else config.cache_dir_bytes
     return DiskStore(folder, capacity_bytes=capacity, page_bytes=page_bytes, identity=identity.encode())
+
+
+def _half_of_what_is_free(folder: Path) -> int:
+    """Or taken by pages that are there already: else each start would leave room for fewer of them."""
+    free = shutil.disk_usage(folder).free
+    with contextlib.suppress(OSError):
+        free += sum(file.size_bytes for file in open_folder(folder).pages().values())
+    return free // 2

@@ -62,8 +62,8 @@ class CacheKeeper:
         )
 
     def text_of(self, token_id: int) -> str | None:
-        """One token's text, None without a tokenizer."""
-        return self._tokenizer.hf.decode([token_id]) if self._tokenizer else None
+        """One token's text, "" of an id that the tokenizer does not know, None without a tokenizer."""
+        return self._tokenizer.decode([token_id], False) if self._tokenizer else None
 
     def pin(self, prompt: Seq[int], namespace: str, ttl_s: float | None) -> Pin | None:
         """See `Pins.pin`."""

@@ -17,7 +17,7 @@ from quire.engine.intake import Intake, Prompt, as_list
 from quire.engine.keeper import CacheKeeper
 from quire.engine.pooling import normalized
 from quire.engine.steps import StepLog
-from quire.engine.stream import RequestStream, shown
+from quire.engine.stream import RequestStream, cancelled_when_left, shown
 from quire.engine.worker import Worker
 from quire.errors import ConfigError, InvalidRequestError
 from quire.outputs import Explanation, RequestOutput, TokenEvent
@@ -40,8 +40,8 @@ class LLM:
 
     Args:
         model: a hub id, a local folder in Hugging Face format, or a live `PreTrainedModel` on the device. A live model is not copied and not changed.
-            Change its weights or its code only while no request is open; what was cached is then forgotten by itself, except after writes through
-            `.data` and changes inside hooks and objects, which leave no trace: call `reset_cache` after these.
+            Run it yourself, and change its weights or its code, only while no request is open; what was cached is then forgotten by itself,
+            except after writes through `.data` and changes inside hooks and objects, which leave no trace: call `reset_cache` after these.
         **options: fields of `EngineConfig`.
 
     Raises:
@@ -97,7 +97,7 @@ class LLM:
 
         Raises:
             InvalidRequestError: any prompt or params are refused; then none has run.
-            EngineDeadError: the engine has ended.
+            EngineDeadError: the engine has ended, or lives in the process from which this one was forked.
         """
         many = as_list(prompts)
         self.check_room(len(many))
@@ -123,18 +123,10 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, namespace: str | None = None, priority: int = 0
     ) -> Iterator[TokenEvent]:
-        """Events of one prompt as they come; leaving the loop early cancels it. Arguments and errors as in `generate`; no `best_of`."""
+        """Events of one prompt as they come; leaving them early, or unread, cancels it. Arguments and errors as in `generate`; no `best_of`."""
         if params is not None and params.best_of is not None:
             raise InvalidRequestError("best_of", params.best_of, "None when streaming: which are the best is known at the end")
-        stream = self.submit(prompt, params, namespace=namespace, priority=priority)
-
-        def events() -> Iterator[TokenEvent]:
-            try:
-                yield from stream
-            finally:
-                stream.cancel()
-
-        return events()
+        return cancelled_when_left(self.submit(prompt, params, namespace=namespace, priority=priority))
 
     def embed(
         self,
@@ -326,5 +318,7 @@ class LLM:
 
 
 def _shut_down(worker: Worker, built: Built) -> None:
+    if not worker.home.is_here:  # a fork's copy: its threads are not here to be ended, nor to write what is on its way to the disk
+        return
     worker.stop()
     built.close()

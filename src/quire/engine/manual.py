@@ -1,22 +1,18 @@
-"""Steps that the caller decides: no queue and no budget, only the cache, the forward and the sampler, each call a transaction.
-
-All runs on one thread of its own: callers may come from any, and the forward must find torch on one thread of its own (promise 1).
-"""
+"""Steps that the caller decides: no queue and no budget, only the cache, the forward and the sampler, each call a transaction."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
 from quire.engine.build import build_engine
+from quire.engine.home import OwnThread
 from quire.errors import InvalidRequestError, NonFiniteLogitsError, NothingToDrawError, OutOfPagesError, StepError
 from quire.params import SamplingParams
 from quire.policy import sequence as policy
@@ -24,15 +20,14 @@ from quire.policy.plan import StepPlan, Work
 from quire.tensors.models.probe import probe_again
 from quire.tensors.sampler import Row, Sampled, SequenceState
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
-    """A sequence that holds pages, and what its draws depend on."""
+    """A sequence that holds pages, what its draws depend on, and the token that a step has drawn for it and nobody has taken yet."""
 
     sequence: policy.Sequence
     state: SequenceState
+    drawn: Sampled | None = None
 
     @property
     def next_row(self) -> Row:
@@ -41,6 +36,7 @@ class Held:
 
     def take(self, token: Sampled) -> int:
         """Append a drawn token, and return it."""
+        self.drawn = None
         self.sequence.tokens.append(token.token_id)
         self.state.append(token.token_id)
         return token.token_id
@@ -54,45 +50,39 @@ class ManualEngine:
         self._cache, self._runner = self.built.engine.scheduler.cache, self.built.engine.runner
         self._max_tokens = self.built.info.max_tokens_per_step
         self._arrivals = itertools.count()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-manual", initializer=self._runner.device.take_thread)
-        self._open = True
+        self._thread = OwnThread("quire-manual", self._runner.device.take_thread)
 
     def prefill(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[Held, Sampled]:
         """A prompt, computed in chunks, and the token drawn after it, with its logits. Raises OutOfPagesError, StepError; then nothing is held."""
-        return self._run(lambda: self._prefill(prompt, params))
+        return self._thread.run(lambda: self._prefill(prompt, params), lambda computed: self._cache.release(computed[0].sequence))
 
     def fork(self, held: Held, logits: torch.Tensor, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
         """Sisters that share a computed prompt, one for each seed, each with the token drawn for it. Raises OutOfPagesError; then none is held."""
-        return self._run(lambda: self._fork(held, logits, seeds))
+        return self._thread.run(lambda: self._fork(held, logits, seeds), lambda sisters: self._let_go([sister for sister, _ in sisters]))
 
     def step(self, many: Sequence[Held]) -> list[Sampled]:
         """Compute the last token of each sequence and draw its next, not yet appended. Raises OutOfPagesError, StepError, NonFiniteLogitsError;
-        then nothing has happened."""
-        return self._run(lambda: self._step_on(many))
+        then nothing has happened. One whose token nobody has taken, as the call that drew it was broken off, has that one again."""
+        return self._thread.run(lambda: self._step_on(many))
 
     def release(self, held: Held) -> None:
         """Let a sequence's pages go; the complete ones stay cached."""
-        self._run(lambda: self._cache.release(held.sequence))
+        self._thread.run(lambda: self._cache.release(held.sequence))
 
     def release_later(self, held: Held) -> None:
         """`release`, from where nothing may be waited for or raised."""
-        if self._open:
-            self._thread.submit(self._cache.release, held.sequence)
+        self._thread.run_later(lambda: self._cache.release(held.sequence))
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if an invariant of the cache does not hold."""
-        self._run(self._cache.check_integrity)
+        self._thread.run(self._cache.check_integrity)
 
     def close(self) -> None:
         """End the thread and leave a live model as it was."""
-        self._open = False
-        self._thread.shutdown()
+        self._thread.close()
         self.built.model.close()
 
     # -- on the thread --------------------------------------------------------------------------------------------------------------------
-
-    def _run(self, function: Callable[[], T]) -> T:
-        return self._thread.submit(function).result()
 
     def _prefill(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[Held, Sampled]:
         self._forget_old_weights()
@@ -126,18 +116,26 @@ class ManualEngine:
                 sisters.append(Held(seq, state))
             drawn = self._runner.sampler.sample(logits.expand(len(seeds), -1), [sister.next_row for sister in sisters])
         except BaseException:
-            for sister in sisters:
-                self._cache.release(sister.sequence, keep=False)
+            self._let_go(sisters)
             raise
         self._copy()
         return list(zip(sisters, drawn, strict=True))
 
+    def _let_go(self, sisters: Sequence[Held]) -> None:
+        for sister in sisters:
+            self._cache.release(sister.sequence, keep=False)
+
     def _step_on(self, many: Sequence[Held]) -> list[Sampled]:
         self._forget_old_weights()
-        wanted = sum(self._cache.pages_wanted(held.sequence, held.sequence.num_known) for held in many)
-        if not all(self._cache.grow(held.sequence, 1) for held in many):
+        lacking = [held for held in many if held.drawn is None]
+        wanted = sum(self._cache.pages_wanted(held.sequence, held.sequence.num_known) for held in lacking)
+        if not all(self._cache.grow(held.sequence, 1) for held in lacking):
             raise OutOfPagesError(wanted, self._cache.pool.num_available)
-        return self._step([Work(held.sequence, 1) for held in many], [held.next_row for held in many])
+        if lacking:
+            drawn = self._step([Work(held.sequence, 1) for held in lacking], [held.next_row for held in lacking])
+            for held, token in zip(lacking, drawn, strict=True):
+                held.drawn = token
+        return [held.drawn for held in many if held.drawn is not None]
 
     def _step(self, works: list[Work], rows: list[Row]) -> list[Sampled]:
         try:

@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from quire.errors import InvalidRequestError
 from quire.outputs import RequestOutput, TokenEvent
@@ -121,6 +121,21 @@ class RequestStream:
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         async for _, event in interleaved([self]):
             yield event
+
+
+def cancelled_when_left(stream: RequestStream) -> Iterator[TokenEvent]:
+    """The stream's events; whoever leaves them before the end, or drops them unread, cancels the request."""
+
+    def events() -> Iterator[TokenEvent | None]:
+        try:
+            yield None  # the first `next` is ours: a generator that has not begun is dropped without its `finally`
+            yield from stream
+        finally:
+            stream.cancel()
+
+    begun = events()
+    next(begun)
+    return cast(Iterator[TokenEvent], begun)
 
 
 async def interleaved(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, TokenEvent]]:

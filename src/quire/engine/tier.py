@@ -83,6 +83,8 @@ class DiskTier:
         self._cache, self._store, self._disk = cache, store, disk
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="quire-fetch")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="quire-store")
+        for thread in (self._reader, self._writer):
+            thread.submit(int)  # starts it now: where the system has no thread left later on, it would be the engine's loop that fails
         self._offered: OrderedDict[_Page, None] = OrderedDict()
         self._together: list[list[bytes]] = []  # of each sequence since the last pause, what it offered, heads first
         self._writes: dict[Future[bool], int] = {}

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from quire.engine.engine import Engine
+from quire.engine.home import Home
 from quire.engine.state import RequestState
 from quire.engine.stream import RequestStream, Waiter, wake
 from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -30,6 +31,7 @@ class Worker:
     """One engine on one thread. Thread-safe."""
 
     def __init__(self, engine: Engine, *, max_open: int) -> None:
+        self.home = Home()
         self._engine = engine
         self._max_open = max_open
         self._open: dict[str, Callable[[EngineDeadError], None]] = {}  # how to end a request that the engine itself does not
@@ -47,9 +49,10 @@ class Worker:
         Raises:
             InvalidRequestError: an open request has its id.
             QueueFullError: too many requests are open already.
-            EngineDeadError: the engine has ended.
+            EngineDeadError: the engine has ended, or lives in the process from which this one was forked.
         """
-        stream = RequestStream(request.request_id, self.cancel, self._readers.append, read=request.read)
+        self.home.check()  # before the lock, which somebody may have held at the fork
+        stream = RequestStream(request.request_id, lambda request_id: self._cancel(request_id, lose), self._readers.append, read=request.read)
 
         def sink(event: TokenEvent) -> None:
             if event.output is not None:
@@ -85,13 +88,21 @@ class Worker:
         """
         if not isinstance(request_id, str):  # it would end the loop
             raise InvalidRequestError("request_id", request_id, "a string")
+        self._cancel(request_id)
+
+    def _cancel(self, request_id: str, whose: Callable[[EngineDeadError], None] | None = None) -> None:
+        """End the open request of this id; with `whose` only if it is the one that is lost so: another may have taken the id since."""
+        if not self.home.is_here:
+            return
         with self._wake:
-            if not self._stopping and self._death is None:
+            is_open = whose is None or self._open.get(request_id) is whose
+            if is_open and not self._stopping and self._death is None:
                 self._mail.append(lambda: self._engine.cancel(request_id))
                 self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run `function` on the engine's thread between two steps and return what it returns, or raise what it raises."""
+        """Run `function` on the engine's thread between two steps and return what it returns, or raise what it raises. Also raises as `submit`."""
+        self.home.check()
         future: Future[T] = Future()
 
         def run() -> None:
@@ -117,7 +128,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether requests are still taken."""
-        return not self._stopping and self._death is None
+        return self.home.is_here and not self._stopping and self._death is None
 
     @property
     def death(self) -> BaseException | None:

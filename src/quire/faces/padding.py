@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from quire.errors import InvalidRequestError
+from quire.faces.checked import integer, integers, is_whole
 
 Side = Literal["left", "right"]
 
@@ -75,6 +76,7 @@ def rows_of(
     Raises:
         InvalidRequestError: a row without a token, or a batch that could be meant in two ways.
     """
+    integer("pad_id", pad_id)
     if side not in (None, "left", "right"):
         raise InvalidRequestError("padding_side", side, "'left', 'right' or None")
     if not isinstance(prompt, torch.Tensor):
@@ -83,7 +85,7 @@ def rows_of(
         padded = left_pad(prompt, pad_id)
         return Rows(padded, _checked([(padded.shape[1] - len(_row(row)), padded.shape[1]) for row in prompt]))
     padded = prompt[None] if prompt.dim() == 1 else prompt
-    if padded.dim() != 2 or not padded.numel() or padded.is_floating_point() or padded.dtype == torch.bool:
+    if padded.dim() != 2 or not padded.numel() or not is_whole(padded):
         raise InvalidRequestError("prompt", f"{tuple(prompt.shape)} {prompt.dtype}", "integers [B, P] or [P], at least one")
     found = _given_spans(padded, pad_id, lens, side) if lens is not None else _found_spans(padded, pad_id, side)
     return Rows(padded, _checked(found))
@@ -105,7 +107,7 @@ def _found_spans(padded: torch.Tensor, pad_id: int, side: Side | None) -> list[t
 
 
 def _given_spans(padded: torch.Tensor, pad_id: int, lens: Sequence[int] | torch.Tensor, side: Side | None) -> list[tuple[int, int]]:
-    width, counts = padded.shape[1], [int(n) for n in lens]
+    width, counts = padded.shape[1], integers("prompt_lens", lens)
     if len(counts) != padded.shape[0] or not all(1 <= n <= width for n in counts):
         raise InvalidRequestError("prompt_lens", counts, f"one for each of the {padded.shape[0]} rows, each from 1 to {width}")
     spans: dict[Side, list[tuple[int, int]]] = {"left": [(width - n, width) for n in counts], "right": [(0, n) for n in counts]}
@@ -130,7 +132,4 @@ def _checked(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _row(prompt: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    row = torch.as_tensor(prompt)
-    if row.dim() != 1 or row.is_floating_point() and len(row) or row.dtype == torch.bool:
-        raise InvalidRequestError("prompt", prompt, "rows of token ids")
-    return row.long()
+    return torch.tensor(integers("prompt", prompt, "rows of token ids"), dtype=torch.int64)

@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig, split_codec
 from quire.engine.build import open_model
+from quire.engine.home import OwnThread
 from quire.engine.kernels import choose_kernels
 from quire.errors import InvalidRequestError
+from quire.faces.checked import integer, integers, is_whole
 from quire.policy.copies import PageCopy
 from quire.policy.groups import in_one_group
 from quire.tensors.attention.base import StepInputs, TableInputs
@@ -73,8 +74,7 @@ class PagedCache:
         arrangement = in_one_group(layers, page_size)
         self._store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
         self.num_pages, self.page_size = num_pages, page_size
-        # The forward must find torch on one thread of its own (promise 1), which the caller's is not.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-pages", initializer=one_torch_thread_here)
+        self._thread = OwnThread("quire-pages", one_torch_thread_here)
         self._close = weakref.finalize(self, self._model.close)
 
     @property
@@ -106,10 +106,10 @@ class PagedCache:
             InvalidRequestError: shapes that do not fit, a page that is not there or that two rows would write, a sequence beyond the model's
             context, an id outside its vocabulary. Nothing has run.
         """
-        lens = torch.as_tensor(cache_lens, dtype=torch.int64)
+        lens = torch.tensor(integers("cache_lens", cache_lens, "[B] integers"), dtype=torch.int64)
         tables = self._needed_pages(input_ids, page_table, lens)
         num_rows, num_new = input_ids.shape
-        if not 0 <= logits_to_keep <= num_new:
+        if not 0 <= integer("logits_to_keep", logits_to_keep) <= num_new:
             raise InvalidRequestError("logits_to_keep", logits_to_keep, f"from 0 to {num_new}, the tokens of a row")
         positions = lens[:, None] + torch.arange(num_new)
         flat, starts = [page for table in tables for page in table], [0]
@@ -128,18 +128,18 @@ class PagedCache:
             step.commit()
             return logits
 
-        return self._thread.submit(run).result().view(num_rows, kept, -1)
+        return self._thread.run(run).view(num_rows, kept, -1)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page, before a sequence that shares it goes on writing. Raises InvalidRequestError for a page that is not there."""
         for name, page in (("source", source), ("target", target)):
-            if not 0 <= page < self.num_pages:
+            if not 0 <= integer(name, page) < self.num_pages:
                 raise InvalidRequestError(name, page, f"a page from 0 to {self.num_pages - 1}")
-        self._thread.submit(self._store.copy_pages, [PageCopy(source, target, group_id=0, num_tokens=self.page_size)]).result()
+        self._thread.run(lambda: self._store.copy_pages([PageCopy(source, target, group_id=0, num_tokens=self.page_size)]))
 
     def close(self) -> None:
         """Leave a live model as it was. A second call does nothing."""
-        self._thread.shutdown()
+        self._thread.close()
         self._close()
 
     def __enter__(self) -> PagedCache:
@@ -150,10 +150,12 @@ class PagedCache:
 
     def _needed_pages(self, input_ids: torch.Tensor, page_table: torch.Tensor, lens: torch.Tensor) -> list[list[int]]:
         """Of each row, the pages it reads or writes."""
-        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
-            raise InvalidRequestError("input_ids", f"{tuple(input_ids.shape)} {input_ids.dtype}", "integers [B, q], at least one")
+        for name, given in (("input_ids", input_ids), ("page_table", page_table)):
+            if not isinstance(given, torch.Tensor) or not is_whole(given) or given.dim() != 2 or not given.numel():
+                told = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else given
+                raise InvalidRequestError(name, told, "a tensor of integers with two dimensions, at least one")
         num_rows, num_new = input_ids.shape
-        if page_table.dim() != 2 or page_table.shape[0] != num_rows:
+        if page_table.shape[0] != num_rows:
             raise InvalidRequestError("page_table", tuple(page_table.shape), f"[{num_rows}, M], a row for each of input_ids")
         if lens.shape != (num_rows,) or int(lens.min()) < 0 or int(lens.max()) + num_new > self._model.context_len:
             raise InvalidRequestError(

@@ -21,6 +21,7 @@ from quire.config import EngineConfig
 from quire.engine.build import EngineInfo
 from quire.engine.manual import Held, ManualEngine
 from quire.errors import InvalidRequestError
+from quire.faces.checked import integer, integers
 from quire.params import SamplingParams
 from quire.request import check_fits, check_prompt
 from quire.tensors.sampler import Sampled
@@ -88,8 +89,10 @@ class Slots:
             model's forward failed. Nothing has changed then.
         """
         params = GREEDY if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("params", params, "a SamplingParams, or None")
         _refuse_other_fields(params)
-        prompt = tuple(int(token) for token in token_ids)
+        prompt = tuple(integers("prompt", token_ids, "a list of token ids"))
         check_prompt(prompt, SamplingParams(max_tokens=1), self._engine.built.limits)
         cache = self._engine.built.engine.scheduler.cache
         check_fits(len(prompt), cache.pages_to_finish(len(prompt)), cache.pool.num_usable)
@@ -107,12 +110,14 @@ class Slots:
             InvalidRequestError: there is no such slot, or it is taken; or the prefix is another's, or made by weights that have changed since.
             OutOfPagesError: there is no page for its copy of the last one.
         """
+        slot = integer("slot", slot)
         return self.bulk_insert(prefix, [slot], seeds=None if seed is None else [seed])[slot]
 
     def bulk_insert(self, prefix: Prefix, slots: Sequence[int], *, seeds: Sequence[int] | None = None) -> dict[int, int]:
         """`insert` one prefix into several slots, all or none; returns each slot's first token. Raises as `insert`."""
-        if prefix._engine is not self._engine:
-            raise InvalidRequestError("prefix", "one of other slots", "one that these slots' own prefill gave")
+        if not isinstance(prefix, Prefix) or prefix._engine is not self._engine:
+            raise InvalidRequestError("prefix", prefix, "one that these slots' own prefill gave")
+        slots = integers("slots", slots, "a list of slots")
         if len(set(slots)) != len(slots) or any(not 0 <= slot < self._num_slots or slot in self._slots for slot in slots):
             raise InvalidRequestError("slots", list(slots), f"different free ones from 0 to {self._num_slots - 1}; {self.active} are taken")
         if seeds is not None and len(seeds) != len(slots):
@@ -128,7 +133,7 @@ class Slots:
 
         Raises:
             OutOfPagesError: free a slot first. InvalidRequestError: a slot is at the context's end. StepError, NonFiniteLogitsError: the forward
-            failed. Nothing has happened then, and the same call may be made again.
+            failed. Nothing has happened then, and the same call may be made again; so it may when it was broken off (Ctrl-C).
         """
         slots, context_len = self.active, self._engine.built.limits.context_len
         for slot in slots:
@@ -139,7 +144,7 @@ class Slots:
 
     def free(self, slot: int) -> None:
         """Let a slot's sequence go; its complete pages stay cached until something else needs room. Raises InvalidRequestError if it is free."""
-        if slot not in self._slots:
+        if integer("slot", slot) not in self._slots:
             raise InvalidRequestError("slot", slot, f"one that is taken: {self.active}")
         self._engine.release(self._slots.pop(slot))
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, InvalidRequestError
+from quire.faces.checked import integer, integers, is_whole
 from quire.faces.padding import Rows, Side, rows_of
 from quire.params import SamplingParams
 
@@ -76,7 +77,7 @@ def generate(
         max_tokens=_positive("max_generated_tokens", max_generated_tokens),
         temperature=temperature,
         top_k=0 if top_k is None else _positive("top_k", top_k),
-        stop_token_ids=[int(token) for token in stop_tokens or ()],
+        stop_token_ids=integers("stop_tokens", () if stop_tokens is None else stop_tokens, "token ids"),
         ignore_eos=True,
         n=_positive("num_samples", num_samples),
         logprobs=0 if logprobs else None,
@@ -91,11 +92,11 @@ def generate(
     tokens = torch.full((len(samples), longest), pad_id, dtype=torch.int64)
     told: torch.Tensor | None = None
     if logprobs or return_logits:
-        told = torch.zeros(len(samples), longest, *(() if logprobs else (samples[0].logits.shape[1],)))
+        told = torch.zeros(len(samples), longest, *(() if logprobs else (samples[0].logits.shape[1],)), dtype=torch.float32)
     for i, one in enumerate(samples):
         tokens[i, : len(one.token_ids)] = torch.tensor(one.token_ids)
         if told is not None:
-            told[i, : len(one.token_ids)] = torch.tensor(one.logprobs) if logprobs else one.logits
+            told[i, : len(one.token_ids)] = torch.tensor(one.logprobs, dtype=torch.float32) if logprobs else one.logits
     device = rows.padded.device
     whole = torch.cat([rows.padded.long().repeat_interleave(num_samples, dim=0), tokens.to(device)], dim=1)
     return whole, None if told is None else told.to(device)
@@ -118,9 +119,11 @@ def score(
     Raises:
         InvalidRequestError: a row without two real tokens, or whose real tokens are not in one run.
     """
-    real = tokens != pad_id if mask is None else mask.bool()
-    if tokens.dim() != 2 or real.shape != tokens.shape:
-        raise InvalidRequestError("tokens", f"{tuple(tokens.shape)} with a mask {tuple(real.shape)}", "[B, W], and the mask alike")
+    if not isinstance(tokens, torch.Tensor) or not is_whole(tokens) or tokens.dim() != 2:
+        raise InvalidRequestError("tokens", tokens, "a tensor of integers [B, W]")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == tokens.shape and bool(((mask == 0) | (mask == 1)).all())):
+        raise InvalidRequestError("mask", mask, f"True and False, or 1 and 0, of shape {list(tokens.shape)}, like tokens")
+    real = tokens != integer("pad_id", pad_id) if mask is None else mask.bool()
     spans = []
     for b, row in enumerate(real.tolist()):
         start, end = (row.index(True), len(row) - row[::-1].index(True)) if any(row) else (0, 0)
@@ -130,10 +133,10 @@ def score(
     params = SamplingParams(max_tokens=0, temperature=temperature, prompt_logprobs=0, scaled_logprobs=True)
     with _engine(model, options) as llm:
         outputs = [output.raise_for_error() for output in llm.generate(Rows(tokens, spans).token_ids(), params)]
-    logprobs = torch.zeros(tokens.shape)
+    logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
     for b, (output, (start, end)) in enumerate(zip(outputs, spans, strict=True)):
         assert output.prompt_logprobs is not None
-        logprobs[b, start + 1 : end] = torch.tensor(output.prompt_logprobs[1:])
+        logprobs[b, start + 1 : end] = torch.tensor(output.prompt_logprobs[1:], dtype=torch.float32)
     return logprobs.to(tokens.device)
 
 
@@ -150,13 +153,15 @@ def _engine(model: PreTrainedModel | LLM, options: dict[str, Any]) -> Iterator[L
 
 def _seeds(num_prompts: int, rng: torch.Generator | None, seeds: Sequence[int] | torch.Tensor | None) -> list[int]:
     if seeds is None:
+        if not isinstance(rng, torch.Generator | None):
+            raise InvalidRequestError("rng", rng, "a torch.Generator, or None")
         drawn: list[int] = torch.randint(2**62, (num_prompts,), generator=rng, device=rng.device if rng else "cpu").tolist()
         return drawn
     if rng is not None:
         raise InvalidRequestError("rng", rng, "None where seeds are given")
     if len(seeds) != num_prompts:
         raise InvalidRequestError("seeds", f"{len(seeds)} seeds", f"one for each of the {num_prompts} prompts")
-    return [int(seed) for seed in seeds]
+    return integers("seeds", seeds)
 
 
 def _positive(field: str, value: int) -> int:

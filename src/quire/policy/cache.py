@@ -215,7 +215,8 @@ class PageCache:
             if other < 0:
                 self.index.complete(found, g, page_id)
             else:
-                self.index.forget([page_id])
+                if not self.pool.num_aside(page_id):  # a pin would be left with a page that nobody finds; it stays under the part it was pinned for
+                    self.index.forget([page_id])
                 self.pool.retain([other])
                 self.pool.release([page_id])
                 seq.tables[g][i] = other

@@ -103,7 +103,7 @@ def decode(rows: torch.Tensor, row: RowFormat) -> torch.Tensor:
 def _smallest_int8(magnitude: torch.Tensor) -> torch.Tensor:
     """The byte of the smallest scale that holds a row, _NO_SCALE or more if none does."""
     byte = _rounded_up(magnitude / torch.full_like(magnitude, _INT8_MOST))
-    holds = torch.tensor(_INT8_HOLDS)[byte & 7] * _floats(byte)
+    holds = torch.tensor(_INT8_HOLDS, dtype=torch.float32)[byte & 7] * _floats(byte)
     return byte + (magnitude > holds)
 
 

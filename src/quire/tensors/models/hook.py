@@ -115,7 +115,9 @@ def attention(
     """
     forward: Running | None = getattr(_thread, "forward", None)
     if forward is None:
-        raise UnsupportedModelError(f"attention {NAME!r} works only inside a forward of Quire; choose another attn_implementation")
+        raise UnsupportedModelError(
+            f"attention {NAME!r} works only inside a forward of Quire; run a live model between requests, or choose another attn_implementation"
+        )
     layer_idx = cast(int, getattr(module, "layer_idx", None))  # None is refused by _examine
     if layer_idx not in forward.chunks:
         forward.chunks[layer_idx] = _examine(module, layer_idx)

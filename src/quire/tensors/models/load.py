@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -29,6 +30,9 @@ from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
 from quire.tensors.models.refusals import refuse_config, refuse_dtype
 from quire.tensors.models.ropes import stretch, unstretched_len, warn_of_limit
+from quire.tensors.models.turns import turn_of
+
+_LOADING = threading.Lock()  # transformers replaces methods of all its models for the time of a load; two at once would leave its own in their place
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -61,7 +65,9 @@ def load_model(
         if quantization != "none":
             raise ConfigError(f"quantization={quantization!r}: a live model's weights are its owner's and stay as they are")
         warn_of_limit(text_config(source))
-        return CausalModel(source, products, name=type(source).__name__, identity=_live(source, dtype, revision), live=True, device=device, rows=rows)
+        with turn_of(source):
+            identity = _live(source, dtype, revision)
+            return CausalModel(source, products, name=type(source).__name__, identity=identity, live=True, device=device, rows=rows)
     if not isinstance(source, str):
         what = "a hub id, a local folder or a transformers PreTrainedModel"
         raise ConfigError(f"model={type(source).__name__}: must be {what}{_what_it_wraps(source)}")
@@ -179,16 +185,17 @@ def _unasked_code(source: str) -> UnsupportedModelError:
 
 def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation="eager",  # what every family has; ours is put in for the time of a forward
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name; transformers refuses without
-            **where,
-        )
+        with _LOADING:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation="eager",  # what every family has; ours is put in for the time of a forward
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name; transformers refuses without
+                **where,
+            )
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _unasked_code(source) from error

@@ -29,7 +29,8 @@ from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
 from quire.tensors.models.strays import OverlookedProducts, Strays, differing
-from quire.tensors.models.surgery import Surgery
+from quire.tensors.models.surgery import Surgery, without_autocast
+from quire.tensors.models.turns import in_turn, turn_of
 
 if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
@@ -54,6 +55,7 @@ class CausalModel:
         everywhere: whether the whole forward runs in exact mode, not only the modules that need it (see probe.py): on an accelerator, always.
         compiled: whether its layers are compiled code (see compiled.py), which gives other bits than plain ones do.
         lowered: its layers that run as native programs (see lowered.py), which gives other bits too; None before `lower()`.
+        turn: to be taken for what is more than a forward, as others may serve the same live model (see turns.py).
         where: the device of all that it is given and gives. rows: what adds within a row, None where torch's own sums look at one row alone.
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be served.
@@ -72,7 +74,7 @@ class CausalModel:
     ) -> None:
         refuse_model(model, device.where, live=live)
         config = text_config(model)
-        self.where, self.rows = device.where, rows
+        self.where, self.rows, self.turn = device.where, rows, turn_of(model)
         self.name, self.identity, self.live = name, identity, live
         self.model_type: str = model.config.model_type
         self.dtype: torch.dtype = model.dtype
@@ -121,6 +123,7 @@ class CausalModel:
         return vocab_size, check_layers(dry.layers, text_config(model))
 
     @property
+    @in_turn
     def changed(self) -> bool:
         """Whether a live model is other than when it was last taken (see form.py). Ask between forwards: in one it is not as its owner made it."""
         return self.live and (self._form is None or not self._form.holds())
@@ -161,6 +164,7 @@ class CausalModel:
             self._form = Form(self._open()[0])
             self._passed[self._form.code] = self.everywhere
 
+    @in_turn
     def forward(
         self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, hidden: HiddenRows | None = None
     ) -> torch.Tensor:
@@ -207,7 +211,7 @@ class CausalModel:
         with (
             torch.inference_mode(not self.live),
             torch.no_grad(),
-            _without_autocast(self.where.type),
+            without_autocast(self.where.type),
             running(Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks, padded)),
         ):
             if lowered is None:
@@ -279,7 +283,7 @@ class CausalModel:
         multiplied: modules in which linear layers take this model's products.
         """
         model, surgery = self._open()
-        with surgery.unpatched(multiplied), torch.inference_mode(not self.live), torch.no_grad(), _without_autocast(self.where.type):
+        with surgery.unpatched(multiplied), torch.inference_mode(not self.live), torch.no_grad(), without_autocast(self.where.type):
             yield model
 
     @contextmanager
@@ -322,8 +326,3 @@ class CausalModel:
         if self._model is None or self._surgery is None:
             raise RuntimeError(f"model {self.name} is closed")
         return self._model, self._surgery
-
-
-def _without_autocast(kind: str) -> torch.autocast | nullcontext[None]:
-    # A trainer's autocast would change the dtype of products behind our back; switching it off costs too much to do when it is not on.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

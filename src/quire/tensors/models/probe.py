@@ -143,7 +143,7 @@ def probe_again(model: CausalModel) -> None:
 
     Raises as `probe`, UnsupportedModelError too for a change that only a new engine can take; nothing may be computed until a later call succeeds.
     """
-    with failures_told(model):
+    with model.turn, failures_told(model):
         if model.take_again():
             _probe(model, RowByRow)
 

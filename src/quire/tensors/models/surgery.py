@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -251,3 +251,8 @@ def _in_mode(module: nn.Module, mode: ExactMode) -> Forward:
             return original(*args, **kwargs)
 
     return forward
+
+
+def without_autocast(kind: str) -> torch.autocast | nullcontext[None]:
+    """A trainer's autocast would change the dtype of products behind our back; switching it off costs too much to do when it is not on."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,40 @@
+"""Whole numbers that callers of the faces bring: what is none is refused by name, never rounded to one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+
+from quire.errors import InvalidRequestError
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether its dtype is one of integers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def integer(field: str, value: object, limit: str = "an integer") -> int:
+    """A Python integer, or whatever stands for exactly one.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    try:
+        if isinstance(value, bool) or (isinstance(value, torch.Tensor) and not is_whole(value)):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidRequestError(field, value, limit) from None
+
+
+def integers(field: str, values: object, limit: str = "integers") -> list[int]:
+    """A row of them: a list, a tensor [N], or whatever gives them one by one. Raises as `integer`."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1 or not is_whole(values):
+            raise InvalidRequestError(field, values, limit)
+        return [int(value) for value in values.tolist()]
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Iterable):
+        raise InvalidRequestError(field, values, limit)
+    return [integer(field, value, limit) for value in values]

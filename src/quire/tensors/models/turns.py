@@ -1,0 +1,45 @@
+"""Several engines may serve one live model, each on a thread of its own: they change it for the time of a forward, and look at it, in turns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+Turn = AbstractContextManager[Any]
+
+
+class TakesTurns(Protocol):
+    """What has the turn of the model it serves."""
+
+    turn: Turn
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Taker = TypeVar("Taker", bound=TakesTurns)
+
+_turns: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def turn_of(model: nn.Module) -> Turn:
+    """The one turn of a model; a thread that has it may take it again. Inside, the model is as its owner made it, but for one's own changes."""
+    with _making:
+        return _turns.setdefault(model, threading.RLock())
+
+
+def in_turn(method: Callable[Concatenate[Taker, P], R]) -> Callable[Concatenate[Taker, P], R]:
+    """A method all of which is one turn."""
+
+    @wraps(method)
+    def taking(self: Taker, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.turn:
+            return method(self, *args, **kwargs)
+
+    return taking

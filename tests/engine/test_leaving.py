@@ -1,0 +1,121 @@
+"""Who leaves a request, an id or a process behind: nothing goes on for nobody, nobody else is cancelled, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from quire import LLM, EngineDeadError, InvalidRequestError, PagedCache, SamplingParams, Slots
+from tests.engine.conftest import Checkpoint
+from tests.tensors.checkpoints import tiny_model
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=1500, temperature=0.0, ignore_eos=True)
+PATIENCE_S = 20  # that a fork has, which would otherwise wait for ever
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Checkpoint) -> Any:
+    with LLM(checkpoint("llama"), page_size=4, max_tokens_per_step=32) as llm:
+        yield llm
+
+
+def test_leaving_a_stream_early_cancels(llm: LLM) -> None:
+    events = llm.stream([5, 6, 7], LONG)
+    next(events)
+    events.close()
+    assert llm.stats()["num_running"] == 0
+
+
+@pytest.mark.parametrize("leave", [lambda events: events.close(), lambda events: None])
+def test_a_stream_that_is_never_entered_is_cancelled_too(llm: LLM, leave: Callable[[Any], None]) -> None:
+    events = llm.stream([5, 6, 7], LONG)
+    leave(events)
+    del events
+    stats = llm.stats()
+    assert stats["num_running"] + stats["num_waiting"] == 0
+
+
+def test_an_id_is_one_open_request_s_alone(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama")) as llm:
+        first = llm.submit([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True), request_id="x")
+        with pytest.raises(InvalidRequestError, match="request_id='x': must be one that no open request has"):
+            llm.submit([5, 6, 7], request_id="x")
+        assert first.wait(60).error is None
+        assert llm.submit([5, 6, 7], SamplingParams(max_tokens=1), request_id="x").wait(60).error is None
+
+
+def test_a_stream_that_has_ended_cancels_nobody_else(llm: LLM) -> None:
+    first = llm.submit([5, 6, 7], SamplingParams(max_tokens=1), request_id="x")
+    first.wait(60)
+    second = llm.submit([5, 6, 7], GREEDY, request_id="x")
+    first.cancel()
+    assert second.wait(60).outputs[0].finish_reason == "length"
+    third = llm.submit([5, 6, 7], LONG, request_id="x")
+    llm.cancel("x")
+    assert third.wait(60).outputs[0].finish_reason == "cancelled"
+
+
+def fork(child: Callable[[], None]) -> None:
+    """Run `child` in a fork of this process; AssertionError unless it returns."""
+    process_id = os.fork()
+    if process_id == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(PATIENCE_S)
+            child()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(process_id, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_is_told_that_its_engine_is_elsewhere(llm: LLM, checkpoint: Checkpoint) -> None:
+    """Its threads are, too: whoever waits for them would wait for ever."""
+    open_stream = llm.submit([5, 6, 7], LONG)
+    next(iter(open_stream))
+    slots, pages = Slots(checkpoint("llama"), 1), PagedCache(tiny_model("llama"), 2, 4)
+    prefix = slots.prefill([5, 6, 7])
+    calls: list[Callable[[], Any]] = [
+        lambda: llm.generate([[5, 6, 7]], GREEDY),
+        lambda: llm.submit([5, 6, 7], GREEDY),
+        llm.stats,
+        llm.check_integrity,
+        lambda: slots.prefill([5]),
+        lambda: slots.insert(prefix, 0),
+        lambda: pages.copy_page(0, 1),
+    ]
+
+    def child() -> None:
+        for call in calls:
+            with pytest.raises(EngineDeadError, match=f"lives in process {os.getppid()}, not in {os.getpid()}"):
+                call()
+        open_stream.cancel()
+        llm.cancel("x")
+        for engine in (llm, slots, pages):
+            engine.close()
+
+    fork(child)
+    assert slots.insert(prefix, 0) == prefix.next_token
+    assert llm.stats()["num_running"] == 1, "what a fork closes or cancels is its own"
+    open_stream.cancel()
+    assert llm.generate([[5, 6, 7]], GREEDY)[0].error is None
+    llm.check_integrity()
+    slots.close()
+    pages.close()
+
+
+def test_what_is_closed_says_so(checkpoint: Checkpoint) -> None:
+    slots, pages = Slots(checkpoint("llama"), 1), PagedCache(tiny_model("llama"), 2, 4)
+    prefix = slots.prefill([5, 6, 7])
+    slots.close()
+    pages.close()
+    for call in (lambda: slots.prefill([5]), lambda: slots.insert(prefix, 0), slots.check_integrity, lambda: pages.copy_page(0, 1)):
+        with pytest.raises(EngineDeadError, match="has been closed"):
+            call()
