@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from quire.faces.trl import QuireRollouts
     from quire.tensors.stacked import StackedView
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = [
     "CacheTooSmallError",
     "Completion",
