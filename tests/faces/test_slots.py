@@ -154,11 +154,15 @@ def broken_off(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None
             assert interrupted.wait(60)
         return forward(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(CausalModel, "forward", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            call()
-        interrupted.set()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a script is told to ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(CausalModel, "forward", interrupting)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+            interrupted.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

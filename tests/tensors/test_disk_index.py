@@ -58,10 +58,17 @@ def test_a_damaged_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "now"), [(b"pages = pages + 1", b"pages = pages + 3"), (b"new.size; END", b"old.size; END"), (b"(used)", b"(size)")]
+    ("said", "now"),
+    [
+        (b"pages = pages + 1", b"pages = pages + 3"),
+        (b"new.size; END", b"old.size; END"),
+        (b"(used)", b"(size)"),
+        (b"TRIGGER enter", b"T\xd2IGGER enter"),
+    ],
 )
 def test_a_definition_that_is_damaged(folder: Path, said: bytes, now: bytes) -> None:
-    """It is good SQL still, or becomes bad only when the next page is written: seen when the index is opened."""
+    """It is good SQL still, or becomes bad only when the next page is written, or SQLite tells of it in bytes that are no text: seen when the index
+    is opened."""
     filled(folder)
     raw = (folder / "index.sqlite").read_bytes()
     assert said in raw

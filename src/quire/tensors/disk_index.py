@@ -114,11 +114,12 @@ class DiskIndex:
 
     def _transact(self, work: Callable[[sqlite3.Connection], None]) -> None:
         try:
-            db = self._connection()
-            db.execute("BEGIN IMMEDIATE")
-            work(db)
-            totals = tables.totals(db)
-            db.execute("COMMIT")
+            with tables.in_utf8():
+                db = self._connection()
+                db.execute("BEGIN IMMEDIATE")
+                work(db)
+                totals = tables.totals(db)
+                db.execute("COMMIT")
         except sqlite3.Error as error:
             self._roll_back()
             self._mend(error)
@@ -184,6 +185,7 @@ class DiskIndex:
                 self._db = self._open_and_compare(known=True)
         self._retry_at, self._locked_since = 0.0, None
 
+    @tables.in_utf8()
     def _open_and_compare(self, known: bool) -> sqlite3.Connection:
         """`known`: what befell the index has been logged."""
         self._make_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +30,15 @@ class Totals:
 
     num_pages: int = 0
     num_bytes: int = 0
+
+
+@contextlib.contextmanager
+def in_utf8() -> Iterator[None]:
+    """Inside, text that is not UTF-8, as a damaged index has it, is an error of the index: Python fails to decode even what SQLite says of it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise sqlite3.DatabaseError(f"it holds text that is not UTF-8: {error}") from error
 
 
 def check(db: sqlite3.Connection) -> bool:
