@@ -150,6 +150,7 @@ def broken_off(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None
 
     def interrupting(self: CausalModel, *args: Any) -> torch.Tensor:
         if not interrupted.is_set():
+            interrupted.wait(0.2)  # a signal that comes just before the caller's wait begins is heeded only when that ends
             signal.pthread_kill(caller, signal.SIGINT)
             assert interrupted.wait(60)
         return forward(self, *args)
