@@ -34,6 +34,8 @@ from quire.tensors.packed import bytes_of, form_of
 if TYPE_CHECKING:
     from quire.tensors.models.replay import Call
 
+Stage = tuple[Chain | LoweredLayer, list[int]]  # layers, and what each of their inputs is: -1 the hidden states, else the number of a table
+
 _FEW, _MORE = 3, 5  # rows of the recorded calls
 _OF_POSITION = frozenset({"default", "linear", "llama3", "yarn", "proportional"})  # others change with the length of what is there
 _PLAIN_ROWS = 0  # csrc/linear_args.h
@@ -110,11 +112,8 @@ def native_forward(calls: Sequence[Call], num_threads: int) -> NativeForward | N
         return None
 
 
-Stage = tuple[Chain | LoweredLayer, list[int]]
-
-
 def _stages(layers: Sequence[Call], hidden: int, tables: Sequence[int]) -> tuple[list[Stage], int]:
-    """Layers and what their inputs are, -1 the hidden states and else a table; and where what they give is. No layers where that is not all of it."""
+    """The stages of these calls, and the place of what the last one gives; no stages where they are anything else."""
     stages: list[Stage] = []
     for call in layers:
         run = call.run
@@ -211,10 +210,9 @@ class _Taken(TorchFunctionMode):
         self._ids, self._weight, self._rows = ids, weight, rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
         if func is not functional.embedding:
-            return func(*args, **given)
-        if len(args) < 2 or args[0] is not self._ids or args[1] is not self._weight or (args[3:4] or (given.get("max_norm"),))[0] is not None:
+            return func(*args, **(kwargs or {}))
+        if len(args) < 2 or args[0] is not self._ids or args[1] is not self._weight:
             raise UnlowerableError("it takes rows in a way of its own")
         self.count += 1
         return self._rows
