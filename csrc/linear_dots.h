@@ -25,14 +25,11 @@ namespace QUIRE_ISA {
 namespace {
 namespace product {
 
-#if defined(QUIRE_AVX512)
-constexpr int kDotRows = 6;
-#else
-constexpr int kDotRows = 4;
-#endif
 #if defined(QUIRE_PLAIN)
+constexpr int kDotRows = 4;
 constexpr int64_t kMostPairRows = 8;  // registers of four lanes are too few for more rows of bf16: linear_packed.h is faster there
 #else
+constexpr int kDotRows = 6;
 constexpr int64_t kMostPairRows = INT64_MAX;
 #endif
 constexpr int kBlockSteps = 64, kStepsAtOnce = 4;
@@ -59,9 +56,9 @@ struct Steps {
   }
 };
 
-// Of a block: up to kDotRows rows of x, from the first one on, and a panel.
+// Of a block: up to kRows rows of x, from the first one on, and a panel.
 struct DotArgs {
-  const char *x, *w;   // cells of x; the panel's part, scales and all
+  const char *x, *w;   // cells of x; the panel's part, scales and all, stored or opened
   float* sums;         // [row][64]
   int steps;           // a multiple of kStepsAtOnce
   bool first;
@@ -70,41 +67,32 @@ struct DotArgs {
 };
 
 // The sums of a block in registers, a row's cell with a line at a time.
-template <class P, int R>
+template <class P, int R, bool kOpened>
 void dots_in_registers(const DotArgs&, Ahead&);
 
 struct PairDots {
   using Format = PackedBf16;
   using Sum = F32x16;
-#if defined(QUIRE_SHORT_EXPONENTS)
-  template <int N>
-  using Lines = ShortSteps<N>;
-#else
-  template <int N>
-  using Lines = Steps<Format, N>;
-#endif
-  // k of a cell; bytes of a row beside a block's cells; how often a walk through a block asks ahead.
-  static constexpr int kCellK = 2, kExtra = 0, kAsks = kBlockSteps / kStepsAtOnce;
+  // Rows at once; k of a cell; bytes of a row beside a block's cells; how often a walk through a block asks ahead.
+  static constexpr int kRows = kDotRows, kCellK = 2, kExtra = 0, kAsks = kBlockSteps / kStepsAtOnce;
   static constexpr double kReadNs = 0.1;
 #if defined(QUIRE_BF16_DOT)
-  static constexpr int kCellBytes = 4;
+  static constexpr int kCellBytes = 4, kParts = 1;
   static constexpr int lines_at_once(int rows) { return dot_lines(rows, true); }
+  template <int>
   QUIRE_INLINE U32x16 cells(U32x16 line) { return line; }
+  template <int>
   QUIRE_INLINE Sum dot(Sum sum, const char* x, U32x16 w) { return dot_pair(sum, load_cell(x), w); }
   QUIRE_INLINE void place(const uint16_t* x, int k, char* cells, float*, int) {
     for (int i = 0; i < k; i += 32) store_u32((uint32_t*)(cells + 2 * i), load_pairs_upto(x + i, k - i));
   }
 #else
-  static constexpr int kCellBytes = 8;
+  static constexpr int kCellBytes = 8, kParts = 2;
   static constexpr int lines_at_once(int rows) { return dot_lines(rows, false); }
-  struct Cells {
-    F32x16 even, odd;
-  };
-  QUIRE_INLINE Cells cells(U32x16 line) { return {pair_low(line), pair_high(line)}; }
-  QUIRE_INLINE Sum dot(Sum sum, const char* x, const Cells& w) {
-    sum = fma(floats(load_cell(x)), w.even, sum);
-    return fma(floats(load_cell(x + 4)), w.odd, sum);
-  }
+  template <int kPart>
+  QUIRE_INLINE F32x16 cells(U32x16 line) { return kPart == 0 ? pair_low(line) : pair_high(line); }
+  template <int kPart>
+  QUIRE_INLINE Sum dot(Sum sum, const char* x, F32x16 w) { return fma(floats(load_cell(x + 4 * kPart)), w, sum); }
   QUIRE_INLINE void place(const uint16_t* x, int k, char* cells, float*, int) {
     for (int i = 0; i < k; i += 32)
       for (int j = i; j < i + 32; j += 16) store((float*)cells + j, widen_upto<WideBf16>(x + j, k - j));
@@ -112,33 +100,26 @@ struct PairDots {
 #endif
   QUIRE_INLINE Sum begin(const DotArgs&, int) { return zero(); }
   QUIRE_INLINE void add_to(const DotArgs& a, Sum sum, int r, int column) { add_block(a.sums + r * kWide + column, sum, a.first); }
-  template <int R>
-  static void dots(const DotArgs& a, Ahead& asked) { dots_in_registers<PairDots, R>(a, asked); }
-};
-
-// A line of bytes as words: k 0 and 2, then 1 and 3, as a mask and a shift make them.
-struct WordCells {
-  U32x16 even, odd;
+  template <int R, bool kOpened>
+  static void dots(const DotArgs& a, Ahead& asked) { dots_in_registers<PairDots, R, kOpened>(a, asked); }
 };
 
 template <bool kVnni>
 struct ByteDots {
   using Format = PackedInt8;
   using Sum = U32x16;
-  template <int N>
-  using Lines = Steps<Format, N>;
-  static constexpr int kCellK = 4, kCellBytes = kVnni ? 4 : 8, kExtra = sizeof(float) + sizeof(int32_t), kAsks = kBlockSteps / kStepsAtOnce;
+  static constexpr int kRows = kDotRows, kCellK = 4, kCellBytes = kVnni ? 4 : 8, kExtra = sizeof(float) + sizeof(int32_t), kAsks = kBlockSteps / kStepsAtOnce;
   static constexpr double kReadNs = 0.05;
+  static constexpr int kParts = kVnni ? 1 : 2;
   static constexpr int lines_at_once(int rows) { return dot_lines(rows, kVnni); }
-  QUIRE_INLINE auto cells(U32x16 line) {
-    if constexpr (kVnni) return line;
-    else return WordCells{and_(line, set1_u32(0x00ff00ffu)), shr_words<8>(line)};
-  }
+  // Bytes, or words: of k 0 and 2, then of 1 and 3, as a mask and a shift make them.
+  template <int kPart>
+  QUIRE_INLINE U32x16 cells(U32x16 line) { return kVnni ? line : kPart == 0 ? and_(line, set1_u32(0x00ff00ffu)) : shr_words<8>(line); }
   QUIRE_INLINE Sum begin(const DotArgs& a, int r) { return set1_u32(((const uint32_t*)a.extra)[a.next + r]); }
-  template <class Cells>
-  QUIRE_INLINE Sum dot(Sum sum, const char* x, const Cells& w) {
+  template <int kPart, class Cells>
+  QUIRE_INLINE Sum dot(Sum sum, const char* x, Cells w) {
     if constexpr (kVnni) return dot_bytes(sum, w, load_cell(x));
-    else return settled(add(settled(add(sum, dot_words(w.even, load_cell(x)))), dot_words(w.odd, load_cell(x + 4))));
+    else return settled(add(sum, dot_words(w, load_cell(x + 4 * kPart))));
   }
   QUIRE_INLINE void add_to(const DotArgs& a, Sum sum, int r, int column) {
     float* const to = a.sums + r * kWide + column;
@@ -154,34 +135,51 @@ struct ByteDots {
     });
     ((uint32_t*)extra)[next] = 0u - 128u * sum_lanes(sum);
   }
-  template <int R>
-  static void dots(const DotArgs& a, Ahead& asked) { dots_in_registers<ByteDots, R>(a, asked); }
+  template <int R, bool>
+  static void dots(const DotArgs& a, Ahead& asked) { dots_in_registers<ByteDots, R, false>(a, asked); }
 };
 
-template <class P, int R>
+// Cells that are taken apart meet all rows before the others are made, so that there are registers enough for them.
+template <class P, int kPart, int R, int N>
+QUIRE_INLINE void part_of_a_step(const U32x16 (&lines)[N], const char* x, typename P::Sum (&sum)[R][N]) {
+  decltype(P::template cells<kPart>(U32x16{})) cells[N];
+  QUIRE_UNROLL for (int j = 0; j < N; ++j) cells[j] = P::template cells<kPart>(lines[j]);
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) sum[r][j] = P::template dot<kPart>(sum[r][j], x + r * kBlockSteps * P::kCellBytes, cells[j]);
+}
+
+// Rows and N lines, from the first one on, whose walk is `lines`.
+template <class P, int R, int N, class Walk>
+QUIRE_INLINE void dots_of_lines(const DotArgs& a, Walk walk, int first, Ahead& ahead) {
+  typename P::Sum sum[R][N];
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) sum[r][j] = P::begin(a, r);
+  const char* x = a.x;
+  for (int s = a.steps; s > 0; s -= kStepsAtOnce) {
+    ask(ahead);
+    QUIRE_UNROLL for (int u = 0; u < kStepsAtOnce; ++u) {
+      U32x16 lines[N];
+      walk.next(lines);
+      part_of_a_step<P, 0>(lines, x + u * P::kCellBytes, sum);
+      if constexpr (P::kParts == 2) part_of_a_step<P, 1>(lines, x + u * P::kCellBytes, sum);
+    }
+    x += kStepsAtOnce * P::kCellBytes;
+  }
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) P::add_to(a, sum[r][j], r, 16 * (first + j));
+}
+
+template <class P, int R, bool kOpened>
 void dots_in_registers(const DotArgs& a, Ahead& asked) {
+  using Format = typename P::Format;
   constexpr int kAtOnce = P::lines_at_once(R);
   Ahead ahead = asked;
   for (int first = 0; first < kLines; first += kAtOnce) {
-    typename P::Sum sum[R][kAtOnce];
-    QUIRE_UNROLL for (int r = 0; r < R; ++r)
-      QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) sum[r][j] = P::begin(a, r);
-    const char* x = a.x;
-    typename P::template Lines<kAtOnce> weight(a.w, first);
-    for (int s = a.steps; s > 0; s -= kStepsAtOnce) {
-      ask(ahead);
-      QUIRE_UNROLL for (int u = 0; u < kStepsAtOnce; ++u) {
-        U32x16 lines[kAtOnce];
-        weight.next(lines);
-        decltype(P::cells(U32x16{})) cells[kAtOnce];
-        QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) cells[j] = P::cells(lines[j]);
-        QUIRE_UNROLL for (int r = 0; r < R; ++r)
-          QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) sum[r][j] = P::dot(sum[r][j], x + (r * kBlockSteps + u) * P::kCellBytes, cells[j]);
-      }
-      x += kStepsAtOnce * P::kCellBytes;
-    }
-    QUIRE_UNROLL for (int r = 0; r < R; ++r)
-      QUIRE_UNROLL for (int j = 0; j < kAtOnce; ++j) P::add_to(a, sum[r][j], r, 16 * (first + j));
+#if defined(QUIRE_SHORT_EXPONENTS)
+    if constexpr (kShort<Format> && !kOpened) dots_of_lines<P, R, kAtOnce>(a, ShortSteps<kAtOnce>(a.w, first), first, ahead);
+    else
+#endif
+      dots_of_lines<P, R, kAtOnce>(a, Steps<Format, kAtOnce>(a.w, first), first, ahead);
   }
   asked = ahead;
 }
@@ -192,16 +190,19 @@ struct DotProduct {
   static constexpr int kBlockK = kBlockSteps * P::kCellK, kXBlock = kBlockSteps * P::kCellBytes;
   static constexpr int64_t kBytes = kShort<Format> ? kMostlyShortBytes : kBlockK / Format::kSpan * kSpanBytes<Format>;  // of a block of a panel
   static_assert(kBlockK % Format::kSpan == 0 && Format::kPad % (P::kCellK * kStepsAtOnce) == 0);
+  static constexpr bool kOpens = kShort<Format> && kMostShortRows < P::kRows;
+  static constexpr int64_t kRoom = kOpens ? kShortSteps * kWholeStep : 0;
   typedef void (*Dots)(const DotArgs&, Ahead&);
-  template <int R>
+  template <int R, bool kOpened>
   static constexpr Dots of() {
-    if constexpr (R <= kDotRows) return &P::template dots<R>;
+    if constexpr (R <= P::kRows && (kOpened ? kOpens : !kOpens || R <= kMostShortRows)) return &P::template dots<R, kOpened>;
     return nullptr;
   }
-  static constexpr Dots rows[] = {nullptr, of<1>(), of<2>(), of<3>(), of<4>(), of<5>(), of<6>()};
+  template <bool kOpened>
+  static constexpr Dots rows[] = {nullptr, of<1, kOpened>(), of<2, kOpened>(), of<3, kOpened>(), of<4, kOpened>(), of<5, kOpened>(), of<6, kOpened>()};
 
   static int64_t blocks(const LinearArgs& g) { return ceil_div(g.k, kBlockK); }
-  static TilePlan plan(const LinearArgs& g) { return tile_plan(g, P::kReadNs, blocks(g) * (kXBlock + P::kExtra), 0, true); }
+  static TilePlan plan(const LinearArgs& g) { return tile_plan(g, P::kReadNs, blocks(g) * (kXBlock + P::kExtra), kRoom, true); }
   static int shapes(const TilePlan&) { return 0; }
 
   // Behind the cells of a tile: what its rows have beside them in a block.
@@ -224,22 +225,27 @@ struct DotProduct {
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
     const int rows_of_all = int(smaller(g.m - m, int64_t(count) * p.tile_rows));
     // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted.
-    const int at_once = P::lines_at_once(int(smaller(p.tile_rows, kDotRows)));
-    const int64_t walks = ceil_div(p.tile_rows, kDotRows) * (kLines / at_once) * count;
-    const int64_t each = walks > 1 ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
-    auto* const sums = (float*)own;
+    const int at_once = P::lines_at_once(int(smaller(p.tile_rows, P::kRows)));
+    const bool opens = kOpens && rows_of_all > kMostShortRows;
+    const int64_t walks = ceil_div(p.tile_rows, P::kRows) * (kLines / at_once) * count;
+    const int64_t each = walks > 1 || kOpens ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
+    auto* const sums = (float*)(own + kRoom);
     const char *w = panel_at<Format>(g.w, panel, g.k), *next;
     for (int64_t block = 0; block < blocks(g); ++block, w = next) {
       const int steps = int(round_up(smaller(g.k - block * kBlockK, kBlockK), Format::kPad)) / P::kCellK;
       next = block_end<Format>(w, steps, kBytes);
       Ahead ahead{next, each};
+#if defined(QUIRE_SHORT_EXPONENTS)
+      if (opens) open_block(w, steps, own);
+#endif
       for (int t = 0; t < count; ++t) {
         const char* const tile = x + t * p.tile_bytes;
-        const int first = t * p.tile_rows, rows_here = int(smaller(rows_of_all - first, p.tile_rows)), groups = int(ceil_div(rows_here, kDotRows));
+        const int first = t * p.tile_rows, rows_here = int(smaller(rows_of_all - first, p.tile_rows)), groups = int(ceil_div(rows_here, P::kRows));
         for (int i = 0; i < groups; ++i) {
           const int r0 = rows_here * i / groups, r1 = rows_here * (i + 1) / groups;
           const char* const cells = tile + (block * p.tile_rows + r0) * kXBlock;
-          rows[r1 - r0]({cells, w, sums + (first + r0) * kWide, steps, block == 0, extra(p, g, tile, block) + r0, p.tile_rows}, ahead);
+          const DotArgs args{cells, opens ? own : w, sums + (first + r0) * kWide, steps, block == 0, extra(p, g, tile, block) + r0, p.tile_rows};
+          (opens ? rows<true> : rows<false>)[r1 - r0](args, ahead);
         }
       }
     }

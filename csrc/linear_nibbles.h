@@ -28,10 +28,13 @@ struct NibbleDots {
   static constexpr int lines_at_once(int rows) {
 #if defined(QUIRE_AVX512)
     return rows <= 3 ? kLines : 2;
+  }
+  static constexpr int kRows = 6;
 #else
     return rows == 1 ? kLines : 1;
-#endif
   }
+  static constexpr int kRows = 4;
+#endif
   static constexpr double kReadNs = 0.03;
 
   // Behind a row's cells: the scale of each span and, kSpans later, what its sums begin with, each `next` apart.
@@ -55,7 +58,7 @@ struct NibbleDots {
   }
   QUIRE_INLINE U32x16 end(U32x16 sum, uint32_t from) { return kVnni ? sum : add(sum_words(sum), set1_u32(from)); }
 
-  template <int R>
+  template <int R, bool>
   static void dots(const DotArgs& a, Ahead& asked) {
     constexpr int kAtOnce = lines_at_once(R);
     const U32x16 low = set1_u32(0x0f0f0f0fu);

@@ -23,6 +23,14 @@ constexpr bool kShort = false;
 constexpr int kShortHead = 64, kShortStep = 192, kWholeStep = 64 * kLines, kShortSteps = 64;
 constexpr int64_t kMostlyShortBytes = kShortHead + kShortSteps * kShortStep;  // of a block, but for steps that are whole
 
+// Rows up to which products bring lines back in registers, in each walk through a block; for more it is opened to the first cache, once. Where there are no
+// registers of 512 bits, lines come back at half the speed.
+#if defined(QUIRE_AVX512)
+constexpr int kMostShortRows = 6;
+#else
+constexpr int kMostShortRows = 2;
+#endif
+
 #if defined(QUIRE_SHORT_EXPONENTS)
 template <>
 constexpr bool kShort<PackedBf16> = true;

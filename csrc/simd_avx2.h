@@ -54,6 +54,13 @@ QUIRE_BINARY(max_halves, U32x16, _mm256_max_epu16)
 QUIRE_BINARY(add_words, U32x16, _mm256_add_epi16)
 QUIRE_BINARY(dot_words, U32x16, _mm256_madd_epi16)
 QUIRE_BINARY(words_of_bytes, U32x16, _mm256_maddubs_epi16)
+QUIRE_BINARY(shuffle16, U32x16, _mm256_shuffle_epi8)
+QUIRE_BINARY(low_words, U32x16, _mm256_unpacklo_epi8)
+QUIRE_BINARY(high_words, U32x16, _mm256_unpackhi_epi8)
+QUIRE_BINARY(bytes_of_words, U32x16, _mm256_packus_epi16)
+QUIRE_BINARY(sub_bytes, U32x16, _mm256_sub_epi8)
+QUIRE_BINARY(min_bytes, U32x16, _mm256_min_epu8)
+QUIRE_BINARY(max_bytes, U32x16, _mm256_max_epu8)
 #undef QUIRE_BINARY
 
 QUIRE_INLINE F32x16 fma(F32x16 x, F32x16 y, F32x16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
@@ -233,9 +240,14 @@ QUIRE_INLINE uint32_t sum_lanes(U32x16 x) {
   q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
   return uint32_t(_mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1))));
 }
-QUIRE_INLINE U32x16 shuffle16(U32x16 x, const uint8_t (&order)[16]) {
-  const __m256i by = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)order));
-  return {_mm256_shuffle_epi8(x.a, by), _mm256_shuffle_epi8(x.b, by)};
+QUIRE_INLINE U32x16 load_16_for_all(const void* p) {
+  const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  return {x, x};
+}
+QUIRE_INLINE U32x16 shuffle16(U32x16 x, const uint8_t (&order)[16]) { return shuffle16(x, load_16_for_all(order)); }
+QUIRE_INLINE bool same(U32x16 x, U32x16 y) {
+  const __m256i differ = _mm256_or_si256(_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b));
+  return _mm256_testz_si256(differ, differ);
 }
 QUIRE_INLINE void store_bytes(char* p, U32x16 words) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi16(words.a, words.b), 0xd8));

@@ -14,7 +14,7 @@ from tests.tensors.product_cases import assert_same_bits, random
 
 BF16 = torch.bfloat16
 N, K = 200, 330  # four panels, the last of few columns; three blocks, the last of few steps
-SHORTENS = ("avx512", "avx512vnni", "avx512bf16")  # instruction sets that pack in 12 bits
+SHORTENS = ("avx2", "avx2vnni", "avx512", "avx512vnni", "avx512bf16")  # instruction sets that pack in 12 bits
 
 
 def bits(*shape: int) -> torch.Tensor:
