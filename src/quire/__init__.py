@@ -23,6 +23,7 @@ from quire.errors import (
     QuireError,
     RequestFailedError,
     StepError,
+    TokenizerError,
     UnsupportedModelError,
 )
 from quire.outputs import Completion, Explanation, Receipt, RequestOutput, TokenEvent, TopLogprob
@@ -78,6 +79,7 @@ __all__ = [
     "StepError",
     "StructuredOutput",
     "TokenEvent",
+    "TokenizerError",
     "TopLogprob",
     "UnsupportedModelError",
     "causal_mask",

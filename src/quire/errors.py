@@ -12,6 +12,7 @@
     ├── RequestFailedError     (RuntimeError) a request that was accepted and then failed alone
     │   ├── StepError                         the model's forward raised in a step it took part in
     │   ├── NonFiniteLogitsError              the model gave NaN for it
+    │   ├── TokenizerError                    the tokenizer raised while it decoded its tokens
     │   └── NothingToDrawError                what it asks for leaves no token to draw
     ├── QueueFullError         (RuntimeError) too many requests wait; try again later
     ├── OutOfPagesError        (RuntimeError) the caller of slots holds all pages; free some
@@ -91,6 +92,10 @@ class StepError(RequestFailedError):
 
 class NonFiniteLogitsError(RequestFailedError):
     """The model's logits for this request held NaN."""
+
+
+class TokenizerError(RequestFailedError):
+    """The model's tokenizer raised while it decoded this request's tokens; its own exception is the cause."""
 
 
 class NothingToDrawError(RequestFailedError):

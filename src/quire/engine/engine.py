@@ -13,7 +13,7 @@ from quire.engine.keeper import CacheKeeper
 from quire.engine.masks import MaskThread
 from quire.engine.runner import Runner
 from quire.engine.state import Branch, PromptToken, RequestState, Sink
-from quire.errors import CacheTooSmallError, NonFiniteLogitsError, NothingToDrawError, RequestFailedError, StepError
+from quire.errors import CacheTooSmallError, NonFiniteLogitsError, NothingToDrawError, RequestFailedError, StepError, TokenizerError
 from quire.outputs import FinishReason, TokenEvent
 from quire.policy.lookup import find_miss
 from quire.policy.plan import StepPlan, Work
@@ -66,6 +66,8 @@ class Engine:
         if sequence.pages_at_most > self.keeper.num_pages_for_requests:  # it did when it was submitted
             error = CacheTooSmallError(num_tokens, sequence.pages_at_most, self.keeper.num_pages_for_requests)
             self._end_request(request.request_id, "error", error)
+            return
+        if self._tokenizer_failed(state, state.branches[0]):
             return
         self.scheduler.add(sequence, priority=request.priority, num_tokens=len(prompt) + request.max_tokens * request.num_branches)
 
@@ -174,11 +176,24 @@ class Engine:
                 state.first_token_s = time.perf_counter()
             self.num_drawn_tokens += 1
             event = branch.push(token)
+        if self._tokenizer_failed(state, branch):
+            return
         if branch.finish_reason is not None:
             self._close(branch)
         elif branch.index and len(branch.token_ids) == 1:  # from here on it is a sequence like any other, with its first token in hand
             self.scheduler.add_fork(branch.sequence)
         self._emit(state, event)
+
+    def _tokenizer_failed(self, state: RequestState, branch: Branch) -> bool:
+        """Whether it did, for this branch; its request has ended then."""
+        if branch.failure is None:
+            return False
+        request_id, error = state.request.request_id, branch.failure
+        branch.finish_reason = branch.stop_reason = None  # an end within this step does not stand: its text is not whole
+        failure = TokenizerError(f"request {request_id}: the tokenizer raised while decoding: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        self._end_request(request_id, "error", failure)
+        return True
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         log.error("a step failed; its %d requests end, nothing of it was committed", len(plan.works), exc_info=error)

@@ -62,8 +62,11 @@ class CacheKeeper:
         )
 
     def text_of(self, token_id: int) -> str | None:
-        """One token's text, "" of an id that the tokenizer does not know, None without a tokenizer."""
-        return self._tokenizer.decode([token_id], False) if self._tokenizer else None
+        """One token's text, "" of an id that the tokenizer does not know, None without a tokenizer or where it raises."""
+        try:
+            return self._tokenizer.decode([token_id], False) if self._tokenizer else None
+        except Exception:  # anybody's code: a receipt without this text is better than an engine that ends
+            return None
 
     def pin(self, prompt: Seq[int], namespace: str, ttl_s: float | None) -> Pin | None:
         """See `Pins.pin`."""

@@ -59,7 +59,7 @@ class NativeProducts:
 
     def pack(self, weight: torch.Tensor, layout: PackedLayout, out: torch.Tensor) -> int:
         """Write weight [N, K] of layout.dtype to `out`, uint8 [packed_bytes(layout)], and return how many of these bytes it takes; they are told in
-        csrc/packed_formats.h, and for bf16 in packed_short.h, where the CPU has AVX-512 and no tiles."""
+        csrc/packed_formats.h, and for bf16 in packed_short.h, where the CPU has AVX2 or AVX-512 and no tiles."""
         weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         address, code = weight.data_ptr(), DTYPE_CODES[layout.dtype]
         n, k = layout.n, layout.k
