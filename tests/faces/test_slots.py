@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quire import LLM, InvalidRequestError, OutOfPagesError, SamplingParams, Slots
-from quire.errors import CacheTooSmallError, StepError
+from quire.errors import CacheTooSmallError, NonFiniteLogitsError, StepError
 from quire.tensors.models.model import CausalModel
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
@@ -49,6 +49,34 @@ def test_slots_are_requests_alone(checkpoint: Checkpoint, family: str, options: 
             slots.check_integrity()
         assert slots.active == [0, 1, 2]
     assert got == {slot: alone(folder, PROMPTS[i], len(got[slot]), DRAWN) for slot, i in ((0, 0), (1, 3), (2, 2))}
+
+
+def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its caller can free that one and go on with the others; and a prompt behind which there are none leaves nothing in the cache."""
+    folder = checkpoint("llama")
+    expected = alone(folder, PROMPTS[0], 4, DRAWN)
+    original = CausalModel.forward
+
+    def poisoned(self: CausalModel, step: Any, ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, *more: Any) -> torch.Tensor:
+        logits = original(self, step, ids, positions, logits_at, *more).clone()
+        logits[ids[logits_at] == 599] = float("nan")
+        return logits
+
+    with Slots(folder, 3) as slots:
+        got = [slots.insert(slots.prefill(PROMPTS[0], DRAWN), 0)]
+        slots.insert(slots.prefill(PROMPTS[1], SamplingParams(allowed_token_ids=[599])), 2)
+        monkeypatch.setattr(CausalModel, "forward", poisoned)
+        for _ in range(2):
+            with pytest.raises(NonFiniteLogitsError, match=r"^slot 2: .*NaN"):
+                slots.generate()
+        slots.free(2)
+        got += [slots.generate()[0] for _ in range(3)]
+        assert got == expected
+        with pytest.raises(NonFiniteLogitsError, match=r"^the prompt: .*NaN"):
+            slots.prefill([*PROMPTS[3], 599])
+        slots.check_integrity()
+        monkeypatch.undo()
+        assert slots._engine.built.engine.keeper.explain((*PROMPTS[3], 599, 7), "").cached_tokens == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,9 +60,10 @@ class ManualEngine:
         """Sisters that share a computed prompt, one for each seed, each with the token drawn for it. Raises OutOfPagesError; then none is held."""
         return self._thread.run(lambda: self._fork(held, logits, seeds), lambda sisters: self._let_go([sister for sister, _ in sisters]))
 
-    def step(self, many: Sequence[Held]) -> list[Sampled]:
-        """Compute the last token of each sequence and draw its next, not yet appended. Raises OutOfPagesError, StepError, NonFiniteLogitsError;
-        then nothing has happened. One whose token nobody has taken, as the call that drew it was broken off, has that one again."""
+    def step(self, many: Mapping[str, Held]) -> list[Sampled]:
+        """Compute the last token of each sequence and draw its next, not yet appended. Raises OutOfPagesError, StepError, and NonFiniteLogitsError
+        with the names of those whose logits they were; then nothing has happened. One whose token nobody has taken, as the call that drew it was
+        broken off, has that one again."""
         return self._thread.run(lambda: self._step_on(many))
 
     def release(self, held: Held) -> None:
@@ -97,11 +98,11 @@ class ManualEngine:
                 num_tokens = min(seq.num_remaining, self._max_tokens)
                 if not self._cache.grow(seq, num_tokens):
                     raise OutOfPagesError(self._cache.pages_wanted(seq, seq.num_known), self._cache.pool.num_available)
-                drawn = self._step([Work(seq, num_tokens)], [Row(wants_logits, len(prompt))])
+                drawn = self._step({"the prompt": Work(seq, num_tokens)}, [Row(wants_logits, len(prompt))])
                 if drawn:
                     return held, drawn[0]
-        except BaseException:
-            self._cache.release(seq)
+        except BaseException as error:  # keys and values behind NaN logits may be NaN themselves; nobody shall hit them
+            self._cache.release(seq, keep=not isinstance(error, NonFiniteLogitsError))
             raise
 
     def _fork(self, held: Held, logits: torch.Tensor, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
@@ -125,26 +126,28 @@ class ManualEngine:
         for sister in sisters:
             self._cache.release(sister.sequence, keep=False)
 
-    def _step_on(self, many: Sequence[Held]) -> list[Sampled]:
+    def _step_on(self, many: Mapping[str, Held]) -> list[Sampled]:
         self._forget_old_weights()
-        lacking = [held for held in many if held.drawn is None]
-        wanted = sum(self._cache.pages_wanted(held.sequence, held.sequence.num_known) for held in lacking)
-        if not all(self._cache.grow(held.sequence, 1) for held in lacking):
+        lacking = {name: held for name, held in many.items() if held.drawn is None}
+        wanted = sum(self._cache.pages_wanted(held.sequence, held.sequence.num_known) for held in lacking.values())
+        if not all(self._cache.grow(held.sequence, 1) for held in lacking.values()):
             raise OutOfPagesError(wanted, self._cache.pool.num_available)
         if lacking:
-            drawn = self._step([Work(held.sequence, 1) for held in lacking], [held.next_row for held in lacking])
-            for held, token in zip(lacking, drawn, strict=True):
+            drawn = self._step({name: Work(held.sequence, 1) for name, held in lacking.items()}, [held.next_row for held in lacking.values()])
+            for held, token in zip(lacking.values(), drawn, strict=True):
                 held.drawn = token
-        return [held.drawn for held in many if held.drawn is not None]
+        return [held.drawn for held in many.values() if held.drawn is not None]
 
-    def _step(self, works: list[Work], rows: list[Row]) -> list[Sampled]:
+    def _step(self, named: Mapping[str, Work], rows: list[Row]) -> list[Sampled]:
+        works = tuple(named.values())
         try:
-            drawn, _ = self._runner.run(StepPlan(tuple(works), ()), [[row] for row, work in zip(rows, works, strict=True) if work.draws])
+            drawn, _ = self._runner.run(StepPlan(works, ()), [[row] for row, work in zip(rows, works, strict=True) if work.draws])
         except Exception as error:
             raise StepError(f"the model's forward failed: {type(error).__name__}: {error}") from error
         flat = [token for together in drawn for token in together]
-        if any(token.failure == "not_finite" for token in flat):
-            raise NonFiniteLogitsError("the model's logits hold NaN or infinity")
+        drawing = [name for name, work in named.items() if work.draws]
+        if broken := [name for name, token in zip(drawing, flat, strict=True) if token.failure == "not_finite"]:
+            raise NonFiniteLogitsError(f"{', '.join(broken)}: the model's logits hold NaN or infinity")
         if not all(token.ok for token in flat):
             raise NothingToDrawError("allowed_token_ids and logit_bias together leave no token to draw")
         for work in works:

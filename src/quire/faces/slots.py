@@ -133,13 +133,14 @@ class Slots:
 
         Raises:
             OutOfPagesError: free a slot first. InvalidRequestError: a slot is at the context's end. StepError, NonFiniteLogitsError: the forward
-            failed. Nothing has happened then, and the same call may be made again; so it may when it was broken off (Ctrl-C).
+            failed, of the slots that the error names. Nothing has happened then, and the same call may be made again, without them once they
+            are freed; so it may when it was broken off (Ctrl-C).
         """
         slots, context_len = self.active, self._engine.built.limits.context_len
         for slot in slots:
             if len(self._slots[slot].sequence.tokens) >= context_len:
                 raise InvalidRequestError("slot", slot, f"freed: it is at the end of the model's context of {context_len} tokens")
-        drawn = self._engine.step([self._slots[slot] for slot in slots]) if slots else []
+        drawn = self._engine.step({f"slot {slot}": self._slots[slot] for slot in slots}) if slots else []
         return {slot: self._slots[slot].take(token) for slot, token in zip(slots, drawn, strict=True)}
 
     def free(self, slot: int) -> None:
