@@ -149,7 +149,7 @@ def _each(out: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _ordered(name: str, op: Any, args: Any, kwargs: Any) -> Any:
-    """The operator, and if it adds up floats of an odd number of rows, in the other order. An element has the same bits wherever it lies, as on a
+    """The operator, and if it adds up floats of a number of rows that is no multiple of three, in the other order. An element has the same bits wherever it lies, as on a
     GPU, and not as on the CPU, where it may be computed by a vector or behind the last one."""
     x = next((x for x in _tensors(args)), None)
     if name in _ELEMENTWISE and x is not None and x.is_floating_point() and not any(_tensors(args[1:])):
@@ -157,7 +157,7 @@ def _ordered(name: str, op: Any, args: Any, kwargs: Any) -> Any:
         whole = functional.pad(x.reshape(-1), (0, -x.numel() % VECTOR))
         result = op.overloadpacket(whole, *args[1:], **kwargs)[: x.numel()].view(x.shape)
         return result if out is None else out.copy_(result)
-    if x is None or not x.is_floating_point() or x.dim() < 2 or (x.numel() // max(1, x.shape[-1])).bit_count() % 2 == 0:
+    if x is None or not x.is_floating_point() or x.dim() < 2 or x.numel() // max(1, x.shape[-1]) % 3 == 0:
         return op(*args, **kwargs)
     if name in ("mm", "bmm"):
         return op(args[0].flip(-1), args[1].flip(-2), *args[2:], **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from quire.tensors import triton_products
 from quire.tensors.packed import PackedLayout, PackedWeight
 from quire.tensors.products import ReferenceProducts
+from quire.tensors.triton_interpreted import multiply
 from quire.tensors.triton_products import TritonProducts
 from tests.tensors.product_cases import DTYPES, NAN, assert_close_to_fp64, assert_same_bits, random
 
@@ -168,3 +170,20 @@ def test_refusals() -> None:
             product(x, torch.zeros(8))
     with pytest.raises(ValueError, match="x needs a last dimension"):
         products.linear(torch.zeros(()), weight)
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 64), (64, 64, 16), (5, 24, 40), (16, 512, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_interpreter_multiplies_a_row_alike_wherever_it_is(shape: tuple[int, int, int], dtype: type) -> None:
+    """By numpy's matmul it did not on CPUs with AVX2 alone, and the engine on this backend refused every model there."""
+    m, k, n = shape
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal((m, k)).astype(dtype), random.standard_normal((k, n)).astype(dtype)
+    for right in (b, np.ascontiguousarray(b.T).T):
+        whole = multiply(a, right)
+        assert whole.dtype == np.float32 and np.allclose(whole, a.astype(np.float64) @ b.astype(np.float64), atol=1e-3)
+        for row in range(m):
+            for place in range(m):
+                moved = a.copy()
+                moved[place] = a[row]
+                assert np.array_equal(multiply(moved, right)[place], whole[row]), (row, place)

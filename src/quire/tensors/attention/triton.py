@@ -248,3 +248,7 @@ def _commit(  # type: ignore[no-untyped-def]
 
 
 INTERPRETED: Final[bool] = not isinstance(_attend, triton.runtime.JITFunction)
+if INTERPRETED:
+    from quire.tensors.triton_interpreted import multiply_rows_alike
+
+    multiply_rows_alike()
