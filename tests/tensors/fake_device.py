@@ -149,8 +149,8 @@ def _each(out: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _ordered(name: str, op: Any, args: Any, kwargs: Any) -> Any:
-    """The operator, and if it adds up floats of a number of rows that is no multiple of three, in the other order. An element has the same bits wherever it lies, as on a
-    GPU, and not as on the CPU, where it may be computed by a vector or behind the last one."""
+    """The operator, and if it adds up floats of a number of rows that is no multiple of three, in the other order. An element has the same bits
+    wherever it lies, as on a GPU, and not as on the CPU, where it may be computed by a vector or behind the last one."""
     x = next((x for x in _tensors(args)), None)
     if name in _ELEMENTWISE and x is not None and x.is_floating_point() and not any(_tensors(args[1:])):
         out = kwargs.pop("out", None)
