@@ -84,5 +84,5 @@ def test_a_stream_ends_with_it(faulty: tuple[LLM, Callable[[int], None]]) -> Non
     stream = llm.stream(MINE, GREEDY)
     last = list(stream)[-1]
     assert last.finish_reason == "error" and last.output is not None and isinstance(last.output.error, TokenizerError)
-    assert llm.generate(OTHER, SamplingParams(max_tokens=1))[0].outputs[0].finish_reason == "length"
+    assert llm.generate(OTHER, GREEDY)[0].outputs[0].finish_reason == "length"
     llm.close()
