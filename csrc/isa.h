@@ -26,7 +26,7 @@
 #define QUIRE_PLAIN 1
 #endif
 
-#if (defined(QUIRE_AVX512) || defined(QUIRE_AVX2)) && !defined(QUIRE_AMX)
+#if !defined(QUIRE_PLAIN) && !defined(QUIRE_AMX)
 #define QUIRE_SHORT_EXPONENTS 1  // bf16 is packed in 12 bits (packed_short.h)
 #endif
 

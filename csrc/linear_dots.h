@@ -148,7 +148,7 @@ QUIRE_INLINE void part_of_a_step(const U32x16 (&lines)[N], const char* x, typena
     QUIRE_UNROLL for (int j = 0; j < N; ++j) sum[r][j] = P::template dot<kPart>(sum[r][j], x + r * kBlockSteps * P::kCellBytes, cells[j]);
 }
 
-// Rows and N lines, from the first one on, whose walk is `lines`.
+// R rows with N lines of a block, from the first one on, as `walk` brings them.
 template <class P, int R, int N, class Walk>
 QUIRE_INLINE void dots_of_lines(const DotArgs& a, Walk walk, int first, Ahead& ahead) {
   typename P::Sum sum[R][N];
@@ -225,6 +225,7 @@ struct DotProduct {
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
     const int rows_of_all = int(smaller(g.m - m, int64_t(count) * p.tile_rows));
     // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted.
+    // One walk over 12 bits waits for decoding in between, and reads a tenth more where it asks, too (docs/speed-record.md, Zen 3).
     const int at_once = P::lines_at_once(int(smaller(p.tile_rows, P::kRows)));
     const bool opens = kOpens && rows_of_all > kMostShortRows;
     const int64_t walks = ceil_div(p.tile_rows, P::kRows) * (kLines / at_once) * count;

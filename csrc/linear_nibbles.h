@@ -25,15 +25,12 @@ struct NibbleDots {
   static constexpr int kSpanSteps = Format::kSpan / kCellK, kSpanCells = kSpanSteps * kCellBytes;
   static constexpr int kAsks = kSpans;
   // Sums, in integers and in floats, of so many rows by so many lines fill the registers.
-  static constexpr int lines_at_once(int rows) {
 #if defined(QUIRE_AVX512)
-    return rows <= 3 ? kLines : 2;
-  }
   static constexpr int kRows = 6;
+  static constexpr int lines_at_once(int rows) { return rows <= 3 ? kLines : 2; }
 #else
-    return rows == 1 ? kLines : 1;
-  }
   static constexpr int kRows = 4;
+  static constexpr int lines_at_once(int rows) { return rows == 1 ? kLines : 1; }
 #endif
   static constexpr double kReadNs = 0.03;
 

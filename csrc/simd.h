@@ -8,7 +8,7 @@
 //            load_bf16[_n] store_bf16[_n] load_f16[_n] store_f16[_n]   (stores round to nearest even, NaN stays NaN)
 //   bytes    load_bytes[_n] (64, four to a lane)  load_u8[_n] (16, one to a lane)  load_int8[_n] (16, as fp32)
 //            shuffle16 (bytes within each 16 of them, in an order)
-//            with AVX-512, for packed_short.h: load_16_for_all  low_words high_words (of each 16 bytes of two vectors, byte beside byte)
+//            with AVX2 or AVX-512, for packed_short.h: load_16_for_all  low_words high_words (of each 16 bytes of two vectors, byte beside byte)
 //            bytes_of_words (the way back)  sub_bytes min_bytes max_bytes (unsigned)  same
 //   words    32 of 16 bits: max_halves (unsigned) add_words  dot_words (signed pairs, to a lane)  words_of_bytes (unsigned bytes times signed ones,
 //            in pairs, which must not be more than a word)  shr_words<n>  sum_words  store_bytes (the lower byte of each)

@@ -59,7 +59,10 @@ class Branch:
         self.failure: Exception | None = None  # what the tokenizer has raised; no more text comes then
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None:
-            self._text_of(lambda: self._open(tokenizer))
+            try:
+                self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+            except Exception as error:
+                self.failure = error
         self._stops = StopMatcher(params.stop_strings, params.include_stop_in_output)
         if params.best_of is not None and params.logprobs is None:
             params = replace(params, logprobs=0)  # the best are told by them
@@ -134,23 +137,15 @@ class Branch:
         """The sum of its tokens' logprobs, as far as they were asked for."""
         return math.fsum(self.logprobs)
 
-    def _open(self, tokenizer: TextTokenizer) -> str:
-        self._detokenizer = Detokenizer(tokenizer, self.request.prompt_token_ids, self.request.params.skip_special_tokens)
-        return ""
-
-    def _text_of(self, decode: Callable[[], str]) -> str:
-        """A tokenizer may be anybody's code: what it raises is kept, so that it ends this request and no other."""
-        try:
-            return decode()
-        except Exception as error:
-            self.failure, self._detokenizer = error, None
-            return ""
-
     def _decoded(self, last: bool = False) -> str:
         tokens, self._to_decode, text = self._to_decode, [], self._detokenizer
         if text is None:
             return ""
-        return self._text_of(lambda: text.push(tokens) + (text.flush() if last else ""))
+        try:
+            return text.push(tokens) + (text.flush() if last else "")
+        except Exception as error:  # a tokenizer may be anybody's code: what it raises ends this request and no other
+            self.failure, self._detokenizer = error, None
+            return ""
 
     def _push_text(self, text: str) -> str:
         found = self._stops.push(text, may_stop=len(self.token_ids) >= self.request.params.min_tokens)
