@@ -110,18 +110,11 @@ inline void write_out(const Block& b) {
   }
 }
 
-// Of the lines of a tile, what each phase asks for: in proportion to the time it takes with few query rows.
-inline Fetcher fetch_rates(const PageLayout& at, const KeyFormat& key) {
-  const int patches = kTile / 16 * ((at.k.dim + key.span - 1) / key.span), steps = (at.k.dim + 2 * key.per - 1) / (2 * key.per);
-  const int lines = tile_lines(at) * 2;
-  return {nullptr, nullptr, 40 * lines / patches, 36 * lines / steps, 52 * lines / kTile + 1};
-}
-
 inline Block block_of(Item& item, Scratch& s, int64_t end, Coming* coming) {
   const PageLayout& at = item.args.layout;
   const KeyFormat& key = keys_of(item.args);
   const ValueFormat& value = values_of(item.args);
-  Block b{item, s, key, value, round_up(at.k.dim + 1), round_up(at.v.dim, 16 * value.vecs), fetch_rates(at, key), end, coming};
+  Block b{item, s, key, value, round_up(at.k.dim + 1), round_up(at.v.dim, 16 * value.vecs), end, coming};
   load_queries(b);
   return b;
 }

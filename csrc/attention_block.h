@@ -26,7 +26,6 @@ struct Block {
   const KeyFormat& key;
   const ValueFormat& value;
   int64_t k_rows, v_stride;  // head dimensions in a panel of queries or keys; length of an output row in scratch
-  Fetcher fetcher;           // of nothing, with its rates
   int64_t end;               // of the keys that the item has here
   Coming* coming;            // null if that is not known
 
@@ -102,6 +101,7 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fet
     else
       for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, meet);
   }
+  ask_for_rest(fetcher);
 }
 
 // Any number of rows against a tile that is transposed and copied: each panel passes all rows before the next one.
@@ -157,7 +157,7 @@ inline void run_tile(Block& b, int64_t base) {
       b.s.seen[r] = 1.0f;
     }
   }
-  Fetcher fetcher = b.fetcher;
+  Fetcher fetcher;
   if (const Rows* const next = tile_met(item, base + kTile, b.end, b.coming, zeros)) {
     fetcher.run = next->runs;
     fetcher.end_run = next->runs + next->num_runs;

@@ -76,7 +76,7 @@ void score_fours(const float* q, const float* keys, int apart, const float* scal
   ByteSums<R, N> sums;
   begin_sums(sums);
   for (int i = at; i < end; ++i, keys += apart) {
-    if (fetcher && i % 2 == 0) fetch(*fetcher, fetcher->per_step);
+    if (fetcher) ask_by_column<N>(*fetcher, i);
     U32x16 x[N];
     QUIRE_UNROLL for (int j = 0; j < N; ++j) x[j] = load_u32((const uint32_t*)keys + 16 * j);
     add_fours(sums, q + 2 * i * kMaxRows, 1, kMaxRows, x);
@@ -107,7 +107,7 @@ inline void score_few_bytes(const Rows& tile, int k_dim, const QueryRows* querie
   for (int d = 0; d < k_dim; d += Int8::kSpan) {
     const int n = k_dim - d < Int8::kSpan ? k_dim - d : Int8::kSpan;
     for (int key = tile.lo & ~15; key < tile.hi; key += 16) {
-      fetch(fetcher, fetcher.per_patch);
+      ask(fetcher, kPatchLines);
       F32x16 columns[16];
       transpose_lanes<Int8>(tile.k + key, d, n, columns);
       for (int i = 0; i < 16; ++i) store(to.at + i * kTile + key, columns[i]);
@@ -213,7 +213,7 @@ void output_fours(const float* weights, const char* const* values, int lo, int h
   ByteSums<R, N> sums;
   begin_sums(sums);
   for (int four = lo / kFour; four < fours(hi); ++four) {
-    fetch(fetcher, kFour * fetcher.per_value);
+    ask(fetcher, N);
     U32x16 x[N];
     zip_four<N>(values + kFour * four, d, n, first, x);
     add_fours(sums, weights + four, kTile, kFours, x);
@@ -277,7 +277,7 @@ inline void value_scales_of_bytes(const Rows& rows, int v_dim, float* to) {
   for (int key = rows.lo & ~15; key < rows.hi; key += 16) place_scales(rows.v + key, v_dim, to + key);
 }
 
-constexpr KeyFormat kByteKeys = {&score_few_bytes, &transpose_bytes, &score_panel_bytes<kMaxRows>, Int8::kSpan, Int8::kPer, Queries::kBytes};
+constexpr KeyFormat kByteKeys = {&score_few_bytes, &transpose_bytes, &score_panel_bytes<kMaxRows>, Queries::kBytes};
 constexpr ValueFormat kByteValues = {
     &softmax_bytes, &copy_bytes, &output_few_bytes<kDirectRows>, &output_panel_bytes<kMaxRows>, 1, kFour, &value_scales_of_bytes, true};
 

@@ -36,7 +36,7 @@ void score_few(const Rows& tile, int k_dim, const QueryRows* queries, int num_qu
   for (int d = 0; d < k_dim; d += E::kSpan) {
     const int n = k_dim - d < E::kSpan ? k_dim - d : E::kSpan;
     for (int key = tile.lo & ~15; key < tile.hi; key += 16) {
-      fetch(fetcher, fetcher.per_patch);
+      ask(fetcher, kPatchLines);
       F32x16 columns[16];
       transpose_lanes<E>(tile.k + key, d, n, columns);
       for (int i = 0; i < 16; ++i) store(to.at + i * kTile + key, columns[i]);
@@ -78,13 +78,12 @@ struct KeyFormat {
   void (*score_few)(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Fetcher& fetcher);
   void (*transpose)(const Rows& tile, int k_dim, float* panels, int64_t panel_stride);
   void (*score_panel)(int rows, const float* q, const KeyPanels& keys, int first, int groups, int k_dim, float* scores);
-  int span, per;     // head dimensions of one vector and of one lane
   Queries queries;
 };
 
 template <class E, bool kDot = false, Keys F = Keys::kFloat>
 constexpr KeyFormat key_format() {
-  return {&score_few<E, kDot>, &transpose_keys<E, F>, &score_panel<F, kMaxRows>, E::kSpan, E::kPer, kDot ? Queries::kPairs : Queries::kFloats};
+  return {&score_few<E, kDot>, &transpose_keys<E, F>, &score_panel<F, kMaxRows>, kDot ? Queries::kPairs : Queries::kFloats};
 }
 
 #if defined(QUIRE_BF16_DOT)

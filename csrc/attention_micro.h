@@ -12,13 +12,13 @@ namespace {
 
 // With many query rows, keys and values are copied to scratch once, and kMaxRows rows x kPanel vectors of them meet in
 // registers; a panel stays in the first cache while all rows pass it. With up to kDirectRows rows (decode), values are
-// used where they lie, and more vectors share the loop instead, to have enough independent sums.
+// used where they lie, and more vectors share the loop instead, to have enough independent sums; of more than kSumRows rows registers do not hold these.
 #if defined(QUIRE_AVX512)
-constexpr int kMaxRows = 12, kPanel = 2, kDirectRows = 6, kWideVecs = 8, kWideRows = 2;
+constexpr int kMaxRows = 12, kPanel = 2, kDirectRows = 6, kSumRows = 6, kWideVecs = 8, kWideRows = 2;
 #elif defined(QUIRE_AVX2)
-constexpr int kMaxRows = 6, kPanel = 1, kDirectRows = 3, kWideVecs = 4, kWideRows = 1;
+constexpr int kMaxRows = 6, kPanel = 1, kDirectRows = 6, kSumRows = 3, kWideVecs = 4, kWideRows = 1;
 #else
-constexpr int kMaxRows = 2, kPanel = 1, kDirectRows = 1, kWideVecs = 2, kWideRows = 1;
+constexpr int kMaxRows = 2, kPanel = 1, kDirectRows = 1, kSumRows = 1, kWideVecs = 2, kWideRows = 1;
 #endif
 constexpr int kPanelLanes = 16 * kPanel;
 constexpr int wide_vecs(int rows) { return rows <= kWideRows ? kWideVecs : kWideVecs / 2; }
@@ -80,6 +80,18 @@ struct Columns {
 };
 constexpr int kColumnFloats = 16 * kTile, kScaleFloats = 4 * kTile;
 
+// What steps ask for. Sixteen keys, transposed, take a line of each: they ask for half of that, and the columns, multiplied, for the other half.
+constexpr int kPatchLines = 8;
+template <int N>
+QUIRE_INLINE void ask_by_column(Fetcher& fetcher, int column) {
+  if (N > 1 || column % 2 == 0) ask(fetcher, N > 1 ? N / 2 : 1);
+}
+// `n` values of a key, `line` of which are a line.
+template <int n, int line>
+QUIRE_INLINE void ask_by_value(Fetcher& fetcher, int key) {
+  if (n >= line || key % (line / n) == 0) ask(fetcher, n > line ? n / line : 1);
+}
+
 // Adds `n` head dimensions to the scores of R rows and N groups of 16 keys from group `first` on.
 template <class E, bool kDot, int R, int N>
 void score_columns(const float* q, const Columns& keys, int first, int n, bool fresh, float* scores, Fetcher& fetcher) {
@@ -89,7 +101,7 @@ void score_columns(const float* q, const Columns& keys, int first, int n, bool f
   typename E::Scale scale[N];
   const float* k = keys.at + 16 * first;
   for (int i = 0; i * E::kPer < n; ++i, k += kTile) {
-    if (i % 2 == 0) fetch(fetcher, fetcher.per_step);
+    ask_by_column<N>(fetcher, i);
     if constexpr (E::kScaleColumns > 0)
       if (i % E::kScaleColumns == 0)
         for (int j = 0; j < N; ++j) scale[j] = E::spread(load(keys.scales + i / E::kScaleColumns * kTile + 16 * (first + j)));
@@ -111,7 +123,7 @@ template <class E, bool kDot, int R = kDirectRows>
 void add_scores(int rows, const float* q, const Columns& keys, int groups, int n, bool fresh, float* scores, Fetcher& fetcher) {
   if constexpr (R > 1)
     if (rows < R) return add_scores<E, kDot, R - 1>(rows, q, keys, groups, n, fresh, scores, fetcher);
-  constexpr int kVecs = kWideVecs / 2;
+  constexpr int kVecs = R <= kSumRows ? kWideVecs / 2 : kWideVecs / 4;
   int j = 0;
   for (; j + kVecs <= groups; j += kVecs) score_columns<E, kDot, R, kVecs>(q, keys, j, n, fresh, scores, fetcher);
   for (; j < groups; ++j) score_columns<E, kDot, R, 1>(q, keys, j, n, fresh, scores, fetcher);
@@ -144,7 +156,7 @@ struct PanelValues {
 template <class E>
 struct DirectValues {
   static constexpr bool kDirect = true;
-  static constexpr int kVecs = E::kVecs;
+  static constexpr int kVecs = E::kVecs, kLine = E::kSpan;
   using Row = typename E::Row;
   const char* const* rows;
   int dim;
@@ -163,7 +175,7 @@ void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, c
     for (int j = 0; j < N; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
   for (int key = lo; key < hi; ++key) {
     const typename V::Row from = V::row(v, key, d);
-    if constexpr (V::kDirect) fetch(*fetcher, fetcher->per_value);
+    if constexpr (V::kDirect) ask_by_value<16 * N, V::kLine>(*fetcher, key);
     F32x16 x[N];
     if constexpr (kEnd) {
       V::read_n(from, x, tail);
@@ -197,6 +209,11 @@ void output_few(int rows, const float* p, const char* const* values, int lo, int
                 Fetcher& fetcher) {
   if constexpr (R > 1)
     if (rows < R) return output_few<E, R - 1>(rows, p, values, lo, hi, v_dim, alpha, out, out_stride, fetcher);
+  if constexpr (R > kSumRows) {  // values are read twice, the second time from the first cache
+    constexpr int kFirst = R / 2;
+    output_few<E, kFirst>(kFirst, p, values, lo, hi, v_dim, alpha, out, out_stride, fetcher);
+    return output_few<E, R - kFirst>(R - kFirst, p + kFirst * kTile, values, lo, hi, v_dim, alpha + kFirst, out + kFirst * out_stride, out_stride, fetcher);
+  }
   using V = DirectValues<E>;
   const V v{values, v_dim};
   constexpr int kUnit = V::kVecs, kMost = wide_vecs(R) > kUnit ? wide_vecs(R) : kUnit, kHalf = kMost / 2 > kUnit ? kMost / 2 : kUnit;

@@ -69,7 +69,7 @@ void pair_block(const float* p, const V& v, int first, int end, uint32_t seen, i
   QUIRE_UNROLL for (int r = 0; r < R; ++r)
     QUIRE_UNROLL for (int j = 0; j < 2 * U; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
   for (int pair = first; pair < end; ++pair) {
-    if constexpr (V::kDirect) fetch(*fetcher, 2 * fetcher->per_value);
+    if constexpr (V::kDirect) ask(*fetcher, 2 * U);
     U32x16 x[2 * U];
     QUIRE_UNROLL for (int u = 0; u < U; ++u) V::read(v, pair, d + kPairPanel * u, u + 1 < U ? kPairPanel : n, x + 2 * u);
     for (int j = 0; j < 2 * U && kMasked; ++j) x[j] = and_(x[j], set1_u32(seen));

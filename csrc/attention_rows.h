@@ -82,12 +82,12 @@ inline void locate(const History& from, int64_t base, int lo, int hi, const char
   for (int j = hi; j & 31; ++j) rows.k[j] = rows.v[j] = zeros;
 }
 
-// Asks for the next tile's rows, line by line, while this tile is computed: pages lie anywhere, so the CPU cannot guess
-// them, and asking for all of them in one phase would leave the memory idle in the others.
+// Asks for the next tile's rows, line by line, while this tile is computed: pages lie anywhere, so the CPU cannot guess them. With few query rows each
+// step asks for as many lines as it reads itself: a core has room for some twenty on their way, so many at once keep what is wanted now waiting, and
+// asking in one phase alone would leave the memory idle in the others.
 struct Fetcher {
-  const Run *run, *end_run;
-  int per_patch, per_step, per_value;  // lines asked for by 16 transposed keys, two columns of scores, one value; in 1/256
-  int due = 0;
+  const Run *run = nullptr, *end_run = nullptr;
+  int due = 0;  // in 1/256 lines
   const char *at = nullptr, *end = nullptr;  // of the run at hand
 };
 // A tile of heads of 128 in bf16 is 32 KB, a whole first cache of many CPUs: lines that come into the second one made decoding read up to twice as much
@@ -99,10 +99,7 @@ constexpr bool kFetchFar = true;
 #endif
 // Into the first cache, or `kFar`, where that one is full, into the second.
 template <bool kFar = kFetchFar>
-QUIRE_INLINE void fetch(Fetcher& f, int amount) {
-  f.due += amount;
-  int lines = f.due / 256;
-  f.due %= 256;
+QUIRE_INLINE void ask(Fetcher& f, int lines) {
   const char* at = f.at;
   for (; lines > 0; --lines, at += kLine) {
     if (at >= f.end) {
@@ -117,6 +114,16 @@ QUIRE_INLINE void fetch(Fetcher& f, int amount) {
       prefetch(at);
   }
   f.at = at;
+}
+// The same where it is less than a line each time: `amount` in 1/256 of one.
+template <bool kFar = kFetchFar>
+QUIRE_INLINE void fetch(Fetcher& f, int amount) {
+  f.due += amount;
+  ask<kFar>(f, f.due / 256);
+  f.due %= 256;
+}
+QUIRE_INLINE void ask_for_rest(Fetcher& f) {
+  while (f.run != f.end_run || f.at < f.end) ask(f, 1);
 }
 
 }  // namespace
