@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from quire import SamplingParams
+from quire import LLM, SamplingParams
 from quire.server.infill import TOKENS, infilled
 from tests.engine.conftest import tokenizer
-from tests.server.conftest import KEY, OTHER_KEY, Running
+from tests.server.conftest import KEY, OTHER_KEY, Running, running
+from tests.tensors.checkpoints import make
 
 FOX = "the quick brown fox jumps over"
 GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -222,6 +224,21 @@ def test_filling_in_the_middle(names: tuple[str, str, str]) -> None:
     begin, hole, end = (hf.convert_tokens_to_ids(name) for name in names)
     fox, dog = hf("the fox").input_ids, hf("the dog").input_ids
     assert infilled(hf, "the fox", "the dog") == infilled(hf, fox, "the dog") == [begin, *fox, hole, *dog, end]
+
+
+def test_an_echo_is_the_prompt_without_what_comes_after(tmp_path: Path) -> None:
+    folder, hf = make(tmp_path / "tiny", "llama"), tokenizer()
+    hf.add_tokens(list(TOKENS[0]), special_tokens=True)
+    hf.save_pretrained(folder)
+    with running(lambda: LLM(folder, page_size=4, cache_bytes=2**20, num_threads=1)) as one:
+        asked: dict[str, Any] = {"prompt": "the fox", "suffix": "the dog", "echo": True, "max_tokens": 3, "temperature": 0}
+        (whole,) = one.complete(**asked)["choices"]
+        streamed = events(one.post("/v1/completions", asked | {"stream": True}).text)
+        assert whole["text"] == "".join(part["choices"][0]["text"] for part in streamed)
+        assert whole["text"].startswith("the fox") and "the dog" not in whole["text"]
+        (scored,) = one.complete(**asked, logprobs=0)["choices"]
+        assert scored["text"] == whole["text"] and scored["logprobs"]["text_offset"][-3] == len("the fox")
+        one.serving.close()
 
 
 def test_what_the_answer_is_called(server: Running) -> None:

@@ -118,8 +118,7 @@ class Told:
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The answer at the end."""
-        n = self._asked.num_choices
-        choices = [self._choice(output, completion, p * n) for p, output in enumerate(outputs) for completion in output.outputs]
+        choices = [self._choice(p, output, completion) for p, output in enumerate(outputs) for completion in output.outputs]
         return {**self._head, "choices": choices, "usage": usage_of(outputs)}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -138,18 +137,18 @@ class Told:
         if asked.include_usage:
             yield event({**self._head, "choices": [], "usage": usage_of(outputs)})
 
-    def _choice(self, output: RequestOutput, completion: Completion, first: int) -> dict[str, Any]:
-        asked, told = self._asked, self._bare(first + completion.index, completion.text)
+    def _choice(self, p: int, output: RequestOutput, completion: Completion) -> dict[str, Any]:
+        asked = self._asked
+        echoed = self._prompt_text(asked.prompt[p]) if asked.echo else ""
+        told = self._bare(p * asked.num_choices + completion.index, echoed + completion.text)
         told |= {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
-        echoed = self._prompt_text(output.prompt if output.prompt is not None else output.prompt_token_ids) if asked.echo else ""
-        told["text"] = echoed + completion.text
         if asked.logprobs is not None and self._texts is not None and completion.logprobs is not None:
             ids, logprobs = completion.token_ids, list[float | None](completion.logprobs)
             top: list[Any] | None = list(completion.top_logprobs or []) if asked.logprobs else None
-            offsets = Offsets(self._texts, len(echoed), self._skip)
+            offsets = self._offsets_of(ids, len(echoed))
             if asked.echo and output.prompt_logprobs is not None:
+                offsets = self._offsets_of(output.prompt_token_ids, 0, echoed) + offsets
                 ids, logprobs = output.prompt_token_ids + ids, output.prompt_logprobs + logprobs
-                offsets = Offsets(self._texts, 0, self._skip)
                 if top is not None:
                     top = [*(likeliest and likeliest[: asked.logprobs] for likeliest in output.prompt_top_logprobs or []), *top]
             told["logprobs"] = completion_logprobs(self._texts, ids, logprobs, top, offsets)
@@ -167,10 +166,16 @@ class Told:
             if index not in self._offsets:
                 self._offsets[index] = Offsets(self._texts, len(self._prompt_text(asked.prompt[p])) if asked.echo else 0, self._skip)
             top = news.top_logprobs if asked.logprobs else None
-            told["logprobs"] = completion_logprobs(self._texts, news.token_ids, news.logprobs, top, self._offsets[index])
+            offsets = [self._offsets[index].next(token_id) for token_id in news.token_ids]
+            told["logprobs"] = completion_logprobs(self._texts, news.token_ids, news.logprobs, top, offsets)
         if asked.return_token_ids:
             told["token_ids"] = news.token_ids
         return told
+
+    def _offsets_of(self, token_ids: Sequence[int], start: int, prompt: str | None = None) -> list[int]:
+        assert self._texts is not None
+        offsets = Offsets(self._texts, start, self._skip, prompt)
+        return [offsets.next(token_id) for token_id in token_ids]
 
     def _bare(self, index: int, text: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": None}

@@ -7,6 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from quire.text.detokenizer import EACH_BYTE
+from quire.text.tokenizer import TextTokenizer
+
 
 class TokenText(NamedTuple):
     """A token's text and bytes. The text of one that is not whole characters is its bytes written out, so that two stay two."""
@@ -21,7 +24,9 @@ class TokenTexts:
     def __init__(self, hf: Any) -> None:
         self._hf = hf
         self._known: dict[int, TokenText] = {}
-        self._special = frozenset(hf.all_special_ids)
+        tokenizer = TextTokenizer(hf)
+        self._special = tokenizer.special_ids
+        self.errors = EACH_BYTE if tokenizer.byte_ids else "replace"  # how bytes that are no character come out of it
         self._letters = _byte_letters() if hf.is_fast and _is_byte_level(hf) else None
         self._before = _ordinary(hf)
 
@@ -56,18 +61,32 @@ class TokenTexts:
 
 
 class Offsets:
-    """Where in a growing text each of its tokens begins. Special tokens take no room where they are left out."""
+    """Where in a growing text each of its tokens begins. Special tokens take no room where they are left out.
 
-    def __init__(self, texts: TokenTexts, start: int, skip_special_tokens: bool) -> None:
-        self._texts, self._at, self._skip = texts, start, skip_special_tokens
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+    With `prompt` the tokens are those of this text, which the caller wrote or has been told: special tokens take room where they stand in it, and a
+    space that the tokenizer has put before a word takes none.
+    """
+
+    def __init__(self, texts: TokenTexts, start: int, skip_special_tokens: bool, prompt: str | None = None) -> None:
+        self._texts, self._at, self._skip, self._prompt = texts, start, skip_special_tokens, prompt
+        self._characters = codecs.getincrementaldecoder("utf-8")(texts.errors)
 
     def next(self, token_id: int) -> int:
         """That of the next token: how many characters are complete before it."""
+        raw = self._shown(token_id)
+        if raw and not 0x80 <= raw[0] < 0xC0:  # nor will a character be whose bytes came before
+            self._at += len(self._characters.decode(b"", final=True))
         at = self._at
-        if not (self._skip and self._texts.is_special(token_id)):
-            self._at += len(self._characters.decode(self._texts.of(token_id).raw))
-        return at
+        self._at += len(self._characters.decode(raw))
+        return at if self._prompt is None else min(at, len(self._prompt))
+
+    def _shown(self, token_id: int) -> bytes:
+        raw, special = self._texts.of(token_id).raw, self._texts.is_special(token_id)
+        if self._prompt is None:
+            return b"" if self._skip and special else raw
+        if self._prompt.startswith(raw.decode(errors="ignore"), self._at):
+            return raw
+        return b"" if special else raw.removeprefix(b" ")
 
 
 def _shown(raw: bytes) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quire.outputs import RequestOutput, TopLogprob
-from quire.server.token_texts import Offsets, TokenTexts
+from quire.server.token_texts import TokenTexts
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 
@@ -43,7 +43,7 @@ def completion_logprobs(
     token_ids: Sequence[int],
     logprobs: Sequence[float | None],
     top: Sequence[Sequence[TopLogprob] | None] | None,
-    offsets: Offsets,
+    offsets: Sequence[int],
 ) -> dict[str, Any]:
     """`logprobs` of a completion's choice, or of the next tokens of one."""
     most_likely = []
@@ -59,7 +59,7 @@ def completion_logprobs(
         "tokens": [texts.of(token_id).text for token_id in token_ids],
         "token_logprobs": [None if logprob is None else finite(logprob) for logprob in logprobs],
         "top_logprobs": most_likely if top is not None else None,
-        "text_offset": [offsets.next(token_id) for token_id in token_ids],
+        "text_offset": list(offsets),
     }
 
 

@@ -21,6 +21,7 @@ from os.path import commonprefix
 from quire.text.tokenizer import TextTokenizer
 
 REPLACEMENT = "\ufffd"
+EACH_BYTE = "quire.replace_each_byte"  # an error handler of codecs: one U+FFFD for each byte
 # An incomplete character is at most three bytes. A decoder shows it as one U+FFFD, or as one for each byte.
 MAX_HELD_CHARS = 3
 # Tokens decoded again as the left context of the next one: enough to be no longer at the start of a text.
@@ -36,7 +37,7 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
     return REPLACEMENT * (error.end - error.start), error.end
 
 
-codecs.register_error("quire.replace_each_byte", _replace_each_byte)
+codecs.register_error(EACH_BYTE, _replace_each_byte)
 
 
 class Detokenizer:
@@ -58,7 +59,7 @@ class Detokenizer:
         self._bytes = tokenizer.byte_ids
         # With byte-fallback tokens every other token is whole characters, so that a U+FFFD among them is meant.
         self._max_held = 0 if self._bytes else MAX_HELD_CHARS
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("quire.replace_each_byte")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(EACH_BYTE)
         self._window: list[int] = []  # the last tokens, byte-fallback ones left out
         self._settled = 0  # characters of the window's text that were returned
         self._held = ""  # the rest of the window's text

@@ -1,0 +1,47 @@
+"""Where tokens begin in the text of an answer, for tokenizers that do not write each token as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quire.server.token_texts import Offsets, TokenTexts
+from tests.text.text_tokenizers import byte_level, llama_like
+
+
+def begins(hf: Any, token_ids: list[int], *, skip: bool = True, prompt: str | None = None, start: int = 0) -> list[int]:
+    offsets = Offsets(TokenTexts(hf), start, skip, prompt)
+    return [offsets.next(token_id) for token_id in token_ids]
+
+
+@pytest.mark.parametrize("hf", [byte_level(), llama_like()], ids=["byte_level", "llama_like"])
+def test_a_prompt_that_is_echoed_is_what_the_caller_wrote(hf: Any) -> None:
+    for prompt in ("the hen", " in  the", "x 😀 the", "<s>the hen"):
+        ids = hf(prompt).input_ids
+        assert ids[0] == hf.bos_token_id, "one that the tokenizer has put before it, or not so much as that"
+        texts = TokenTexts(hf)
+        for token_id, at in zip(ids, begins(hf, ids, prompt=prompt), strict=True):
+            text = texts.of(token_id).text
+            if not texts.is_special(token_id) and not text.startswith("bytes:"):
+                assert prompt[at:].startswith((text, text.removeprefix(" "))), (prompt, text, at)
+        last = texts.of(ids[-1]).text
+        assert begins(hf, ids, prompt=prompt)[-1] == len(prompt) - len(last)
+
+
+def test_special_tokens_without_a_name_of_their_own_take_no_room_either() -> None:
+    hf = byte_level()
+    start, tool, t = hf.convert_tokens_to_ids(["<|im_start|>", "<tool>", "t"])
+    assert start not in hf.all_special_ids and hf.decode([t, start, tool, t], skip_special_tokens=True) == "t<tool>t"
+    assert begins(hf, [t, start, tool, t], start=5) == [5, 6, 6, 12]
+    assert begins(hf, [t, start, tool, t], skip=False) == [0, 1, 13, 19]
+
+
+def test_bytes_that_come_to_no_character_are_before_what_follows() -> None:
+    byte, llama = byte_level(), llama_like()
+    e2, x82, xac, t = (byte.convert_tokens_to_ids(token) for token in ("â", "Ĥ", "¬", "t"))
+    assert byte.decode([e2, x82, xac, t, e2, x82, t]) == "€t\ufffdt"
+    assert begins(byte, [e2, x82, xac, t, e2, x82, t]) == [0, 0, 0, 1, 2, 2, 3]
+    e2, x82, xac, t = (llama.convert_tokens_to_ids(token) for token in ("<0xE2>", "<0x82>", "<0xAC>", "t"))
+    assert llama.decode([t, e2, x82, t]) == "t\ufffd\ufffdt"
+    assert begins(llama, [e2, x82, xac, t, e2, x82, t]) == [0, 0, 0, 1, 2, 2, 4]
