@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -164,6 +165,21 @@ def test_the_end_lets_requests_end_and_cuts_those_that_do_not(server: Running) -
     assert '"shutting_down"' in answers["stream"].text.strip().split("\n\n")[-1]
     with pytest.raises(httpx.ConnectError):
         httpx.get(one.url + "/health")
+
+
+def test_a_request_that_is_still_coming_at_the_end_is_told_so(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.server.life.LAST_WORDS_S", 0)
+    head = f"authorization: Bearer {KEY}\r\ncontent-type: application/json\r\ncontent-length: 50"
+    with running(lambda: server.llm) as one:
+        with socket.create_connection(("127.0.0.1", int(one.url.rsplit(":", 1)[1])), timeout=30) as client:
+            client.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n{{".encode())
+            assert eventually(lambda: one.server.server_state.tasks)
+            one.server.stop()
+            told = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+        one.thread.join(30)
+    status, _, rest = told.partition("\r\n")
+    assert status.startswith("HTTP/1.1 503") and "x-request-id: req-" in rest
+    assert json.loads(rest.split("\r\n\r\n")[1])["error"]["code"] == "shutting_down"
 
 
 # `quire`, which says how many objects the collector is told not to look at any more.

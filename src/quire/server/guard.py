@@ -5,6 +5,7 @@ Everything is guarded but what is listed here, also addresses that do not exist:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -17,7 +18,7 @@ from quire.server.errors import ServerError, as_server_error
 from quire.server.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from quire.server.logs import access_log, tell
 from quire.server.runs import Run
-from quire.server.serving import Serving
+from quire.server.serving import Serving, shutting_down
 from quire.server.sse import new_id
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/"))
@@ -57,16 +58,23 @@ class Guard:
             elif not head:
                 await send(message)
 
+        async def refuse(error: Exception) -> None:
+            refusal = as_server_error(error)
+            state["code"] = refusal.code
+            await refusal.response()(scope, receive, sending)
+
         try:
             try:
                 self._admit(scope, state)
                 await self._app(asked, _bounded(receive), sending)
+            except asyncio.CancelledError:  # the server has ended, while this was still coming
+                if status or not self._serving.closing.is_set():
+                    raise
+                await refuse(shutting_down())
             except Exception as error:
                 if status:  # half an answer is on its way: the connection is cut
                     raise
-                refusal = as_server_error(error)
-                state["code"] = refusal.code
-                await refusal.response()(scope, receive, sending)
+                await refuse(error)
         finally:
             self._tell(asked, scope["method"], status, time.perf_counter() - began_s)
 

@@ -71,7 +71,7 @@ class Serving:
             ServerError: 503 while loading, after a failure, and while the server ends.
         """
         if self.closing.is_set():
-            raise ServerError(503, "the server is shutting down", code="shutting_down", headers={"connection": "close"})
+            raise shutting_down()
         failure = self.failure
         if failure is not None:
             raise ServerError(503, f"there is no engine: {failure}", code="engine_dead")
@@ -119,6 +119,11 @@ class Serving:
             self.template.close()
         if self.llm is not None:
             self.llm.close()
+
+
+def shutting_down() -> ServerError:
+    """The answer to a request that came, or was still coming, when the server began to end."""
+    return ServerError(503, "the server is shutting down", code="shutting_down", headers={"connection": "close"})
 
 
 def serving_of(request: Request) -> Serving:
