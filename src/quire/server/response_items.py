@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import uuid
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from quire.outputs import Completion, TokenEvent
 from quire.server.calling import Calling, cuts_call
 from quire.server.schema_chat import FunctionCall, Message, ToolCall
-from quire.server.tools import CallDelta, TextDelta
+from quire.server.token_texts import Offsets
+from quire.server.tools import CallDelta, Delta, TextDelta
 
 Body = dict[str, Any]
 Event = tuple[str, Body]  # its type, and its fields
 
 
 class Items:
-    """The items of one response, in the order in which they began. At most the last one is open."""
+    """The items of one response, in the order in which they began. At most the last one is open. `offsets`: where its tokens begin in its text."""
 
-    def __init__(self, calling: Calling | None) -> None:
-        self._parser = calling.parser() if calling is not None else None
+    def __init__(self, calling: Calling | None, offsets: Offsets) -> None:
+        self._parser, self._offsets = calling.parser() if calling is not None else None, offsets
+        self._coming: deque[tuple[int, Body]] = deque()  # tokens with logprobs whose text has not come yet, and where it begins
+        self._at = 0  # characters that have come
         self._held: list[Body] = []  # logprobs of tokens whose text has not come out yet
         self._open = False
         self.items: list[Body] = []
@@ -26,12 +31,11 @@ class Items:
     def push(self, made: Completion | TokenEvent, logprobs: list[Body]) -> list[Event]:
         """Take text, the last of it with a finish reason, and the logprobs of its tokens. Returns what is to be said of it."""
         events: list[Event] = []
-        self._held += logprobs
-        deltas = self._parser.push(made.text) if self._parser is not None else [TextDelta(made.text)] if made.text else []
+        for text, begun in self._pieces(made, logprobs):
+            self._held += begun
+            events += self._told(self._parser.push(text) if self._parser is not None else [TextDelta(text)] if text else [])
         if made.finish_reason is not None and self._parser is not None:
-            deltas += self._parser.flush()
-        for delta in deltas:
-            events += self._call(delta) if isinstance(delta, CallDelta) else self._text(delta.text)
+            events += self._told(self._parser.flush())
         if made.finish_reason is not None:
             if not self.items:
                 events += self._begin(_message())
@@ -48,6 +52,26 @@ class Items:
         ]
         text = "".join(part["text"] for item in self.items if item["type"] == "message" for part in item["content"])
         return Message(role="assistant", content=text or None if calls else text, tool_calls=calls or None)
+
+    def _pieces(self, made: Completion | TokenEvent, logprobs: list[Body]) -> Iterator[tuple[str, list[Body]]]:
+        """The text, each piece with the logprobs of the tokens that begin at it. Cut where tokens do: those of a call are no message's."""
+        if self._parser is None or not (logprobs or self._coming):
+            yield made.text, logprobs
+            return
+        self._coming += [(self._offsets.next(token_id), told) for token_id, told in zip(made.token_ids, logprobs, strict=True)]
+        text, end, begun = made.text, self._at + len(made.text), list[Body]()
+        while self._coming and (self._coming[0][0] < end or made.finish_reason is not None):
+            begin, told = self._coming.popleft()
+            if begin > self._at:
+                cut = min(begin, end) - self._at
+                yield text[:cut], begun
+                text, begun, self._at = text[cut:], [], self._at + cut
+            begun.append(told)
+        yield text, begun
+        self._at = end
+
+    def _told(self, deltas: list[Delta]) -> list[Event]:
+        return [event for delta in deltas for event in (self._call(delta) if isinstance(delta, CallDelta) else self._text(delta.text))]
 
     def _text(self, text: str) -> list[Event]:
         events = [] if self._open and self.items[-1]["type"] == "message" else self._begin(_message())

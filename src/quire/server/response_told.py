@@ -16,7 +16,7 @@ from quire.server.runs import Run
 from quire.server.schema import Part
 from quire.server.schema_chat import Message
 from quire.server.schema_responses import ResponseRequest
-from quire.server.token_texts import TokenTexts
+from quire.server.token_texts import Offsets, TokenTexts
 from quire.server.usage import chat_logprobs
 
 
@@ -26,7 +26,8 @@ class Told:
     def __init__(self, asked: ResponseRequest, model: str, texts: TokenTexts | None, calling: Calling | None) -> None:
         assert texts is not None, "a chat has been encoded"
         self._texts = texts
-        self._items = Items(calling)
+        hides = asked.skip_special_tokens is not False and not (calling is not None and calling.in_special)
+        self._items = Items(calling, Offsets(texts, 0, hides))
         self.body = _fields(asked) | {"id": f"resp_{uuid.uuid4().hex}", "created_at": int(time.time()), "model": model}
 
     @property
