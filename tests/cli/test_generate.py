@@ -116,6 +116,8 @@ def test_where_prompts_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert read_prompts(["a", "-"], None) == ["a", "piped"]
     stdin(monkeypatch, b"x\r\ny\n")
     assert read_prompts([], "-") == ["x", "y"]
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert read_prompts([], str(file)) == ["one", "two"], "a mark of UTF-8 is no part of the first prompt"
 
 
 @pytest.mark.parametrize(("data", "terminal"), [(b"", False), (b"\n", False), (b"ignored", True), (b"\xff", False)])

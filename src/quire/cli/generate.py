@@ -91,6 +91,6 @@ def _file(name: str) -> str:
 
 def _text(data: bytes, name: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")  # by which editors mark a file as UTF-8: no part of what it says
     except UnicodeDecodeError as error:
         raise InvalidRequestError("prompt", name, f"text in UTF-8 (byte {error.start} is not)") from error
