@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from quire.server.token_texts import Offsets, TokenTexts
+from quire.server.chat_template import ChatTemplate
+from quire.server.errors import ServerError
+from quire.server.infill import TOKENS, infilled
+from quire.server.token_texts import Offsets, TokenTexts, encoded
 from tests.text.text_tokenizers import byte_level, llama_like
 
 
@@ -45,3 +50,20 @@ def test_bytes_that_come_to_no_character_are_before_what_follows() -> None:
     e2, x82, xac, t = (llama.convert_tokens_to_ids(token) for token in ("<0xE2>", "<0x82>", "<0xAC>", "t"))
     assert llama.decode([t, e2, x82, t]) == "t\ufffd\ufffdt"
     assert begins(llama, [e2, x82, xac, t, e2, x82, t]) == [0, 0, 0, 1, 2, 2, 4]
+
+
+def test_what_cannot_be_encoded_is_the_callers_to_mend() -> None:
+    core = Tokenizer(models.WordLevel(vocab={"the": 0, "fox": 1}))  # without <unk>
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert ChatTemplate(hf).encode("the fox") == encoded(hf, "the fox", "prompt", add_special_tokens=True) == [0, 1]
+    hf.add_tokens(list(TOKENS[0]), special_tokens=True)
+    for text, said in (("the dog", "that the tokenizer can encode"), ("\ud800", "that has a UTF-8 form")):
+        with pytest.raises(ServerError, match=f"messages: must be text {said}") as caught:
+            ChatTemplate(hf).encode(text)
+        assert caught.value.status == 400 and caught.value.param == "messages"
+        for prompt, suffix, param in ((text, "the", "prompt"), ("the", text, "suffix")):
+            with pytest.raises(ServerError, match=f"{param}: must be text {said}"):
+                infilled(hf, prompt, suffix)
+        with pytest.raises(ServerError, match=f"prompt: must be text {said}"):
+            encoded(hf, text, "prompt", add_special_tokens=True)

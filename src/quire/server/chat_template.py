@@ -11,6 +11,7 @@ from typing import Any
 
 from quire.server.errors import ServerError, refused
 from quire.server.limits import MAX_TEMPLATE_BYTES, MAX_TEMPLATE_S
+from quire.server.token_texts import encoded
 from quire.server.tool_formats import Format, detect_format
 
 RENDERER = Path(__file__).with_name("render.py")
@@ -72,11 +73,7 @@ class ChatTemplate:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a rendered chat. The template has written the special tokens, so the tokenizer adds none."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise refused("messages", "must be text that has a UTF-8 form (there is a lone surrogate)") from None
-        return list(self._hf(text, add_special_tokens=False, verbose=False).input_ids)
+        return encoded(self._hf, text, "messages", add_special_tokens=False)
 
     def close(self) -> None:
         """End the process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quire.server.errors import refused
+from quire.server.token_texts import encoded
 
 # What goes before the prompt, before the suffix, and before what is to be written.
 TOKENS = (
@@ -19,14 +20,14 @@ def infilled(hf: Any, prompt: str | list[int], suffix: str) -> list[int]:
     """The token ids that ask for what is between `prompt` and `suffix`.
 
     Raises:
-        ServerError: the tokenizer has no tokens for it.
+        ServerError: the tokenizer has no tokens for it, or cannot encode one of the two.
     """
     ids = None if hf is None else _ids(hf)
     if ids is None:
         raise refused("suffix", "must be left out: this model has no fill-in-the-middle tokens")
     start = hf("", verbose=False).input_ids  # what it puts before every text
-    inside = [hf(text, add_special_tokens=False, verbose=False).input_ids if isinstance(text, str) else text for text in (prompt, suffix)]
-    return [*start, ids[0], *inside[0], ids[1], *inside[1], ids[2]]
+    before = encoded(hf, prompt, "prompt", add_special_tokens=False) if isinstance(prompt, str) else prompt
+    return [*start, ids[0], *before, ids[1], *encoded(hf, suffix, "suffix", add_special_tokens=False), ids[2]]
 
 
 def _ids(hf: Any) -> list[int] | None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from quire.server.errors import refused
 from quire.text.detokenizer import EACH_BYTE
 from quire.text.tokenizer import TextTokenizer
 
@@ -87,6 +88,22 @@ class Offsets:
         if self._prompt.startswith(raw.decode(errors="ignore"), self._at):
             return raw
         return b"" if special else raw.removeprefix(b" ")
+
+
+def encoded(hf: Any, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    """The token ids of a text that is, or was made of, the field `param`.
+
+    Raises:
+        ServerError: it has no UTF-8 form, or the tokenizer cannot encode it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise refused(param, "must be text that has a UTF-8 form (there is a lone surrogate)") from None
+    try:
+        return list(hf(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
+    except Exception as error:  # tokenizers raises plain Exception, for instance for a word outside a vocabulary without <unk>
+        raise refused(param, f"must be text that the tokenizer can encode ({error})") from error
 
 
 def _shown(raw: bytes) -> str:

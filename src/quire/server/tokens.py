@@ -17,7 +17,7 @@ from quire.server.schema_answers import Answer, answers
 from quire.server.schema_chat import ChatPrompt, Messages
 from quire.server.serving import Serving, serving_of
 from quire.server.sse import json_response
-from quire.server.token_texts import TokenTexts
+from quire.server.token_texts import TokenTexts, encoded
 
 router = APIRouter(tags=["tokens"])
 ModelName = Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None
@@ -124,11 +124,7 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 def _encode(serving: Serving, text: str, add_special_tokens: bool) -> list[int]:
     assert serving.llm is not None
     _texts(serving)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise refused("prompt", "must be text that has a UTF-8 form (there is a lone surrogate)") from None
-    return list(serving.llm.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
+    return encoded(serving.llm.tokenizer, text, "prompt", add_special_tokens=add_special_tokens)
 
 
 def _texts(serving: Serving) -> TokenTexts:
