@@ -79,6 +79,25 @@ def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, mo
         assert slots._engine.built.engine.keeper.explain((*PROMPTS[3], 599, 7), "").cached_tokens == 0
 
 
+def test_a_slot_freed_behind_nan_logits_leaves_nothing_in_the_cache(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a prompt leaves nothing; what others computed before it, its prefix, stays. One that is freed in good health is hit."""
+    with Slots(checkpoint("llama"), 2, page_size=4) as slots:
+        explain, prefix = slots._engine.built.engine.keeper.explain, slots.prefill(PROMPTS[2], DRAWN)
+        drawn = {slot: [slots.insert(prefix, slot, seed=slot)] for slot in (0, 1)}
+        for _ in range(20):
+            for slot, token in slots.generate().items():
+                drawn[slot].append(token)
+        with monkeypatch.context() as patch:
+            patch.setattr(CausalModel, "forward", lambda *given, forward=CausalModel.forward: forward(*given).mul(torch.tensor([[1.0], [float("nan")]])))
+            with pytest.raises(NonFiniteLogitsError, match=r"^slot 1: "):
+                slots.generate()
+        for slot in (0, 1):
+            slots.free(slot)
+        found = [explain((*PROMPTS[2], *drawn[slot]), "").cached_tokens - len(PROMPTS[2]) for slot in (0, 1)]
+        assert found[1] < 4 < 16 <= found[0], f"{found}, of which the first few may be what both drew"
+        slots.check_integrity()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_one_prefix_in_many_slots_shares_its_pages(checkpoint: Checkpoint, family: str) -> None:
     folder = checkpoint(family)

@@ -23,11 +23,15 @@ from quire.tensors.sampler import Row, Sampled, SequenceState
 
 @dataclass(slots=True)
 class Held:
-    """A sequence that holds pages, what its draws depend on, and the token that a step has drawn for it and nobody has taken yet."""
+    """A sequence that holds pages, what its draws depend on, and the token that a step has drawn for it and nobody has taken yet.
+
+    `suspect`: a step has given NaN logits for it. Keys and values behind them may be NaN themselves, and nobody shall hit them.
+    """
 
     sequence: policy.Sequence
     state: SequenceState
     drawn: Sampled | None = None
+    suspect: bool = False
 
     @property
     def next_row(self) -> Row:
@@ -54,7 +58,7 @@ class ManualEngine:
 
     def prefill(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[Held, Sampled]:
         """A prompt, computed in chunks, and the token drawn after it, with its logits. Raises OutOfPagesError, StepError; then nothing is held."""
-        return self._thread.run(lambda: self._prefill(prompt, params), lambda computed: self._cache.release(computed[0].sequence))
+        return self._thread.run(lambda: self._prefill(prompt, params), lambda computed: self._release(computed[0]))
 
     def fork(self, held: Held, logits: torch.Tensor, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
         """Sisters that share a computed prompt, one for each seed, each with the token drawn for it. Raises OutOfPagesError; then none is held."""
@@ -67,12 +71,12 @@ class ManualEngine:
         return self._thread.run(lambda: self._step_on(many))
 
     def release(self, held: Held) -> None:
-        """Let a sequence's pages go; the complete ones stay cached."""
-        self._thread.run(lambda: self._cache.release(held.sequence))
+        """Let a sequence's pages go; the complete ones stay cached, unless logits behind them were NaN."""
+        self._thread.run(lambda: self._release(held))
 
     def release_later(self, held: Held) -> None:
         """`release`, from where nothing may be waited for or raised."""
-        self._thread.run_later(lambda: self._cache.release(held.sequence))
+        self._thread.run_later(lambda: self._release(held))
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if an invariant of the cache does not hold."""
@@ -98,11 +102,11 @@ class ManualEngine:
                 num_tokens = min(seq.num_remaining, self._max_tokens)
                 if not self._cache.grow(seq, num_tokens):
                     raise OutOfPagesError(self._cache.pages_wanted(seq, seq.num_known), self._cache.pool.num_available)
-                drawn = self._step({"the prompt": Work(seq, num_tokens)}, [Row(wants_logits, len(prompt))])
+                drawn = self._step({"the prompt": held}, num_tokens, [Row(wants_logits, len(prompt))])
                 if drawn:
                     return held, drawn[0]
-        except BaseException as error:  # keys and values behind NaN logits may be NaN themselves; nobody shall hit them
-            self._cache.release(seq, keep=not isinstance(error, NonFiniteLogitsError))
+        except BaseException:
+            self._release(held)
             raise
 
     def _fork(self, held: Held, logits: torch.Tensor, seeds: Sequence[int]) -> list[tuple[Held, Sampled]]:
@@ -133,20 +137,25 @@ class ManualEngine:
         if not all(self._cache.grow(held.sequence, 1) for held in lacking.values()):
             raise OutOfPagesError(wanted, self._cache.pool.num_available)
         if lacking:
-            drawn = self._step({name: Work(held.sequence, 1) for name, held in lacking.items()}, [held.next_row for held in lacking.values()])
+            drawn = self._step(lacking, 1, [held.next_row for held in lacking.values()])
             for held, token in zip(lacking.values(), drawn, strict=True):
                 held.drawn = token
         return [held.drawn for held in many.values() if held.drawn is not None]
 
-    def _step(self, named: Mapping[str, Work], rows: list[Row]) -> list[Sampled]:
-        works = tuple(named.values())
+    def _release(self, held: Held) -> None:
+        self._cache.release(held.sequence, keep=not held.suspect)
+
+    def _step(self, named: Mapping[str, Held], num_tokens: int, rows: list[Row]) -> list[Sampled]:
+        works = tuple(Work(held.sequence, num_tokens) for held in named.values())
         try:
             drawn, _ = self._runner.run(StepPlan(works, ()), [[row] for row, work in zip(rows, works, strict=True) if work.draws])
         except Exception as error:
             raise StepError(f"the model's forward failed: {type(error).__name__}: {error}") from error
         flat = [token for together in drawn for token in together]
-        drawing = [name for name, work in named.items() if work.draws]
+        drawing = [name for name, work in zip(named, works, strict=True) if work.draws]
         if broken := [name for name, token in zip(drawing, flat, strict=True) if token.failure == "not_finite"]:
+            for name in broken:
+                named[name].suspect = True
             raise NonFiniteLogitsError(f"{', '.join(broken)}: the model's logits hold NaN or infinity")
         if not all(token.ok for token in flat):
             raise NothingToDrawError("allowed_token_ids and logit_bias together leave no token to draw")

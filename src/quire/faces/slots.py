@@ -144,7 +144,10 @@ class Slots:
         return {slot: self._slots[slot].take(token) for slot, token in zip(slots, drawn, strict=True)}
 
     def free(self, slot: int) -> None:
-        """Let a slot's sequence go; its complete pages stay cached until something else needs room. Raises InvalidRequestError if it is free."""
+        """Let a slot's sequence go. Its complete pages stay cached until something else needs room, but for those behind NaN logits.
+
+        Raises InvalidRequestError if it is free.
+        """
         if integer("slot", slot) not in self._slots:
             raise InvalidRequestError("slot", slot, f"one that is taken: {self.active}")
         self._engine.release(self._slots.pop(slot))
