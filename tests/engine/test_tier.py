@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from quire import LLM, SamplingParams
 from quire.errors import ConfigError
 from quire.outputs import RequestOutput
+from quire.policy.costs import Costs
 from quire.tensors.disk import DiskStore
 from tests.engine.conftest import Checkpoint, tokenizer
 from tests.tensors.checkpoints import make, tiny_model
@@ -107,6 +109,35 @@ def test_what_preemption_pushed_out_comes_back_from_the_disk(checkpoint: Checkpo
         assert bits([output]) == alone and output.receipt.num_preemptions == 1
         assert llm.stats()["num_fetched_pages"] > 8
         assert output.receipt.computed_tokens < len(PROMPTS[0]) + 60 + 16, "all but a little was read"
+        llm.check_integrity()
+
+
+def at_rest(llm: LLM) -> None:
+    """Wait until nothing is on its way to the disk."""
+    while llm.stats()["num_held_pages"]:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("family", "cached"), [("llama", 72), ("gemma3_text", 0)])
+def test_what_comes_takes_no_place_of_what_it_continues(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, cached: int
+) -> None:
+    """A prompt has lost some pages to another one. They take the room of that one when they come, not of their own prompt's others, which lie there
+    for longer; and of a sequence that has been written to the disk the end leaves first, as of any."""
+    monkeypatch.setattr(Costs, "reading_pays", lambda *_: True)
+    folder, greedy = checkpoint(family), SamplingParams(max_tokens=1, temperature=0.0)
+    one, other = [3 + (i * i + i) % 150 for i in range(101)], [3 + (i**3 + 5 * i) % 150 for i in range(61)]
+    with LLM(folder, page_size=4) as llm:
+        cache_bytes = llm.info.page_bytes * (llm.explain(one).pages_needed + 8)
+        cold = bits(llm.generate(one, greedy))
+    with LLM(folder, page_size=4, cache_bytes=cache_bytes, cache_dir=tmp_path) as llm:
+        for prompt in (one, other):
+            llm.generate(prompt, greedy)
+            at_rest(llm)
+        assert llm.explain(one).cached_tokens == cached
+        outputs = llm.generate(one, greedy)
+        assert bits(outputs) == cold and outputs[0].receipt.cached_tokens == 100
+        assert llm.stats()["num_fetched_pages"] < 25, "some were fetched in the place of others that were fetched next"
         llm.check_integrity()
 
 

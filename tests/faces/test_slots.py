@@ -88,7 +88,9 @@ def test_a_slot_freed_behind_nan_logits_leaves_nothing_in_the_cache(checkpoint: 
             for slot, token in slots.generate().items():
                 drawn[slot].append(token)
         with monkeypatch.context() as patch:
-            patch.setattr(CausalModel, "forward", lambda *given, forward=CausalModel.forward: forward(*given).mul(torch.tensor([[1.0], [float("nan")]])))
+            patch.setattr(
+                CausalModel, "forward", lambda *given, forward=CausalModel.forward: forward(*given).mul(torch.tensor([[1.0], [float("nan")]]))
+            )
             with pytest.raises(NonFiniteLogitsError, match=r"^slot 1: "):
                 slots.generate()
         for slot in (0, 1):

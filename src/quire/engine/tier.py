@@ -49,10 +49,14 @@ class _Page(NamedTuple):
 
 @dataclass(slots=True)
 class _Fetch:
-    """Pages on their way up. `places[i]` is the page of the pool that `pages[i]` is read into; which of them were, and the seconds it took, come."""
+    """Pages on their way up. `places[i]` is the page of the pool that `pages[i]` is read into; which of them were, and the seconds it took, come.
+
+    `whole`: all pages of the hit that is to come, heads first. Those that the pool has are held meanwhile, or what comes could take their place.
+    """
 
     pages: list[_Page]
     places: list[int]
+    whole: list[int]
     future: Future[tuple[list[bool], float]]
 
 
@@ -86,7 +90,7 @@ class DiskTier:
         for thread in (self._reader, self._writer):
             thread.submit(int)  # starts it now: where the system has no thread left later on, it would be the engine's loop that fails
         self._offered: OrderedDict[_Page, None] = OrderedDict()
-        self._together: list[list[bytes]] = []  # of each sequence since the last pause, what it offered, heads first
+        self._together: list[list[_Page]] = []  # of each sequence since the last pause, what it held to the end, heads first
         self._writes: dict[Future[bool], int] = {}
         self._fetches: dict[int, _Fetch] = {}
         self._news = threading.Event()
@@ -111,20 +115,24 @@ class DiskTier:
         _, have = self._cache.finder.longest(seq, seq.num_known - 1)
         if have >= seq.asked_below:
             return False
-        missing, num_tokens = self._missing(seq, have)
-        if len(missing) > self._cache.pool.num_available:
+        needed, num_tokens = self._needed(seq, have)
+        missing, there = [page for page, place in needed if place < 0], [place for _, place in needed if place >= 0]
+        pool = self._cache.pool
+        if len(missing) > pool.num_available - sum(pool.references(page_id) == 0 for page_id in there):
             return False
         seq.asked_below = have
         if not missing or not self.costs.reading_pays(len(missing), num_tokens):
             return False
-        places = self._cache.pool.take_aside(len(missing))
+        pool.set_aside(there)
+        places = pool.take_aside(len(missing))
         future = self._reader.submit(self._read, missing, places)
-        self._fetches[seq.arrival] = _Fetch(missing, places, future)
+        coming = iter(places)
+        self._fetches[seq.arrival] = _Fetch(missing, places, [place if place >= 0 else next(coming) for _, place in needed], future)
         future.add_done_callback(lambda _: self._news.set())
         return True
 
-    def _missing(self, seq: Sequence, have: int) -> tuple[list[_Page], int]:
-        """(stored pages that would lengthen the `have` tokens that the sequence hits, heads first; by how many tokens)."""
+    def _needed(self, seq: Sequence, have: int) -> tuple[list[tuple[_Page, int]], int]:
+        """(the pages of a hit that stored ones would lengthen, heads first, with their place in the pool or -1; by how many tokens from `have`)."""
         cache, limit = self._cache, seq.num_known - 1
         length = limit - limit % cache.unit
         for size, group_ids in cache.ids_by_size.items():
@@ -142,9 +150,10 @@ class DiskTier:
             chain = seq.chain(group.page_size, length // group.page_size, cache.hash_bytes)
             for i in range(group.first_kept(length, cache.unit), length // group.page_size):
                 found = cache.index.find(chain[i + 1])
-                if found is None or found.pages[group.group_id] < 0:
-                    pages.append(_Page(chain[i + 1], group.group_id))
-        return pages, length - have
+                place = found.pages[group.group_id] if found is not None else -1
+                pages.append((i * group.page_size, _Page(chain[i + 1], group.group_id), place))
+        pages.sort(key=lambda page: page[0])
+        return [(page, place) for _, page, place in pages], length - have
 
     def _read(self, pages: Seq[_Page], places: Seq[int]) -> tuple[list[bool], float]:
         began = time.perf_counter()
@@ -160,7 +169,7 @@ class DiskTier:
             return False
 
     def _arrived(self, arrival: int) -> None:
-        """Index what was read; all of it is let go, so that what is indexed is cached and the rest free."""
+        """Index what was read; the whole hit is let go, tails first, so that what is indexed is cached and the rest free."""
         fetch, cache = self._fetches.pop(arrival), self._cache
         fine, seconds = fetch.future.result()
         self.costs.note_read(len(fetch.pages), seconds)
@@ -175,20 +184,21 @@ class DiskTier:
                 cache.index.insert(page.key, pages)
             elif found.pages[page.group_id] < 0:
                 cache.index.complete(found, page.group_id, place)
-        cache.pool.put_back(fetch.places[::-1])
+        cache.pool.put_back(fetch.whole[::-1])
 
     # -- down -----------------------------------------------------------------------------------------------------------------------------
 
     def offer(self, seq: Sequence) -> None:
         if not self._disk.usable:
             return
-        cache, pages = self._cache, []
+        cache, held = self._cache, []
         for size, group_ids in cache.ids_by_size.items():
             chain = seq.chain(size, seq.num_committed // size, cache.hash_bytes)
             for i in range(seq.num_committed // size):
-                pages += [_Page(chain[i + 1], g) for g in group_ids if chain[i + 1].pages and chain[i + 1].pages[g] >= 0]
-        self._offered.update(dict.fromkeys(pages))
-        self._together.append([page.content_id for page in pages])
+                pages = [_Page(chain[i + 1], g) for g in group_ids if chain[i + 1].pages and chain[i + 1].pages[g] >= 0]
+                self._offered.update(dict.fromkeys(pages))
+                held += [page for page in pages if seq.tables[page.group_id][i] >= 0]  # those that its windows have left may leave first
+        self._together.append(held)
         while len(self._offered) > MAX_OFFERED:
             self._offered.popitem(last=False)
         self._write_some()
@@ -207,8 +217,9 @@ class DiskTier:
             future.add_done_callback(lambda _: self._news.set())
             room -= 1
         if not self._offered and not self._writes:
-            for ids in self._together:  # written heads first, they would leave heads first
-                self._disk.touch(ids)
+            for pages in self._together:  # written heads first, they would leave heads first, the disk and the pool
+                self._disk.touch([page.content_id for page in pages])
+                pool.touch(page.key.pages[page.group_id] for page in reversed(pages) if page.key.pages)
             self._together.clear()
 
     # -- between steps --------------------------------------------------------------------------------------------------------------------

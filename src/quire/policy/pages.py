@@ -113,6 +113,12 @@ class PagePool:
             if cold:
                 cached.move_to_end(page_id, last=False)
 
+    def touch(self, page_ids: Iterable[int]) -> None:
+        """Of these pages, those that are cached count as used now, the last of them most."""
+        for page_id in page_ids:
+            if page_id in self._cached:
+                self._cached.move_to_end(page_id)
+
     def cached_pages(self) -> Iterable[int]:
         """The pages nobody holds whose contents may still be hit, next to leave first."""
         return self._cached.keys()
