@@ -26,7 +26,10 @@ from __future__ import annotations
 
 
 class QuireError(Exception):
-    """The root of all errors Quire raises on purpose."""
+    """The root of all errors Quire raises on purpose. They may be pickled: what a worker process raises reaches the one that waits for it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _made_again, (type(self), self.args), self.__dict__
 
 
 class ConfigError(QuireError, ValueError):
@@ -120,6 +123,11 @@ class EngineDeadError(QuireError, RuntimeError):
 
 class IntegrityError(QuireError, RuntimeError):
     """An invariant of the cache does not hold. This is a bug in Quire, never a caller's mistake."""
+
+
+def _made_again(kind: type[QuireError], args: tuple[object, ...]) -> QuireError:
+    """An error with this message; its class would ask for what the message was made of."""
+    return kind.__new__(kind, *args)
 
 
 def shown(value: object, limit: int = 120) -> str:
