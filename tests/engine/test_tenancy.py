@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,24 @@ def test_the_best_of_several_by_their_logprobs(checkpoint: Checkpoint) -> None:
     assert [one.index for one in best.outputs] == [0, 1] and best.outputs[0].logprobs is None
     assert best.outputs[0].cumulative_logprob == pytest.approx(sum(ranked[0].logprobs or []))
     assert len(events) == 1 and events[0].output is not None and events[0].output.outputs[0].token_ids == ranked[0].token_ids
+
+
+@pytest.mark.parametrize("max_sequences", [1, 8])
+@pytest.mark.parametrize("own", [{"prefix_sharing": False}, {"prompt_logprobs": 0}])
+def test_sisters_apart_from_others_compute_their_prompt_once(checkpoint: Checkpoint, own: dict[str, Any], max_sequences: int) -> None:
+    """Though one ends before the others start: at its first token, or as there is no room for two. What they shared is forgotten with the last."""
+    options = {name: value for name, value in own.items() if name == "prefix_sharing"}
+    with LLM(checkpoint("llama"), page_size=4, max_sequences=max_sequences, **options) as llm:
+        all_long = dataclasses.replace(DRAWN, n=3, prompt_logprobs=own.get("prompt_logprobs"))
+        first = llm.generate(PROMPT, dataclasses.replace(all_long, n=1))[0].outputs[0].token_ids[0]
+        for params in (all_long, dataclasses.replace(all_long, stop_token_ids=[first])):
+            before = llm.stats()["num_computed_tokens"]
+            (output,) = llm.generate(PROMPT, params)
+            drawn = sum(len(one.token_ids) for one in output.outputs)
+            assert llm.stats()["num_computed_tokens"] - before == output.receipt.computed_tokens <= len(PROMPT) + drawn
+            llm.check_integrity()
+        assert output.outputs[0].token_ids == [first] and len(output.outputs[1].token_ids) == DRAWN.max_tokens
+        assert llm.stats()["num_cached_pages"] == 0
 
 
 def test_sisters_end_together_when_cancelled_early(checkpoint: Checkpoint) -> None:

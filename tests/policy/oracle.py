@@ -161,7 +161,7 @@ class Driver:
         return client
 
     def cancel(self, client: Client, *, keep: bool = True) -> None:
-        self.scheduler.finish(client.seq, keep=keep)
+        self.scheduler.finish(client.seq, keep=keep, sisters=sum(one.seq.root is client.seq.root for one in self.clients.values()) > 1)
         self._close(client)
 
     def reset(self) -> None:

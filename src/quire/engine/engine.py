@@ -227,8 +227,10 @@ class Engine:
                 self._emit(state, event)
 
     def _close(self, branch: Branch, keep: bool = True) -> None:
-        self.scheduler.finish(branch.sequence, keep=keep)
-        del self._branches[branch.sequence.arrival]
+        sequence = branch.sequence
+        state, _ = self._branches.pop(sequence.arrival)
+        sisters = sequence.own_root and any(one.finish_reason is None for one in state.branches)
+        self.scheduler.finish(sequence, keep=keep, sisters=sisters)
 
     def _emit(self, state: RequestState, event: TokenEvent) -> None:
         if state.ended:

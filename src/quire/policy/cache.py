@@ -261,6 +261,10 @@ class PageCache:
         self.pool.release(pages)
         seq.clear_tables(len(self.groups))
 
+    def forget(self, root: PrefixKey) -> None:
+        """Nobody will have this root again: nothing is indexed under it any more, and what is cached becomes free."""
+        self.pool.drop(self.index.below(root))
+
     def _index_part(self, seq: Sequence) -> None:
         """Index the last, incomplete page under the tokens it has, so that a continuation can copy them; its owner may go on filling it."""
         full, part = divmod(seq.num_committed, self.unit)

@@ -129,6 +129,14 @@ class PagePool:
         self._free.extend(self._cached)
         self._cached.clear()
 
+    def drop(self, page_ids: Sequence[int]) -> None:
+        """These pages stand for nothing any more; those that are cached become free."""
+        self._contents.forget(page_ids)
+        cached = [page_id for page_id in page_ids if page_id in self._cached]
+        for page_id in cached:
+            del self._cached[page_id]
+        self._free += cached
+
     @property
     def num_set_aside(self) -> int:
         """Pages held by others than sequences: pins, and what is on its way to or from the tier below."""

@@ -148,6 +148,13 @@ class PrefixIndex:
         """The key of every page that has one, as it is now."""
         return self._pages.copy()
 
+    def below(self, root: PrefixKey) -> list[int]:
+        """The pages of every indexed key that continues this one, or a key found so; what continues one that has been evicted is not found."""
+        keys = [root]
+        for parent in keys:  # which grow meanwhile
+            keys += [key for key in self._children.get(parent.digest, {}).values() if key.parent is not None and key.parent.same(parent)]
+        return [page_id for key in keys[1:] for page_id in key.pages if page_id >= 0]
+
     def longest_start(self, parent: PrefixKey, tokens: bytes) -> tuple[list[int], int]:
         """(pages, n): a continuation of `parent` with a page in every group whose first n tokens are the first n of `tokens`.
 

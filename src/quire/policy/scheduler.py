@@ -88,11 +88,16 @@ class Scheduler:
         """Queue a sister of a sequence, whose rank it has."""
         self._waiting.add(seq)
 
-    def finish(self, seq: Sequence, *, keep: bool = True) -> None:
-        """Take a sequence out, wherever it is, and let its pages go; `keep` as in `PageCache.release`."""
+    def finish(self, seq: Sequence, *, keep: bool = True, sisters: bool = False) -> None:
+        """Take a sequence out, wherever it is, and let its pages go; `keep` as in `PageCache.release`.
+
+        Under a root of its own they stay for as long as there are `sisters`, who may have yet to start.
+        """
         self._waiting.remove(seq)
         self._running.pop(seq.arrival, None)
-        self._release(seq, keep=keep and not seq.own_root)
+        if seq.own_root and not sisters:
+            self.cache.forget(seq.root)
+        self._release(seq, keep=keep and (sisters or not seq.own_root))
         if not self._running and not self._waiting:
             self._shares.idle()
 

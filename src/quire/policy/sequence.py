@@ -25,8 +25,8 @@ class Sequence:
 
     `arrival` names it; `rank` orders it among others. `chain(B)[j + 1]` is the prefix key of its page j of B tokens, `chain(B)[0]` the root.
     The first `num_shared` tokens are in the region that all namespaces share, under `shared_root`; what follows is under `root`.
-    `own_root`: nobody but its sisters has its root, so its pages are forgotten with it. `scores`: the logprobs of its prompt's tokens are wanted.
-    `pooling`: the final hidden states of its prompt are wanted, of all tokens ("mean") or of the last one ("last").
+    `own_root`: nobody but its sisters has its root, so its pages are forgotten with the last of them. `scores`: the logprobs of its prompt's tokens
+    are wanted. `pooling`: the final hidden states of its prompt are wanted, of all tokens ("mean") or of the last one ("last").
     `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
     have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
     found in whole cached pages when it last started. `pages_at_most` is what it may need to finish, alone. `waits_for` says why it has not started,
