@@ -25,7 +25,7 @@ from quire.tensors.sampler import Row, Sampled, SequenceState
 class Held:
     """A sequence that holds pages, what its draws depend on, and the token that a step has drawn for it and nobody has taken yet.
 
-    `suspect`: a step has given NaN logits for it. Keys and values behind them may be NaN themselves, and nobody shall hit them.
+    `suspect`: nobody shall hit its pages. A step has given NaN logits for it, so its keys and values may be NaN themselves; or a copy has failed.
     """
 
     sequence: policy.Sequence
@@ -97,7 +97,9 @@ class ManualEngine:
         wants_logits = SequenceState(replace(params, return_logits=True), seed, self.built.model.vocab_size, prompt)
         try:
             self._cache.match(seq)
+            held.suspect = True  # until the part of a page that it starts with is there
             self._copy()
+            held.suspect = False
             while True:
                 num_tokens = min(seq.num_remaining, self._max_tokens)
                 if not self._cache.grow(seq, num_tokens):
@@ -120,10 +122,10 @@ class ManualEngine:
                     raise OutOfPagesError(len(self._cache.groups), self._cache.pool.num_available)
                 sisters.append(Held(seq, state))
             drawn = self._runner.sampler.sample(logits.expand(len(seeds), -1), [sister.next_row for sister in sisters])
+            self._copy()
         except BaseException:
             self._let_go(sisters)
             raise
-        self._copy()
         return list(zip(sisters, drawn, strict=True))
 
     def _let_go(self, sisters: Sequence[Held]) -> None:
@@ -165,8 +167,10 @@ class ManualEngine:
 
     def _copy(self) -> None:
         copies = self._cache.copies.take()
-        self._runner.store.copy_pages(copies)
-        self._cache.copies.done(copies)
+        try:
+            self._runner.store.copy_pages(copies)
+        finally:
+            self._cache.copies.done(copies)
 
     def _forget_old_weights(self) -> None:
         """Nothing cached outlives a change of a live model's weights; what is held cannot be forgotten, so then the change is refused."""
