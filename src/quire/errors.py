@@ -64,9 +64,8 @@ class CacheTooSmallError(InvalidRequestError):
 
     def __init__(self, num_tokens: int, pages_needed: int, num_pages: int) -> None:
         self.num_tokens, self.pages_needed, self.num_pages = num_tokens, pages_needed, num_pages
-        super().__init__(
-            "prompt", f"{num_tokens} tokens with max_tokens, {pages_needed} pages", f"at most {num_pages} pages, the whole cache (raise cache_bytes)"
-        )
+        limit = f"at most {num_pages} pages, the whole cache but for what is pinned or given back (raise cache_bytes)"
+        super().__init__("prompt", f"{num_tokens} tokens with max_tokens, {pages_needed} pages", limit)
 
 
 class ModelError(QuireError, ValueError):
