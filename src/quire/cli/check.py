@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from quire.cli.door import FAILED, Stdout, waiting
+from quire.cli.door import FAILED, Stdout, stand_ins_for, waiting
 from quire.cli.tables import size
 from quire.config import EngineConfig
 from quire.errors import ModelError, ModelNotFoundError
@@ -42,7 +42,7 @@ def inspect(model: str, config: EngineConfig) -> dict[str, Any]:
     Raises:
         ModelNotFoundError, ConfigError: there was nothing to inspect, or not with these options.
     """
-    with waiting(model):
+    with waiting(model), stand_ins_for(config):
         from quire.engine.build import build_engine
 
         try:

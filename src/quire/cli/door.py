@@ -96,7 +96,7 @@ def loaded(model: str | None, config: EngineConfig) -> Iterator[LLM]:
 
 def load(source: str, config: EngineConfig, warn: Callable[[str], None] | None = None) -> LLM:
     """A new `LLM` on `source`, with a spinner on the terminal until it is ready, or with `warn` told of warnings and nothing shown."""
-    with _without_collections(), _made_ahead(source, config), waiting(source, warn), _stand_ins(config):
+    with _without_collections(), _made_ahead(source, config), waiting(source, warn), stand_ins_for(config):
         from quire import LLM
 
         return LLM(source, **asdict(config))
@@ -109,7 +109,7 @@ def _made_ahead(source: str, config: EngineConfig) -> contextlib.AbstractContext
     return made_ahead(source, dtype=config.dtype, quantization=config.quantization, spare_bytes=lambda: available_bytes() - config.reserve_bytes)
 
 
-def _stand_ins(config: EngineConfig) -> contextlib.AbstractContextManager[None]:
+def stand_ins_for(config: EngineConfig) -> contextlib.AbstractContextManager[None]:
     """For what takes long to import, unless the model may use it: compiled layers do, and nobody knows what code of its own does."""
     return contextlib.nullcontext() if config.compile or config.trust_remote_code else stand_ins()
 
