@@ -15,7 +15,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from quire.tensors.attention.triton import TritonAttention
 from quire.tensors.triton_products import TritonProducts
+from tests.tensors import quick_interpreter
 
+quick_interpreter.install()
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, logprobs=0)
 PROMPTS = [list(range(5, 5 + count)) for count in (3, 21, 9)]
 

@@ -16,11 +16,9 @@ Like a GPU's, torch's own sums and products on it have an order that depends on 
 from __future__ import annotations
 
 import ctypes
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from torch.nn import functional
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from quire.tensors.models.exact import VECTOR
+from tests.tensors import quick_interpreter
 
 NAME, MEMORY = "fake", 1 << 30
 _CPU, _OTHER = 1, 12  # device types of DLPack: kDLCPU, and kDLExtDev, which is torch's PrivateUse1
@@ -284,16 +283,7 @@ def _let_kernels_run() -> None:
             back(self, args, *rest)
 
     interpreter.GridExecutor._init_args_hst, interpreter.GridExecutor._restore_args_dev = init, restore
-    patch, scopes = interpreter._patch_lang, {}
-
-    def patch_once(function: Any) -> Any:
-        """Of Triton's language, a millisecond for each function that is entered: here it may stay as it is."""
-        modules = tuple(id(module) for module in function.__globals__.values() if inspect.ismodule(module))
-        if modules not in scopes:
-            scopes[modules] = patch(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = patch_once
+    quick_interpreter.install()
 
 
 def install() -> Fake:

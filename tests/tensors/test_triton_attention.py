@@ -16,8 +16,10 @@ from quire.tensors.attention.reference import ReferenceAttention
 from quire.tensors.attention.triton import TritonAttention, num_blocks
 from quire.tensors.codec import RowFormat
 from tests.tensors import attention_cases as cases
+from tests.tensors import quick_interpreter
 from tests.tensors.attention_cases import NAN, POISON, Geometry, Sequence, make_sequence
 
+quick_interpreter.install()
 # Of rounding to a dtype. The interpreter cuts floats to bfloat16 where devices round, so there it is twice as large.
 UNITS = {torch.bfloat16: 2**-7, torch.float16: 2**-11, torch.float32: 2e-6}
 

@@ -15,8 +15,10 @@ from quire.tensors.packed import PackedLayout, PackedWeight
 from quire.tensors.products import ReferenceProducts
 from quire.tensors.triton_interpreted import multiply
 from quire.tensors.triton_products import TritonProducts
+from tests.tensors import quick_interpreter
 from tests.tensors.product_cases import DTYPES, NAN, assert_close_to_fp64, assert_same_bits, random
 
+quick_interpreter.install()
 QUANTIZATIONS = ["int8", "int4"]
 COUNTS = [1, 2, 15, 16, 17, 63, 64, 65, 130]
 

@@ -15,7 +15,9 @@ from quire.tensors import triton_rows
 from quire.tensors.models.exact import ExactMode
 from quire.tensors.products import ReferenceProducts
 from quire.tensors.triton_rows import TritonRows
+from tests.tensors import quick_interpreter
 
+quick_interpreter.install()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNITS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 LENGTHS = (1, 7, 64, 129, 700)
