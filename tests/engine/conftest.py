@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     root, made = tmp_path_factory.mktemp("checkpoints"), {}
 
     def get(family: str = "llama", dtype: torch.dtype = torch.float32, **config: object) -> str:
-        key = (family, dtype, *sorted(config.items()))
+        key = repr((family, dtype, sorted(config.items())))
         if key not in made:
             made[key] = make(Path(root) / str(len(made)), family, dtype, **config)
             tokenizer().save_pretrained(made[key])
