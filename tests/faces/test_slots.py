@@ -6,7 +6,8 @@ import gc
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -24,16 +25,28 @@ PROMPTS = [[3 + (i * i * 7 + n) % 150 for i in range(n)] for n in (10, 33, 1, 57
 DRAWN = SamplingParams(temperature=0.9, top_k=40, seed=11, repetition_penalty=1.1)
 
 
-def alone(folder: str, prompt: list[int], num_tokens: int, params: SamplingParams, seed: int | None = None) -> list[int]:
-    fields = {name: getattr(params, name) for name in ("temperature", "top_k", "repetition_penalty")}
-    with LLM(folder) as llm:
-        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=params.seed if seed is None else seed, **fields)
-        return llm.generate([prompt], params)[0].outputs[0].token_ids
+Alone = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Alone]:
+    """alone(folder, prompt, num_tokens, params, seed): of a request by itself, in an engine where nothing is shared, open for the whole file."""
+    with ExitStack() as stack:
+        engines: dict[str, LLM] = {}
+
+        def answer(folder: str, prompt: list[int], num_tokens: int, params: SamplingParams, seed: int | None = None) -> list[int]:
+            fields = {name: getattr(params, name) for name in ("temperature", "top_k", "repetition_penalty")}
+            if folder not in engines:
+                engines[folder] = stack.enter_context(LLM(folder, prefix_sharing=False, cache_bytes=2**23))
+            params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=params.seed if seed is None else seed, **fields)
+            return engines[folder].generate([prompt], params)[0].outputs[0].token_ids
+
+        yield answer
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("options", [{}, {"page_size": 4, "max_tokens_per_step": 5}, {"prefix_sharing": False}])
-def test_slots_are_requests_alone(checkpoint: Checkpoint, family: str, options: dict[str, Any]) -> None:
+def test_slots_are_requests_alone(checkpoint: Checkpoint, alone: Alone, family: str, options: dict[str, Any]) -> None:
     """Prefilled between the others' steps, freed and filled again."""
     folder = checkpoint(family)
     with Slots(folder, 3, **options) as slots:
@@ -53,7 +66,7 @@ def test_slots_are_requests_alone(checkpoint: Checkpoint, family: str, options: 
     assert got == {slot: alone(folder, PROMPTS[i], len(got[slot]), DRAWN) for slot, i in ((0, 0), (1, 3), (2, 2))}
 
 
-def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that its caller can free that one and go on with the others; and a prompt behind which there are none leaves nothing in the cache."""
     folder = checkpoint("llama")
     expected = alone(folder, PROMPTS[0], 4, DRAWN)
@@ -121,7 +134,7 @@ def test_a_copy_that_fails_leaves_no_page_that_was_to_be_copied(checkpoint: Chec
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_one_prefix_in_many_slots_shares_its_pages(checkpoint: Checkpoint, family: str) -> None:
+def test_one_prefix_in_many_slots_shares_its_pages(checkpoint: Checkpoint, alone: Alone, family: str) -> None:
     folder = checkpoint(family)
     with Slots(folder, 4, page_size=16) as slots:
         cache = slots._engine.built.engine.scheduler.cache
@@ -177,7 +190,7 @@ def test_a_random_life_keeps_the_cache_sound(checkpoint: Checkpoint) -> None:
         assert refused > 3
 
 
-def test_a_refused_step_can_be_made_again(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_step_can_be_made_again(checkpoint: Checkpoint, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint("llama")
     with LLM(folder, page_size=4) as llm:
         page_bytes = llm.info.page_bytes
@@ -236,7 +249,9 @@ def broken_off(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_call_that_is_broken_off_loses_no_token_and_no_page(checkpoint: Checkpoint, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_is_broken_off_loses_no_token_and_no_page(
+    checkpoint: Checkpoint, alone: Alone, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint(family)
     with Slots(folder, 3, page_size=4, max_tokens_per_step=16) as slots:
         got = [[slots.insert(slots.prefill(prompt, DRAWN), i)] for i, prompt in enumerate(PROMPTS[:2])]
