@@ -15,9 +15,7 @@ import torch
 
 from quire import LLM, InvalidRequestError, OutOfPagesError, SamplingParams, Slots
 from quire.errors import CacheTooSmallError, NonFiniteLogitsError, StepError
-from quire.faces.slots import GREEDY
 from quire.tensors.models.model import CausalModel
-from quire.tensors.store import PageStore
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
 
@@ -92,45 +90,6 @@ def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, al
         slots.check_integrity()
         monkeypatch.undo()
         assert slots._engine.built.engine.keeper.explain((*PROMPTS[3], 599, 7), "").cached_tokens == 0
-
-
-def test_a_slot_freed_behind_nan_logits_leaves_nothing_in_the_cache(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a prompt leaves nothing; what others computed before it, its prefix, stays. One that is freed in good health is hit."""
-    with Slots(checkpoint("llama"), 2, page_size=4) as slots:
-        explain, prefix = slots._engine.built.engine.keeper.explain, slots.prefill(PROMPTS[2], DRAWN)
-        drawn = {slot: [slots.insert(prefix, slot, seed=slot)] for slot in (0, 1)}
-        for _ in range(20):
-            for slot, token in slots.generate().items():
-                drawn[slot].append(token)
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                CausalModel, "forward", lambda *given, forward=CausalModel.forward: forward(*given).mul(torch.tensor([[1.0], [float("nan")]]))
-            )
-            with pytest.raises(NonFiniteLogitsError, match=r"^slot 1: "):
-                slots.generate()
-        for slot in (0, 1):
-            slots.free(slot)
-        found = [explain((*PROMPTS[2], *drawn[slot]), "").cached_tokens - len(PROMPTS[2]) for slot in (0, 1)]
-        assert found[1] < 4 < 16 <= found[0], f"{found}, of which the first few may be what both drew"
-        slots.check_integrity()
-
-
-def test_a_copy_that_fails_leaves_no_page_that_was_to_be_copied(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a prompt that continues part of a page, and of a slot: nothing is held, and nobody hits what was never written."""
-    folder = checkpoint("llama")
-    expected = [alone(folder, [*PROMPTS[1][:24], token], 1, GREEDY)[0] for token in (5, 6)]
-    with Slots(folder, 2, page_size=16) as slots:
-        prefix, pool = slots.prefill(PROMPTS[1]), slots._engine.built.engine.scheduler.cache.pool
-        held = pool.num_held
-        with monkeypatch.context() as patch:
-            patch.setattr(PageStore, "copy_pages", lambda *_: 1 // 0)
-            for call in (lambda: slots.prefill([*PROMPTS[1][:24], 5]), lambda: slots.insert(prefix, 0)):
-                with pytest.raises(ZeroDivisionError):
-                    call()
-                slots.check_integrity()
-                assert pool.num_held == held and not slots.active
-        assert [slots.prefill([*PROMPTS[1][:24], token]).next_token for token in (5, 6)] == expected
-        assert slots.insert(prefix, 0) == prefix.next_token
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
