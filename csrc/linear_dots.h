@@ -229,7 +229,8 @@ struct DotProduct {
     const int at_once = P::lines_at_once(int(smaller(p.tile_rows, P::kRows)));
     const bool opens = kOpens && rows_of_all > kMostShortRows;
     const int64_t walks = ceil_div(p.tile_rows, P::kRows) * (kLines / at_once) * count;
-    const int64_t each = walks > 1 || kOpens ? round_up(ceil_div(kBytes, walks * P::kAsks), 64) : 0;
+    // But for a sixteenth, which may come late: to ask for a fourth line each time where three are nearly all costs eight rows and fewer up to a tenth.
+    const int64_t each = walks > 1 || kOpens ? round_up(ceil_div(kBytes / 16 * 15, walks * P::kAsks), 64) : 0;
     auto* const sums = (float*)(own + kRoom);
     const char *w = panel_at<Format>(g.w, panel, g.k), *next;
     for (int64_t block = 0; block < blocks(g); ++block, w = next) {
