@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -70,14 +71,44 @@ def make_sequence(geometry: Geometry, length: int, seed: int, scale: float = 1.0
 class Reference:
     """Results [T, Hq, Dv], and how far apart the values are that each averages: with d = weight x |value - result| the sum over keys of d, and the
     root of the sum of its squares. For kernels that compute in integers, `step` [T, Hq, 1] is the largest step between their weights, and the
-    results' codes are summed up: their magnitudes, and the root of their squares."""
+    results' codes are summed up: their magnitudes, and the root of their squares. What is not asked for is not computed: it takes longer than they.
+    """
 
     out: torch.Tensor
-    spread: torch.Tensor
-    noise: torch.Tensor
-    step: torch.Tensor
-    codes: torch.Tensor
-    codes_noise: torch.Tensor
+    weights: torch.Tensor  # [Hq, T, keys], as what follows
+    values: torch.Tensor
+    scales: torch.Tensor
+    visible: torch.Tensor
+
+    @functools.cached_property
+    def _far(self) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.out.transpose(0, 1)
+        far = [self.weights * (self.values[:, None, :, d] - out[:, :, None, d]).abs() for d in range(out.shape[2])]
+        return torch.stack([x.sum(2) for x in far], dim=2).transpose(0, 1), torch.stack([x.norm(dim=2) for x in far], dim=2).transpose(0, 1)
+
+    @property
+    def spread(self) -> torch.Tensor:
+        return self._far[0]
+
+    @property
+    def noise(self) -> torch.Tensor:
+        return self._far[1]
+
+    @property
+    def step(self) -> torch.Tensor:
+        return ((self.weights * self.scales.transpose(1, 2)).amax(2, keepdim=True) * 2.0**-13).transpose(0, 1)
+
+    @property
+    def _codes(self) -> torch.Tensor:
+        return torch.where(self.scales > 0, self.values / self.scales, 0.0)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return (self.visible.double() @ self._codes.abs()).transpose(0, 1)
+
+    @property
+    def codes_noise(self) -> torch.Tensor:
+        return (self.visible.double() @ self._codes.square()).sqrt().transpose(0, 1)
 
 
 def reference(geometry: Geometry, sequence: Sequence) -> Reference:
@@ -109,13 +140,7 @@ def reference(geometry: Geometry, sequence: Sequence) -> Reference:
     if mask.sinks is not None:
         scores = torch.cat([scores, mask.sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)], dim=2)
     weights = torch.softmax(scores, dim=2)[:, :, : k.shape[1]]
-    out = weights @ v
-    far = [weights * (v[:, None, :, d] - out[:, :, None, d]).abs() for d in range(v.shape[2])]
-    spread, noise = torch.stack([x.sum(2) for x in far], dim=2), torch.stack([x.norm(dim=2) for x in far], dim=2)
-    step = (weights * scales.transpose(1, 2)).amax(2, keepdim=True) * 2.0**-13
-    codes, seen = torch.where(scales > 0, v / scales, 0.0), visible.double()
-    codes, codes_noise = seen @ codes.abs(), (seen @ codes.square()).sqrt()
-    return Reference(*(x.transpose(0, 1) for x in (out, spread, noise, step, codes, codes_noise)))
+    return Reference((weights @ v).transpose(0, 1), weights, v, scales, visible)
 
 
 class Cache:
