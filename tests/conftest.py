@@ -6,5 +6,8 @@ from hypothesis import settings
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, as transformers does where it is installed
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy, by which the interpreter multiplies small tiles: more threads spin, where others want the core
+# Where a client of httpx looks for certificates, at each of thousands: none here speaks TLS, and to read all there are takes 40 ms.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
 settings.register_profile("soak", deadline=None)
