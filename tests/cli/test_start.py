@@ -48,7 +48,7 @@ def test_python_dash_m() -> None:
     assert (done.returncode, done.stdout) == (0, f"quire {__version__}\n")
 
 
-ON_STDOUT, ON_STDERR = ("--help", "generate --help", "bench -h", "--version", ""), ("nonsense", "generate --nonsense", "check /no/such/model")
+ON_STDOUT, ON_STDERR = ("--help", "generate --help", "bench -h", "--version", ""), ("nonsense", "generate --nonsense", "batch /no/such answers")
 
 
 @pytest.mark.parametrize(("args", "closed"), [*((args, "stdout") for args in ON_STDOUT), *((args, "stderr") for args in ON_STDERR)])
@@ -76,15 +76,19 @@ def test_loading_is_not_looked_through_by_the_collector() -> None:
     assert gc.isenabled()
 
 
-def test_a_command_imports_nothing_that_it_does_not_use() -> None:
+def test_a_command_imports_nothing_that_it_does_not_use(quire: Quire) -> None:
     args = ["generate", "Once", "--max-tokens", "2", "--temperature", "0"]
     told = (
         "atexit.register(lambda: print({'torch._dynamo', 'torch._inductor', 'torch.distributed.tensor', 'transformers.models'} & set(sys.modules)))"
     )
     lean = python(f"import atexit, sys; {told}; from quire.cli import main; main({args})")
     assert lean.returncode == 0, lean.stderr
-    usual = python(f"import torch._dynamo, transformers.models; from quire.cli import main; main({args})")  # then they stay
-    assert usual.returncode == 0, usual.stderr
+    import torch._dynamo
+    import transformers.models
+
+    assert not {type(torch._dynamo).__name__, type(transformers.models).__name__} & {"_StandIn"}  # and so they stay, in this process
+    usual = quire(*args)
+    assert usual.exit_code == 0, usual.stderr
     assert lean.stdout.strip() == usual.stdout.strip() + "set()"
 
 
@@ -98,12 +102,11 @@ from torch._dynamo._trace_wrapped_higher_order_op import trace_wrapped
 """
 
 
-@pytest.mark.parametrize("when", ["inside", "after"])
-def test_what_stood_in_gives_way_when_more_is_asked_for(when: str) -> None:
-    inside, after = (USES, "") if when == "inside" else ("", USES)
+def test_what_stood_in_gives_way_when_more_is_asked_for() -> None:
+    """Inside, in a fork of the process in which it is asked for only after."""
     done = python(
         f"""
-import sys
+import os, sys
 from contextlib import ExitStack
 from quire.cli.lean import stand_ins
 stack = ExitStack()
@@ -113,14 +116,20 @@ from transformers import LlamaForCausalLM
 names = ("torch._dynamo", "transformers.models")
 stood_in = [sys.modules[name] for name in names]
 assert all(map(lambda module: type(module).__name__ == "_StandIn", stood_in))
-{inside}
+forked = os.fork()
+if not forked:
+    exec({USES!r})
 assert not torch.distributed.is_available()
 stack.close()
 assert torch.distributed.is_available()
-{after}
+if forked:
+    exec({USES!r})
 import transformers, torch._dynamo, transformers.models
 now = [torch._dynamo, transformers.models]
 assert now == [sys.modules[name] for name in names] and not set(map(id, now)) & set(map(id, stood_in))
+assert not forked or os.waitpid(forked, 0)[1] == 0, "inside"
+print("after" if forked else "inside")
 """
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["inside", "after"]
