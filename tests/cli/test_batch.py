@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -238,8 +239,9 @@ def test_a_busy_server_is_asked_again_and_a_dead_one_is_not(quire: Quire, tmp_pa
         assert set(answers(out)) == {"a"}, "what was answered is kept, and no answer is made up for the rest"
 
 
+# A batch in a fork for each output that it reads the name of: it says the fork's pid, and then how that ended.
 KILLED = """
-import asyncio, hashlib, json, random, sys
+import asyncio, hashlib, json, os, random, sys
 from pathlib import Path
 from quire.cli import batch
 from quire.cli.askers import Answer
@@ -250,31 +252,50 @@ class Fake:
         await asyncio.sleep(random.random() / 100)
         return Answer(200, "req", None, {"choices": [hashlib.sha256(body).hexdigest() * 200]})
 
-source, out = map(Path, sys.argv[1:])
-with source.open("rb") as file:
-    rows = read_rows(file, "in")
-    with Ledger(out, rows) as ledger:
-        asyncio.run(batch.answer_rows(Fake(), file, rows, ledger, 16))
+source = Path(sys.argv[1])
+for out in iter(sys.stdin.readline, ""):
+    forked = os.fork()
+    if forked:
+        print(forked, flush=True)
+        print(os.waitpid(forked, 0)[1], flush=True)
+        continue
+    with source.open("rb") as file:
+        rows = read_rows(file, "in")
+        with Ledger(Path(out.rstrip()), rows) as ledger:
+            asyncio.run(batch.answer_rows(Fake(), file, rows, ledger, 16))
+    break
 """
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     source, out, wanted = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "wanted.jsonl"
     write(source, [row(f"r{i}") for i in range(600)])
-    subprocess.run([sys.executable, "-c", KILLED, source, wanted], check=True)
     draw, sizes = random.Random(5), [0]
-    for i in range(8):
-        with subprocess.Popen([sys.executable, "-c", KILLED, source, out]) as process:
-            until = time.monotonic() + 60
+    with subprocess.Popen([sys.executable, "-c", KILLED, source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as forks:
+        asked, told = forks.stdin, forks.stdout
+        assert asked is not None and told is not None
+        asked.write(f"{wanted}\n".encode())
+        assert told.readline() and told.readline() == b"0\n"
+        for i in range(8):
+            asked.write(f"{out}\n".encode())
+            pid, until = int(told.readline()), time.monotonic() + 60
             size = draw.randrange(1, wanted.stat().st_size // 8)
-            while process.poll() is None and time.monotonic() < until and (not out.exists() or out.stat().st_size < sizes[-1] + size):
-                time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
-        sizes.append(out.stat().st_size)
-        if i % 2:  # as if the kill had come in the middle of a write
-            os.truncate(out, sizes[-1] - draw.randrange(1, 5000))
-    assert 1 < out.read_bytes().count(b"\n") < 600
-    subprocess.run([sys.executable, "-c", KILLED, source, out], check=True)
+            while (
+                time.monotonic() < until
+                and (not out.exists() or out.stat().st_size < sizes[-1] + size)
+                and not select.select([told], [], [], 0.001)[0]
+            ):
+                pass
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            assert told.readline() in (b"0\n", b"9\n")
+            sizes.append(out.stat().st_size)
+            if i % 2:  # as if the kill had come in the middle of a write
+                os.truncate(out, sizes[-1] - draw.randrange(1, 5000))
+        assert 1 < out.read_bytes().count(b"\n") < 600
+        asked.write(f"{out}\n".encode())
+        assert told.readline() and told.readline() == b"0\n"
+        asked.close()
     assert bits(out) == bits(wanted) and len(bits(out)) == 600
 
 
