@@ -103,11 +103,12 @@ def alone(llm: LLM) -> list[object]:
     return [bits(llm, [prompt])[0] for prompt in PROMPTS]
 
 
-def promised(model: PreTrainedModel) -> list[object]:
-    """Alone, which is as together, in another order, and a chunk of seven tokens at a time."""
+def promised(model: PreTrainedModel, then: Callable[[LLM], None] = lambda llm: None) -> list[object]:
+    """Alone, which is as together, in another order, and a chunk of seven tokens at a time. `then` is given the first of the engines after that."""
     with LLM(model, page_size=16, cache_bytes=2**24) as llm:
         expected = alone(llm)
         assert bits(llm, PROMPTS) == expected, "together"
+        then(llm)
     with LLM(model, page_size=16, cache_bytes=2**24, max_tokens_per_step=7) as llm:
         assert bits(llm, PROMPTS[::-1])[::-1] == expected, "in chunks"
     return expected
