@@ -14,9 +14,10 @@ setup: $(VENV)/.native
 demo: setup
 	$(BIN)/quire demo
 
-# Two processes share two cores; one of torch's own threads that spins while it waits would take the other one's time.
+# Two processes share two cores; one of torch's own threads that spins while it waits would take the other one's time. And many tests start Python: each
+# of these would compile all of Quire's modules where the environment forbids to keep them compiled, more than a second.
 test: setup
-	GOMP_SPINCOUNT=0 PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	GOMP_SPINCOUNT=0 PYTHONDONTWRITEBYTECODE= PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # AMX's kernels on a CPU without tiles, which are computed in vectors: it needs AVX512-BF16, some minutes, and is not part of `make test`.
 TILES := build/tiles
