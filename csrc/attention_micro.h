@@ -86,7 +86,7 @@ template <int N>
 QUIRE_INLINE void ask_by_column(Fetcher& fetcher, int column) {
   if (N > 1 || column % 2 == 0) ask(fetcher, N > 1 ? N / 2 : 1);
 }
-// `n` values of a key, `line` of which are a line.
+// `n` values of a key, `line` of which are a line (of fp16 half a one, which only asks sooner).
 template <int n, int line>
 QUIRE_INLINE void ask_by_value(Fetcher& fetcher, int key) {
   if (n >= line || key % (line / n) == 0) ask(fetcher, n > line ? n / line : 1);

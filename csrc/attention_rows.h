@@ -115,7 +115,7 @@ QUIRE_INLINE void ask(Fetcher& f, int lines) {
   }
   f.at = at;
 }
-// The same where it is less than a line each time: `amount` in 1/256 of one.
+// The same where it need not be whole lines each time: `amount` in 1/256 of one.
 template <bool kFar = kFetchFar>
 QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   f.due += amount;

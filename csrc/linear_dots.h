@@ -229,7 +229,7 @@ struct DotProduct {
     const int at_once = P::lines_at_once(int(smaller(p.tile_rows, P::kRows)));
     const bool opens = kOpens && rows_of_all > kMostShortRows;
     const int64_t walks = ceil_div(p.tile_rows, P::kRows) * (kLines / at_once) * count;
-    // But for a sixteenth, which may come late: to ask for a fourth line each time where three are nearly all costs eight rows and fewer up to a tenth.
+    // But for a sixteenth, which may come late: a fourth line each time, where three are nearly all, comes in a burst and costs up to a tenth with AVX2.
     const int64_t each = walks > 1 || kOpens ? round_up(ceil_div(kBytes / 16 * 15, walks * P::kAsks), 64) : 0;
     auto* const sums = (float*)(own + kRoom);
     const char *w = panel_at<Format>(g.w, panel, g.k), *next;
