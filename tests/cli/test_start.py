@@ -78,9 +78,8 @@ def test_loading_is_not_looked_through_by_the_collector() -> None:
 
 def test_a_command_imports_nothing_that_it_does_not_use(quire: Quire) -> None:
     args = ["generate", "Once", "--max-tokens", "2", "--temperature", "0"]
-    told = (
-        "atexit.register(lambda: print({'torch._dynamo', 'torch._inductor', 'torch.distributed.tensor', 'transformers.models'} & set(sys.modules)))"
-    )
+    unused = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "transformers.models", "sympy"}
+    told = f"atexit.register(lambda: print({unused} & set(sys.modules)))"
     lean = python(f"import atexit, sys; {told}; from quire.cli import main; main({args})")
     assert lean.returncode == 0, lean.stderr
     import torch._dynamo
@@ -99,6 +98,10 @@ assert config.suppress_errors is False
 from transformers.models import GPT2Config, llama
 assert llama is sys.modules["transformers.models.llama"] is sys.modules["transformers.models"].llama
 from torch._dynamo._trace_wrapped_higher_order_op import trace_wrapped
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false
+assert guard_or_false.__module__ == "torch.fx.experimental.symbolic_shapes"
+import sympy
+assert isinstance(sympy.Symbol("x"), sympy.Basic) and isinstance(sympy.Symbol("x"), held.Basic)
 """
 
 
@@ -113,7 +116,9 @@ stack = ExitStack()
 stack.enter_context(stand_ins())
 import torch
 from transformers import LlamaForCausalLM
-names = ("torch._dynamo", "transformers.models")
+import sympy as held
+names = ("torch._dynamo", "transformers.models", "torch.fx.experimental.symbolic_shapes", "sympy")
+torch.empty(2, 3, device="meta").normal_()
 stood_in = [sys.modules[name] for name in names]
 assert all(map(lambda module: type(module).__name__ == "_StandIn", stood_in))
 forked = os.fork()
@@ -125,7 +130,7 @@ assert torch.distributed.is_available()
 if forked:
     exec({USES!r})
 import transformers, torch._dynamo, transformers.models
-now = [torch._dynamo, transformers.models]
+now = [torch._dynamo, transformers.models, torch.fx.experimental.symbolic_shapes, sympy]
 assert now == [sys.modules[name] for name in names] and not set(map(id, now)) & set(map(id, stood_in))
 assert not forked or os.waitpid(forked, 0)[1] == 0, "inside"
 print("after" if forked else "inside")

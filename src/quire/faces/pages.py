@@ -170,8 +170,11 @@ class PagedCache:
             if end > len(row) or not all(0 <= page < self.num_pages for page in needed):
                 limit = f"{end} pages from 0 to {self.num_pages - 1} for {length + num_new} tokens"
                 raise InvalidRequestError("page_table", f"row {b}: {needed}", limit)
-            if written & set(mine) or len(set(mine)) < len(mine) or set(mine) & set(needed[:first]):
+            if written & set(mine) or len(set(mine)) < len(mine):
                 raise InvalidRequestError("page_table", f"row {b}: {mine}", "pages that nothing else in this call writes, each once in its row")
             written |= set(mine)
             tables.append(needed)
+        for b, (needed, length) in enumerate(zip(tables, lens.tolist(), strict=True)):
+            if rewritten := written.intersection(needed[: length // self.page_size]):
+                raise InvalidRequestError("page_table", f"row {b}: {needed}", f"complete pages that no row writes; {sorted(rewritten)} are written")
         return tables

@@ -12,9 +12,10 @@ Four questions, two of them over the same few short sequences, which go past a w
           Asked of every model, with the layers as they run, since few tokens seldom meet an element whose last bit tells.
 
 Of a checkpoint without code of its own whose layers are programs (lowered.py), each question is asked where it can still be answered otherwise:
-  close   at full depth, all sequences. For the longest one the model's own forward multiplies as torch does in one layer of each program, in plain
-          layers and in the head: that shows the kernels and the packing. Elsewhere it takes our products, which need not unpack the weights: what
-          layers of one program may differ in (masks, scales, whatever hangs on layer_idx) is no product.
+  close   at full depth, all sequences. For the longest one and the few tokens the model's own forward multiplies as torch does in one layer of each
+          program and in plain layers, for the few in the head as well, where many rows take a CPU without bf16 long: that shows the kernels and the
+          packing. Elsewhere it takes our products, which need not unpack the weights: what layers of one program may differ in (masks, scales,
+          whatever hangs on layer_idx) is no product.
   exact   with one layer of each program. Others run the same instructions, each of which takes a token's row alone, whatever the weights are.
 
 A live model is asked again when it is made of other code than any that has passed.
@@ -35,6 +36,7 @@ from torch import nn
 from quire.errors import ProbeMismatchError, QuireError, UnsupportedModelError
 from quire.tensors.models.facts import ordinary_tokens
 from quire.tensors.models.geometry import NoAttention
+from quire.tensors.models.hidden import output_layer
 from quire.tensors.models.hook import AttentionStep
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.rows import RowByRow
@@ -199,9 +201,11 @@ def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs:
             logits: torch.Tensor = alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0]
         return logits
 
-    longest, *others = sequences
-    of_longest = own(longest, () if programs is None else programs.alike)
-    return [of_longest, *(own(ids, () if programs is None else [model.transformers_model]) for ids in others)]
+    longest, one, few = sequences
+    if programs is None:
+        return [own(ids, ()) for ids in sequences]
+    head = [layer for layer in (output_layer(model.transformers_model),) if layer is not None]
+    return [own(longest, [*programs.alike, *head]), own(one, [model.transformers_model]), own(few, programs.alike)]
 
 
 def _errors(packed: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> torch.Tensor:
