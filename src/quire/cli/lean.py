@@ -22,7 +22,7 @@ _DYNAMO = "torch._dynamo"
 _TRACED = "torch._dynamo._trace_wrapped_higher_order_op"
 _MODELS = "transformers.models"
 _SYMBOLS = "torch.fx.experimental.symbolic_shapes"
-_SAME = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "guarding_hint_or_throw", "statically_known_true")
+_SAME = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "guarding_hint_or_throw", "size_hint", "statically_known_true")
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def _of_numbers() -> dict[str, Any]:
     """What torch asks of sizes and conditions that may be symbols, as it is answered where they are numbers."""
     return {
         **dict.fromkeys(_SAME, lambda known, *_, **__: known),
-        "has_guarding_hint": lambda _: True,
+        **dict.fromkeys(("has_guarding_hint", "has_hint"), lambda _: True),  # the latter, and size_hint, before torch 2.13
         "is_nested_int": lambda _: False,
         "sym_and": lambda *conditions: all(conditions),
         "sym_or": lambda *conditions: any(conditions),
