@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from quire import LLM
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import ServerError
 from quire.server.infill import TOKENS, infilled
 from quire.server.token_texts import Offsets, TokenTexts, encoded
-from tests.text.text_tokenizers import byte_level, llama_like
+from tests.server.conftest import running
+from tests.tensors.checkpoints import make
+from tests.text.text_tokenizers import PythonBytes, byte_level, llama_like
 
 
 def begins(hf: Any, token_ids: list[int], *, skip: bool = True, prompt: str | None = None, start: int = 0) -> list[int]:
@@ -67,3 +73,25 @@ def test_what_cannot_be_encoded_is_the_callers_to_mend() -> None:
                 infilled(hf, prompt, suffix)
         with pytest.raises(ServerError, match=f"prompt: must be text {said}"):
             encoded(hf, text, "prompt", add_special_tokens=True)
+
+
+def test_a_vocabulary_may_have_gaps() -> None:
+    hf = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab={"the": 0, "dog": 9})))
+    texts = TokenTexts(hf)
+    assert [texts.of(token_id).text for token_id in (0, 5, 9, 10)] == ["the", "token_id:5", "dog", "token_id:10"]
+
+
+def test_a_tokenizer_in_python_is_asked_for_nothing_that_it_does_not_know(tmp_path: Path) -> None:
+    folder = Path(make(tmp_path / "model", "llama"))
+    code = "from typing import Any\nfrom transformers import PreTrainedTokenizer\n" + inspect.getsource(PythonBytes)
+    (folder / "tokenization_bytes.py").write_text(code)
+    auto = {"AutoTokenizer": ["tokenization_bytes.PythonBytes", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PythonBytes", "auto_map": auto}))
+    with running(lambda: LLM(str(folder), page_size=4, num_threads=1, trust_remote_code=True)) as server:
+        prompt = [104, 300, 105, 256]  # of 600 rows of logits the tokenizer knows 257
+        told = server.complete(prompt=prompt, max_tokens=1, echo=True, logprobs=0, allowed_token_ids=[33], skip_special_tokens=False)["choices"][0]
+        assert told["text"] == "hi</s>!" and told["logprobs"]["tokens"] == ["h", "token_id:300", "i", "</s>", "!"]
+        assert server.post("/detokenize", {"tokens": prompt}).json() == {"prompt": "hi</s>"}
+        server.complete(prompt=prompt, max_tokens=1)
+        assert "hi</s>" in [server.get(f"/page/cache/{page_id}").json()["text"] for page_id in range(4)]
+        server.serving.close()

@@ -62,11 +62,11 @@ async def events(request: Request) -> StreamingResponse:
 @router.get("/page/cache/{page_id}", include_in_schema=False)
 def cache_page(request: Request, page_id: int) -> dict[str, Any]:
     """One page of the cache; its tokens only if they are those of the caller's own namespace."""
-    llm = request.app.state.serving.llm
-    if llm is None:
+    serving = request.app.state.serving
+    if serving.llm is None:
         raise HTTPException(503, "the model is being loaded")
-    seen = llm.page(page_id, namespace=request.state.namespace)
-    text = llm.tokenizer.decode(list(seen.token_ids)) if seen.token_ids is not None and llm.tokenizer is not None else None
+    seen = serving.llm.page(page_id, namespace=request.state.namespace)
+    text = serving.texts.decode(seen.token_ids, False) if seen.token_ids is not None and serving.texts is not None else None
     return {
         "page": seen.page_id,
         "state": seen.state,

@@ -23,13 +23,12 @@ class TokenTexts:
     """Texts of one tokenizer's tokens. Each is worked out once."""
 
     def __init__(self, hf: Any) -> None:
-        self._hf = hf
+        self._hf, self._tokenizer = hf, TextTokenizer(hf)
         self._known: dict[int, TokenText] = {}
-        tokenizer = TextTokenizer(hf)
-        self._special = tokenizer.special_ids
-        self.errors = EACH_BYTE if tokenizer.byte_ids else "replace"  # how bytes that are no character come out of it
+        self.errors = EACH_BYTE if self._tokenizer.byte_ids else "replace"  # how bytes that are no character come out of it
         self._letters = _byte_letters() if hf.is_fast and _is_byte_level(hf) else None
-        self._before = _ordinary(hf)
+        letter = self._tokenizer.id_of("a")  # a token that is a letter wherever it stands
+        self._before = letter if letter != hf.unk_token_id else None
 
     def of(self, token_id: int) -> TokenText:
         """One token's."""
@@ -40,17 +39,17 @@ class TokenTexts:
 
     def is_special(self, token_id: int) -> bool:
         """Whether it is left out of texts without special tokens."""
-        return token_id in self._special
+        return token_id in self._tokenizer.special_ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of several."""
-        return str(self._hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+        return self._tokenizer.decode(token_ids, skip_special_tokens)
 
     def _bytes(self, token_id: int) -> bytes | None:
-        token = self._hf.convert_ids_to_tokens(token_id) if token_id < len(self._hf) else None
-        if token is None:  # a row of logits without a token behind it
+        if not self._tokenizer.knows(token_id):  # a row of logits without a token behind it
             return None
-        if self._letters is not None and all(letter in self._letters for letter in token) and token_id not in self._special:
+        token = self._hf.convert_ids_to_tokens(token_id)
+        if self._letters is not None and all(letter in self._letters for letter in token) and not self.is_special(token_id):
             return bytes(self._letters[letter] for letter in token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes((int(token[3:5], 16),))
@@ -123,9 +122,3 @@ def _byte_letters() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _ordinary(hf: Any) -> int | None:
-    """A token that is a letter wherever it stands."""
-    found = hf.convert_tokens_to_ids("a")
-    return found if isinstance(found, int) and found >= 0 and found != hf.unk_token_id else None

@@ -22,6 +22,7 @@ class TextTokenizer:
     Attributes:
         hf: the wrapped tokenizer.
         vocab_size: number of tokens it knows, added ones included; a model's vocabulary may be padded beyond it.
+        id_of: the id of a token by its name in the vocabulary, None where there is none.
         special_ids: the ids that decoding with `skip_special_tokens` leaves out.
         eos_token_id: the tokenizer's own end-of-sequence token, or None.
         byte_ids: token id -> byte, for tokens such as `<0xE2>` that stand for one byte of a character the vocabulary lacks
@@ -39,12 +40,12 @@ class TextTokenizer:
             # tokenizer: changing it while another thread encodes fails ("Already borrowed").
             hf("", verbose=False)
             self.special_ids = frozenset(i for i, token in hf.added_tokens_decoder.items() if token.special)
-            self._id_of, self._token_of = hf.backend_tokenizer.token_to_id, hf.backend_tokenizer.id_to_token
+            self.id_of, self._token_of = hf.backend_tokenizer.token_to_id, hf.backend_tokenizer.id_to_token
         else:
             # Its own conversions may raise, or make up an answer, for what it does not know: the vocabulary itself does not.
             vocab: dict[str, int] = hf.get_vocab()
             self.special_ids = frozenset(i for i in hf.all_special_ids if i is not None)
-            self._id_of, self._token_of = vocab.get, {i: token for token, i in vocab.items()}.get
+            self.id_of, self._token_of = vocab.get, {i: token for token, i in vocab.items()}.get
         if self.vocab_size <= len(self.special_ids):
             raise ModelError(f"the tokenizer of {hf.name_or_path!r} has an empty vocabulary: its vocabulary file is missing or was not read")
         self.eos_token_id: int | None = hf.eos_token_id
@@ -97,7 +98,7 @@ class TextTokenizer:
         return digest.hexdigest()
 
     def _find_byte_ids(self) -> Mapping[int, int]:
-        ids = {byte: self._id_of(f"<0x{byte:02X}>") for byte in range(256)}
+        ids = {byte: self.id_of(f"<0x{byte:02X}>") for byte in range(256)}
         found = {token_id: byte for byte, token_id in ids.items() if token_id is not None}
         # Such a spelling alone proves nothing; that it comes out as the byte does.
         letter = ids[ord("a")]
