@@ -72,6 +72,10 @@ def test_json_of_several_sequences(quire: Quire, model: str) -> None:
     assert all("logprobs" not in line for line in lines)
     alone = json.loads(quire("generate", "--json", PROMPTS[0], "--seed", "6", "--max-tokens", "4", "-m", model).stdout)
     assert lines[1]["token_ids"] == alone["token_ids"]  # sequence 1 draws as a request with seed + 1 would
+    result = quire("generate", "--json", *PROMPTS, "--best-of", "2", "--seed", "5", "--max-tokens", "4", "-m", model)
+    best = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["request"] for line in best] == [0, 1]
+    assert all(best[i]["token_ids"] in (lines[2 * i]["token_ids"], lines[2 * i + 1]["token_ids"]) for i in (0, 1))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_the_best_of_several_by_their_logprobs(checkpoint: Checkpoint) -> None:
     assert [one.index for one in best.outputs] == [0, 1] and best.outputs[0].logprobs is None
     assert best.outputs[0].cumulative_logprob == pytest.approx(sum(ranked[0].logprobs or []))
     assert len(events) == 1 and events[0].output is not None and events[0].output.outputs[0].token_ids == ranked[0].token_ids
+    assert (events[0].index, events[0].text, events[0].token_ids) == (0, ranked[0].text, ranked[0].token_ids)
 
 
 @pytest.mark.parametrize("max_sequences", [1, 8])

@@ -235,7 +235,12 @@ class Engine:
     def _emit(self, state: RequestState, event: TokenEvent) -> None:
         if state.ended:
             del self._requests[state.request.request_id]
-            event = event.with_output(state.output(self.runner.store.page_bytes, self.keeper.text_of))
+            output = state.output(self.runner.store.page_bytes, self.keeper.text_of)
+            if state.request.params.best_of is not None:  # which ended last says nothing, and may not be given back
+                one = output.outputs[0]
+                told = (one.text, one.token_ids, one.logprobs, one.top_logprobs, one.finish_reason, one.stop_reason)
+                event = TokenEvent(output.request_id, one.index, *told)
+            event = event.with_output(output)
         elif state.request.params.best_of is not None:  # nobody knows yet which are the best
             return
         state.sink(event)

@@ -160,7 +160,7 @@ class LLM:
     ) -> RequestStream:
         """Queue one prompt and return its stream at once, for `for`, `async for`, `wait()` and `cancel()`. Thread-safe.
 
-        With `best_of` all comes with the last event.
+        With `best_of` all comes with one event, which is the best one's.
         """
         return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), namespace, priority, request_id))
 
