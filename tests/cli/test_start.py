@@ -138,3 +138,9 @@ print("after" if forked else "inside")
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["inside", "after"]
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-"])
+def test_what_is_closed_is_as_if_it_were_empty(closed: str) -> None:
+    done = subprocess.run(["sh", "-c", f'exec "$0" -m quire generate - {closed}', sys.executable], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.splitlines()[:1]) == (2, ["error: prompt='': must be text, given as an argument, with --file, or on stdin"])

@@ -80,6 +80,7 @@ def test_bad_requests_and_then_a_good_one(server: Running, start: int) -> None:
         (b'{"prompt": "x", "n": 2, "best_of": 1}', "best_of: must be from n=2 to 128"),
         (b'{"prompt": ["x", "y", "z", "a", "b", "c", "d", "e", "f"], "best_of": 128}', "best_of: must be so that there are at most 1024 choices"),
         (b'{"prompt": "x", "stream_options": {}}', "stream_options: must be left out without stream: true"),
+        (b'{"prompt": "x", "structured_outputs": {}}', "structured_outputs='nothing': must be one of json_object, json, regex, choice and grammar"),
     ],
 )
 def test_a_refusal_says_what_is_wrong(server: Running, content: bytes, said: str) -> None:

@@ -5,6 +5,7 @@ Nothing here imports torch or transformers before a command that runs a model do
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -14,6 +15,9 @@ EXTRA = ("typer", "rich")
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (`sys.argv` where `args` is None) and exit with its status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # as Python has it where the system's is closed; this file takes its place there too
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 until the process ends
     try:
         from quire.cli.app import app
         from quire.cli.door import BROKEN_PIPE, drop

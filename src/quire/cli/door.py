@@ -40,8 +40,6 @@ def door(run: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(expanded)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        if sys.stdout is None:  # as Python has it where the system's is closed
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 until the process ends
         try:
             expanded(*args, **kwargs)
             sys.stdout.flush()

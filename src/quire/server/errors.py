@@ -53,7 +53,7 @@ KINDS = {
 }
 BRANCH = re.compile(r"^(str|int|float|bool|none|[A-Z]\w*)$|[\[(-]")  # how pydantic calls the kinds of a union
 INPUT_SHOULD = re.compile(r"^(Input|List|Dictionary|String) should")  # how it begins what we begin with "must"
-PLACES = ("body", "query")  # where fields are
+PLACES = ("body", "query", "path")  # where fields are
 PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?(?:/[^\s/:'\",;)]+){2,}/?")
 
 

@@ -39,7 +39,7 @@ def structure_of(response_format: ResponseFormat | None, structured_outputs: Str
 def structure_names(asked: Sampling) -> dict[str, str]:
     """What this body calls the fields that the engine knows as `structured`: for `named_as`."""
     if asked.structured_outputs is not None:
-        return {"structured.json_schema": "structured_outputs.json", "structured": "structured_outputs"}
+        return {"structured.json_schema": "structured_outputs.json", "json_schema": "json", "structured": "structured_outputs"}
     return {"structured.json_schema": "response_format.json_schema.schema", "structured": "response_format"}
 
 
