@@ -142,3 +142,19 @@ def test_a_model_that_knows_ids_may_write_one() -> None:
         assert allows(grammar, "[TOOL_CALLS]f[CALL_ID]a1B2[ARGS]{}", AS_TOKENS) == (False, False)
     assert not allows(forced("mistral_args", tools, {}), "[TOOL_CALLS]f[CALL_ID]a1B2c3D4e[ARGS]{}", {})[0]
     assert not allows(forced("mistral_args", tools, AS_TOKENS), "[TOOL_CALLS]f{}", AS_TOKENS)[0]
+
+
+def test_white_space_in_json_has_an_end() -> None:
+    """A model that is not sure what comes next would go on with it until its tokens are spent."""
+    numbers, form = (
+        {"type": "object", "properties": {"a": {"type": "array"}}, "required": ["a"]},
+        '{"$ref": "#/$defs/a", "$defs": {"a": {"type": "array"}}}',
+    )
+    grammars = [
+        (forced("qwen_xml", {"f": numbers}, {}), lambda space: xml(par("a", f"[{space}1]"))),
+        (forced("mistral_args", {"f": numbers}, {}), lambda space: f'[TOOL_CALLS]f[ARGS]{{"a": [{space}1]}}'),
+        (offered("hermes", {"f": numbers}, {}, parallel=False, form=form), lambda space: f"[{space}1]"),
+    ]
+    for grammar, text in grammars:
+        assert allows(grammar, text(" \n" * 20), {})[1]
+        assert not allows(grammar, text(" \n" * 20 + " "), {})[0]
