@@ -92,6 +92,15 @@ def test_a_layer_whose_kind_and_window_disagree() -> None:
         load(model)
 
 
+def test_a_window_that_only_masks_have() -> None:
+    """PhiMoE's attention is not told of it. One that is as long as the context is none, nor is one that a config only carries along."""
+    phimoe = {"num_local_experts": 4, "num_hidden_layers": 1}
+    with pytest.raises(UnsupportedModelError, match="phimoe: its masks have a window of 1000, of which its layers do not tell attention"):
+        load(tiny_model("phimoe", sliding_window=1000, **phimoe))
+    for family, window, changes in (("phimoe", 2048, phimoe), ("llama", 1000, {})):
+        assert not any(layer.window for layer in load(tiny_model(family, sliding_window=window, **changes)).layers)
+
+
 def test_attention_inputs_that_no_backend_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 

@@ -6,16 +6,18 @@ Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import Mask
+from quire.tensors.models.facts import context_len, text_config
 
 FEW_MISFITS = 3  # named in a refusal
 
@@ -101,12 +103,14 @@ def told_misfits(found: Sequence[Misfit]) -> str:
     return few + (f", and {len(found) - FEW_MISFITS} more" if len(found) > FEW_MISFITS else "")
 
 
-def check_layers(layers: list[LayerGeometry], config: PreTrainedConfig) -> tuple[LayerGeometry, ...]:
-    """The layers in order of layer_idx. `config` is the text model's.
+def check_layers(layers: list[LayerGeometry], model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
+    """The layers of a model in order of layer_idx.
 
-    Raises UnsupportedModelError when layers are missing or called twice, or when a layer's kind and its window disagree: eager attention goes by the
-    kind, the hook by the window, and a window longer than the probe would hide the difference.
+    Raises UnsupportedModelError when layers are missing or called twice, or when a layer's kind, or the config where layers have none, and its window
+    disagree: eager attention goes by the mask, which is made for the kind, the hook by the window, and one longer than the probe would hide the
+    difference.
     """
+    config = text_config(model)
     if not layers:
         raise UnsupportedModelError(f"{config.model_type}: its attention never calls transformers' attention interface (it has code of its own)")
     called = [layer.layer_idx for layer in layers]
@@ -124,7 +128,18 @@ def check_layers(layers: list[LayerGeometry], config: PreTrainedConfig) -> tuple
         kind = layer_types[layer.layer_idx] if layer_types is not None and layer.layer_idx < len(layer_types) else None
         if (kind == "sliding_attention" and not layer.window) or (kind == "full_attention" and layer.window):
             raise UnsupportedModelError(f"{config.model_type}: layer {layer.layer_idx} is of kind {kind} but passes a window of {layer.window}")
+    window = getattr(config, "sliding_window", None)
+    told = layer_types is not None or any(layer.window for layer in layers)
+    if not told and isinstance(window, int) and 0 < window < context_len(config) and _makes_windows(model):
+        raise UnsupportedModelError(f"{config.model_type}: its masks have a window of {window}, of which its layers do not tell attention")
     return tuple(sorted(layers, key=lambda layer: layer.layer_idx))
+
+
+def _makes_windows(model: PreTrainedModel) -> bool:
+    """Whether its code may make masks with a window, which a `sliding_window` that a config only carries along does not say."""
+    return any(
+        hasattr(sys.modules.get(name), "create_sliding_window_causal_mask") for name in {type(module).__module__ for module in model.modules()}
+    )
 
 
 def _some(indices: list[int]) -> str:

@@ -120,7 +120,7 @@ class CausalModel:
             raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}{shapes}") from error
         if getattr(text_config(model), "final_logit_softcapping", None) and self.rows is None:  # tanh over R * V elements, in whole vectors alone
             self._logits_multiple = VECTOR // math.gcd(VECTOR, vocab_size)
-        return vocab_size, check_layers(dry.layers, text_config(model))
+        return vocab_size, check_layers(dry.layers, model)
 
     @property
     @in_turn
