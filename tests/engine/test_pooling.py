@@ -80,6 +80,19 @@ def test_the_same_after_a_preemption(checkpoint: Checkpoint) -> None:
         assert one.embedding.equal(other.embedding) and one.outputs[0].token_ids == other.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("pooling", BOTH)
+def test_a_prompt_is_scored_and_pooled_wherever_steps_cut_it(checkpoint: Checkpoint, pooling: Pooling) -> None:
+    """The last token is scored in the step before its own, where that is one of one token."""
+    params = SamplingParams(max_tokens=0, pooling=pooling, prompt_logprobs=0)
+    answers = []
+    for budget in (512, 13, 1):  # 40 is 3 x 13 and one more
+        with LLM(checkpoint("llama"), max_tokens_per_step=budget) as llm:
+            answers.append(llm.generate(PROMPTS[2], params)[0].raise_for_error())
+    for answer in answers:
+        assert answer.embedding is not None and answer.embedding.equal(answers[0].embedding)
+        assert answer.prompt_logprobs == answers[0].prompt_logprobs and answer.outputs[0].finish_reason == "length"
+
+
 def test_what_is_refused(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama")) as llm:
         with pytest.raises(InvalidRequestError, match="pooling='max'"):

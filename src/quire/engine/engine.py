@@ -150,7 +150,7 @@ class Engine:
             request_id = state.request.request_id
             if not state.pool.finite:
                 self._end_request(request_id, "error", NonFiniteLogitsError(f"request {request_id}: the model's hidden states hold NaN or infinity"))
-            elif state.pool.complete and state.request.max_tokens == 0 and state.request.params.prompt_logprobs is None:
+            elif state.answered:
                 self._end_request(request_id, "length", None)
 
     def _note_score(self, state: RequestState, one: PromptToken, token: Sampled) -> None:
@@ -159,7 +159,7 @@ class Engine:
             self._end_request(request_id, "error", _failure(request_id, token))
             return
         state.prompt_scores[one.position] = token
-        if state.request.max_tokens == 0 and one.position == len(state.request.prompt_token_ids) - 1:
+        if state.answered:
             self._end_request(request_id, "length", None)
 
     def _deliver(self, state: RequestState, branch: Branch, token: Sampled) -> None:

@@ -203,6 +203,12 @@ class RequestState:
         """Whether every branch there will be has ended."""
         return len(self.branches) == self.request.num_branches and all(branch.finish_reason is not None for branch in self.branches)
 
+    @property
+    def answered(self) -> bool:
+        """Whether no token is wanted, and all else that is wanted is there: the last token is scored a step before its own state may come."""
+        scored = self.scoring is None or len(self.prompt_scores) == len(self.request.prompt_token_ids) - 1
+        return self.request.max_tokens == 0 and scored and (self.pool is None or self.pool.complete)
+
     def output(self, page_bytes: int, text_of: Callable[[int], str | None]) -> RequestOutput:
         """The whole of it, once it has ended. `text_of` decodes one token."""
         now = time.perf_counter()
