@@ -93,6 +93,18 @@ def test_a_prompt_is_scored_and_pooled_wherever_steps_cut_it(checkpoint: Checkpo
         assert answer.prompt_logprobs == answers[0].prompt_logprobs and answer.outputs[0].finish_reason == "length"
 
 
+def test_every_token_is_computed_where_no_layer_sees_all(checkpoint: Checkpoint) -> None:
+    """At the beginning of a chunk nothing before it is seen, and all of it is a hit without a page: not where each token is scored or in a mean."""
+    every = {"layer_types": ["chunked_attention"] * 2, "no_rope_layers": [1, 1], "num_hidden_layers": 2, "attention_chunk_size": 16}
+    params = SamplingParams(max_tokens=0, pooling="mean", prompt_logprobs=0)
+    answers = []
+    for sharing in (True, False):
+        with LLM(checkpoint("llama4_text", **every), page_size=8, prefix_sharing=sharing) as llm:
+            answers.append([output.raise_for_error() for output in llm.generate(PROMPTS[1:], params)])
+    for one, other in zip(*answers, strict=True):
+        assert one.embedding.equal(other.embedding) and one.prompt_logprobs == other.prompt_logprobs is not None
+
+
 def test_what_is_refused(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama")) as llm:
         with pytest.raises(InvalidRequestError, match="pooling='max'"):

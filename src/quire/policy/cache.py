@@ -62,7 +62,8 @@ class PageCache:
         """
         seq.clear_tables(len(self.groups))
         self._open[seq.arrival] = seq
-        if not self.shares(seq):
+        # Where no group is full, tokens that nobody sees any more are a hit without a page; scores and a mean want every token computed.
+        if not self.shares(seq) or seq.scores or seq.pooling == "mean":
             return
         limit = seq.num_known - 1
         found, length = self.finder.longest(seq, limit)
