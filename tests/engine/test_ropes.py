@@ -92,6 +92,17 @@ def test_dynamic_and_live_contexts_are_not_stretched(tmp_path: Path) -> None:
             LLM(source, max_model_len=LENGTH + 1)
 
 
+@pytest.mark.filterwarnings("ignore:phimoe. longrope takes other frequencies")
+def test_rope_that_takes_no_second_set_is_not_stretched(tmp_path: Path) -> None:
+    """PhiMoE's makes frequencies of its own at every call, always the first set, with a scale that hangs on the longest sequence of a batch."""
+    scales = {"short_mscale": 1.2, "long_mscale": 1.5, "original_max_position_embeddings": LENGTH}
+    few = {"num_local_experts": 2, "num_hidden_layers": 1, "rope_parameters": LONGROPE["rope_parameters"] | scales}
+    path = make(tmp_path, "phimoe", **LONGROPE | few)
+    with pytest.raises(UnsupportedModelError, match=f"phimoe: model.rotary_emb: keeps longrope's first frequencies.* contexts end at {LENGTH}"):
+        LLM(path, max_model_len=LENGTH + 1)
+    LLM(path, max_model_len=LENGTH).close()
+
+
 def test_that_it_ends_before_the_config_says_is_told(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

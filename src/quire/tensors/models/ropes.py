@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -64,14 +65,24 @@ def warn_of_limit(config: PreTrainedConfig) -> None:
 def stretch(model: PreTrainedModel, length: int) -> None:
     """Give a model of our own, whose sequences of up to `length` tokens have LongRoPE's first set, the second for all, as vLLM has it.
 
-    Raises UnsupportedModelError for rope of several kinds.
+    Raises UnsupportedModelError for rope of several kinds, or in code that takes no others.
     """
     for name, module in model.named_modules():
         rope_type = getattr(module, "rope_type", None)
         if rope_type == "longrope":
+            first, before = module.original_inv_freq, _tables(module)
             module.original_inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](module.config, None, seq_len=length + 1)
+            if not torch.equal(first, module.original_inv_freq) and torch.equal(before, _tables(module)):  # PhiMoE's makes its own at every call
+                told = "keeps longrope's first frequencies, and may scale a whole batch by its longest sequence"
+                raise UnsupportedModelError(f"{model.config.model_type}: {name}: {told}: contexts end at {length}")
         elif "longrope" in _types(rope_type):
             raise UnsupportedModelError(f"{model.config.model_type}: {name}: has longrope beside other rope: contexts end at {length}")
+
+
+def _tables(module: Any) -> torch.Tensor:
+    """The cosines of position 1."""
+    cos: torch.Tensor = module(torch.zeros(1), torch.ones(1, 1, dtype=torch.long))[0]
+    return cos
 
 
 def _depends(rope_type: str) -> bool:
