@@ -33,6 +33,16 @@ def in_place(model: Any) -> Iterator[None]:
         model.model.layers[0].self_attn.q_proj.weight.add_(RANDOM[0])
 
 
+def a_fused_optimizer(model: Any) -> Iterator[None]:
+    """Whose writes torch does not count."""
+    yield
+    weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    weight.grad, version = RANDOM[0].clone(), weight._version
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    weight.grad = None
+    assert weight._version == version
+
+
 def another_parameter(model: Any) -> Iterator[None]:
     yield
     model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(RANDOM[0].clone())
@@ -215,9 +225,9 @@ def a_module_nobody_registered(model: Any) -> Iterator[None]:
 
 
 CHANGES: list[Change] = [
-    in_place, another_parameter, loaded, loaded_by_assignment, at_the_same_address, turned, epsilon, scaling, activation, frequencies, layers_swapped,
-    another_hook, another_wrapper, a_wrapper_of_what_multiplies, a_class, a_parametrization, an_adapter, an_adapter_taken_out, another_adapter,
-    a_number, a_name, a_flag_of_a_class, a_module_nobody_registered,
+    in_place, a_fused_optimizer, another_parameter, loaded, loaded_by_assignment, at_the_same_address, turned, epsilon, scaling, activation,
+    frequencies, layers_swapped, another_hook, another_wrapper, a_wrapper_of_what_multiplies, a_class, a_parametrization, an_adapter,
+    an_adapter_taken_out, another_adapter, a_number, a_name, a_flag_of_a_class, a_module_nobody_registered,
 ]  # fmt: skip
 
 

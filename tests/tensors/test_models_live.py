@@ -197,6 +197,14 @@ def test_a_forward_is_no_change(family: str) -> None:
     assert not served.changed
 
 
+def test_a_step_of_an_optimizer_of_others_is_no_change() -> None:
+    served, other = load(tiny_model("llama")), torch.nn.Linear(2, 2)
+    for weight in other.parameters():
+        weight.grad = torch.ones_like(weight)
+    torch.optim.SGD(other.parameters(), lr=0.1, fused=True).step()
+    assert not served.changed
+
+
 def test_what_is_a_change() -> None:
     model = tiny_model("deepseek_v3")
     router: Any = next(module for module in model.modules() if "e_score_correction_bias" in module._buffers)

@@ -4,14 +4,18 @@
     code     what of that decides which operators run; numbers of an owner's modules by sign    other than any that has passed: probed anew
     numbers  weights and buffers by place and version, numbers of an owner's modules            others: what was cached is forgotten
 
-What leaves no trace: writes that torch does not count (through `.data` or numpy, or to tensors made in inference mode), and what is changed inside
-functions, hooks, objects and globals that stay the same ones.
+torch does not count what its fused optimizers write, nor can it what others write by code of their own, so each step of an optimizer that has one of
+these weights counts. What leaves no trace: other writes that torch does not count (through `.data` or numpy, or to tensors made in inference mode),
+and what is changed inside functions, hooks, objects and globals that stay the same ones.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import BuiltinFunctionType, CodeType
 from typing import Any
 
@@ -19,6 +23,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as of_torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import PreTrainedConfig
 
 from quire.tensors.models.calls import OF_TORCH, PLAIN, is_foreign, is_foreign_class
@@ -47,6 +52,10 @@ class Form:
         self._around, self._make, self._numbers = self._told_around(), self._told(_make), self._told(_number)
         self._storages = self._told(_storage)
         self.code = self._code(model)
+        self._ids, self._stepped = set(self._told(id)), False
+        _watch_optimizers()
+        with _LOCK:
+            _FORMS.add(self)
 
     def is_made_so(self) -> bool:
         """Whether the model is still made of what it was, whatever the values of its weights."""
@@ -54,7 +63,11 @@ class Form:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        return self._is_built_so() and self._told(_number) == self._numbers
+        return not self._stepped and self._is_built_so() and self._told(_number) == self._numbers
+
+    def note_step(self, ids: set[int]) -> None:
+        """An optimizer of parameters of these ids has stepped."""
+        self._stepped = self._stepped or not self._ids.isdisjoint(ids)
 
     def _is_built_so(self) -> bool:
         return (
@@ -83,6 +96,24 @@ class Form:
         for cls, kept in self._classes:
             told += [cls, _exact(getattr(cls, "forward", None)), *(_told_of([*kept.items()], _exact) if is_foreign_class(cls) else ())]
         return (*told, *(_told_of(config, _exact) for config in self._configs))
+
+
+_FORMS: weakref.WeakSet[Form] = weakref.WeakSet()
+_LOCK = threading.Lock()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Once a process, and for good: a step is seen by those forms alone that have one of its parameters."""
+    register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(optimizer: Optimizer, *_: object) -> None:
+    ids = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    with _LOCK:
+        forms = list(_FORMS)
+    for form in forms:
+        form.note_step(ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
