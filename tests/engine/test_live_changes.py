@@ -246,6 +246,22 @@ def test_an_open_engine_gives_what_a_fresh_one_does(change: Change) -> None:
         assert drawn(llm, hits=True) == drawn_now == fresh[0] != drawn_before
 
 
+def test_a_hook_of_a_layer_runs_once_and_sees_its_tensors() -> None:
+    """That it runs once is what the probe asks."""
+    model, seen = tiny_model("llama", num_hidden_layers=2), []
+
+    def steered(layer: object, args: object, out: torch.Tensor) -> torch.Tensor:
+        seen.append(out)
+        return out + 0.5
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(steered if layer is model.model.layers[0] else lambda layer, args, out: seen.append(out))
+    with LLM(model, cache_bytes=2**24) as llm:
+        assert llm.info.layers == "2 of 2 as programs"
+        drawn(llm)
+    assert all(isinstance(out, torch.Tensor) for out in seen)
+
+
 def test_a_softcap_put_into_the_config_later() -> None:
     """Its tanh runs over all rows of logits at once, so from then on there are as many as whole vectors have."""
     model = tiny_model("gemma2", num_hidden_layers=3, final_logit_softcapping=None, vocab_size=601)

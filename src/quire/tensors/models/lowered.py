@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quire.tensors.models.calls import decoder_layers, foreign_module, layer_ids, likeness, put_together, take_apart
+from quire.tensors.models.calls import decoder_layers, foreign_module, is_wrapped, layer_ids, likeness, put_together, take_apart
 from quire.tensors.models.chain import Chains
 from quire.tensors.models.geometry import DryRun, LayerGeometry
 from quire.tensors.models.hook import Running, running
@@ -127,7 +127,8 @@ def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Recor
             continue
         for layer in (first, *others):
             lowered[layer] = plan
-            forward = LoweredLayer(plan, program, layer, more, products.num_threads, live=live, chains=chains)
+            held = None if is_wrapped(layer) else chains  # a hook is to see the layer's tensors
+            forward = LoweredLayer(plan, program, layer, more, products.num_threads, live=live, chains=held)
             surgery.replace(layer, forward)
             if layer is not first:
                 alike[layer] = forward

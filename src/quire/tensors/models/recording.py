@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Inside, a forward of the model is recorded, and ends as soon as every layer has been; its hooks are gone afterwards."""
         hooks = [layer.register_forward_pre_hook(self._begin, with_kwargs=True) for layer in self._layers]
-        hooks += [layer.register_forward_hook(self._end) for layer in self._layers]
+        hooks += [layer.register_forward_hook(self._end, prepend=True) for layer in self._layers]  # the owner's run behind a program
         try:
             yield
         except EnoughError:
