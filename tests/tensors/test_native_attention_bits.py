@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
 
-from tests.tensors.attention_cases import NAN, Geometry, assert_close, compute_alone, make_sequence, run_ragged
+from quire.tensors.attention.native import NativeAttention
+from tests.tensors.attention_cases import NAN, Cache, Geometry, assert_close, compute_alone, make_sequence, run_ragged
 
 INT8 = ("int8", "int8")
 BIT_GEOMETRIES = {
@@ -106,15 +107,19 @@ def test_bits_of_a_million_results(isa: str, codec: tuple[str | None, str | None
 @pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("num_heads", [2, 16])
 def test_bits_do_not_depend_on_splitting_long_sequences(isa: str, num_heads: int, codec: tuple[str | None, str | None]) -> None:
-    """One long sequence with few heads is cut over its keys when there are threads to fill."""
-    geometry = Geometry(num_heads, 1, 32, 40, codec=codec)
-    sequence = make_sequence(geometry, 1100, seed=10)
-    whole = compute_alone(geometry, sequence, [1100], page_size=16, num_threads=1)
+    """One long sequence with few heads is cut over its keys when there are threads to fill: into three parts, or two where heads make them dear."""
+    geometry, length = Geometry(num_heads, 1, 32, 40, codec=codec), 1100 if num_heads == 2 else 600
+    sequence = make_sequence(geometry, length, seed=10)
+    whole = compute_alone(geometry, sequence, [length], page_size=16, num_threads=1)
     if num_heads == 2:
         assert_close(geometry, dataclasses.replace(sequence, rows=[whole]))
+    cache = Cache(geometry, page_size=16, num_pages=70, num_threads=16)
+    cache.step([(sequence, length - 9)])
     for num_threads in (1, 2, 16):
-        split = compute_alone(geometry, sequence, [1097, 1, 1, 1], page_size=16, num_threads=num_threads)
-        assert torch.equal(whole, split), num_threads
+        cache.backend = NativeAttention(num_threads)
+        for _ in range(3):
+            cache.step([(sequence, 1)])
+            assert torch.equal(whole[: sequence.num_committed], sequence.out), num_threads
 
 
 @pytest.mark.parametrize("codec", [(None, None), INT8], ids=["bf16", "int8"])
