@@ -45,7 +45,8 @@ class _Shape(NamedTuple):
 
 # Without TF32 a GPU multiplies fp32 one element at a time, from registers that hold all of a tile's depth.
 _SHAPES: Final = {torch.float32: _Shape(64, 16, 4, 3), torch.bfloat16: _Shape(128, 64, 4, 3), torch.float16: _Shape(128, 64, 4, 3)}
-# In the interpreter a program takes milliseconds, however large it is, and bits are not a device's anyway.
+# In the interpreter a program takes milliseconds, even a small one, so it has many columns, though no more than twice the weight's: lanes that are
+# idle cost there, too. Bits are not a device's anyway.
 _SHAPE_INTERPRETED: Final = _Shape(512, 64, 1, 1)
 
 
@@ -129,10 +130,11 @@ def _product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None,
         x = x.clone()
     out = x.new_empty(*x.shape[:-1], n, dtype=torch.float32 if INTERPRETED else x.dtype)  # the interpreter would cut floats to bfloat16
     m = x.shape[:-1].numel()
+    columns = min(shape.columns, max(16, triton.next_power_of_2(n))) if INTERPRETED else shape.columns
     if out.numel():
-        _multiply[(triton.cdiv(m, _ROWS), triton.cdiv(n, shape.columns))](
+        _multiply[(triton.cdiv(m, _ROWS), triton.cdiv(n, columns))](
             x, weight, scales, None if bias is None else bias.contiguous(), out, m, n, k, *weight.stride(),
-            SPAN=span, ROWS=_ROWS, COLUMNS=shape.columns, DEPTH=min(shape.depth, span), WIDE=INTERPRETED,
+            SPAN=span, ROWS=_ROWS, COLUMNS=columns, DEPTH=min(shape.depth, span), WIDE=INTERPRETED,
             num_warps=shape.num_warps, num_stages=shape.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out.to(x.dtype)
