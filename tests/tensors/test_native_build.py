@@ -26,14 +26,18 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": TOOLS, **environment}, capture_output=True, text=True, timeout=600)
 
 
+# Of quire.tensors.native it is what loads the kernels and chooses among them, without torch, which takes a process three seconds.
+LOAD = "import quire.tensors.native_library as native; print(native.lib.isa())"
+
+
 def test_a_missing_module_says_how_to_build_it() -> None:
-    done = run([sys.executable, "-c", "import quire.tensors.native"], QUIRE_NATIVE=str(ROOT / "no-such-module.so"))
+    done = run([sys.executable, "-c", LOAD], QUIRE_NATIVE=str(ROOT / "no-such-module.so"))
     assert done.returncode != 0
     assert "NativeMissingError: Quire's native kernels could not be loaded" in done.stderr and "pip install" in done.stderr
 
 
 def test_an_instruction_set_is_chosen_by_name() -> None:
-    ask = [sys.executable, "-c", "import quire.tensors.native as native; print(native.isa())"]
+    ask = [sys.executable, "-c", LOAD]
     for isa in native.isas():
         assert run(ask, QUIRE_ISA=isa).stdout.split() == [isa]
     done = run(ask, QUIRE_ISA="z80")
