@@ -262,6 +262,27 @@ def test_a_hook_of_a_layer_runs_once_and_sees_its_tensors() -> None:
     assert all(isinstance(out, torch.Tensor) for out in seen)
 
 
+def test_a_hook_of_all_modules_runs_once_for_each_and_may_steer() -> None:
+    """torch calls it for every module there is: of a model that is opened with it, and of one that has been open before."""
+    model, seen = tiny_model("llama", num_hidden_layers=2), list[nn.Module]()
+
+    def steered(module: nn.Module, args: object, out: Any) -> torch.Tensor | None:
+        seen.append(module)
+        return out + 0.5 if module is model.model.layers[0] else None
+
+    with LLM(model, cache_bytes=2**24) as llm:
+        before, hook = drawn(llm), nn.modules.module.register_module_forward_hook(steered)
+        try:
+            with LLM(model, cache_bytes=2**24) as fresh:
+                assert drawn(llm) == drawn(fresh) != before
+                seen.clear()
+                fresh.generate([[5, 6, 7]], SamplingParams(max_tokens=1))
+                assert all(seen.count(module) == 1 for module in model.modules() if not isinstance(module, nn.ModuleList))
+        finally:
+            hook.remove()
+        assert drawn(llm) == before
+
+
 def test_a_softcap_put_into_the_config_later() -> None:
     """Its tanh runs over all rows of logits at once, so from then on there are as many as whole vectors have."""
     model = tiny_model("gemma2", num_hidden_layers=3, final_logit_softcapping=None, vocab_size=601)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as of_torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _TENSOR = object()  # where a tensor was in a skeleton
@@ -154,7 +155,12 @@ def is_foreign_class(cls: type) -> bool:
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether a module, whosever it is, has another's code around its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ or hooks_of_all())
+
+
+def hooks_of_all() -> list[object]:
+    """The hooks that run around the forward of every module there is."""
+    return [*of_torch._global_forward_hooks.values(), *of_torch._global_forward_pre_hooks.values()]
 
 
 def likeness(layer: nn.Module) -> tuple[object, ...]:

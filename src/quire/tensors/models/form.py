@@ -26,7 +26,7 @@ from torch.nn.modules import module as of_torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import PreTrainedConfig
 
-from quire.tensors.models.calls import OF_TORCH, PLAIN, is_foreign, is_foreign_class
+from quire.tensors.models.calls import OF_TORCH, PLAIN, hooks_of_all, is_foreign, is_foreign_class
 
 _ENDS = (torch.Tensor, torch.dtype, type, CodeType, BuiltinFunctionType, *PLAIN)
 
@@ -95,7 +95,7 @@ class Form:
             told += [_exact(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
         for cls, kept in self._classes:
             told += [cls, _exact(getattr(cls, "forward", None)), *(_told_of([*kept.items()], _exact) if is_foreign_class(cls) else ())]
-        return (*told, *(_told_of(config, _exact) for config in self._configs))
+        return (*told, *map(_exact, hooks_of_all()), *(_told_of(config, _exact) for config in self._configs))
 
 
 _FORMS: weakref.WeakSet[Form] = weakref.WeakSet()

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quire.tensors.models.calls import decoder_layers, foreign_module, is_wrapped, layer_ids, likeness, put_together, take_apart
+from quire.tensors.models.calls import decoder_layers, foreign_module, hooks_of_all, is_wrapped, layer_ids, likeness, put_together, take_apart
 from quire.tensors.models.chain import Chains
 from quire.tensors.models.geometry import DryRun, LayerGeometry
 from quire.tensors.models.hook import Running, running
@@ -79,7 +79,7 @@ class LoweredLayers:
 
     def intact(self) -> bool:
         """Whether the layers are still made of the modules they were made of, none of them hooked, wrapped or patched since."""
-        if [kind.forward for kind in self._kinds] != self._forwards:
+        if [kind.forward for kind in self._kinds] != self._forwards or hooks_of_all():
             return False
         for module, kind, state, inner, children, *hooks in self._parts:  # hundreds of them, before every forward
             if type(module) is not kind or "forward" in state or (inner and list(inner.values()) != children) or any(hooks):
