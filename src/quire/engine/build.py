@@ -104,12 +104,13 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     kernels = choose_kernels(config.backend, num_threads, config.device)
     if config.compile:
         kernels = replace(kernels, name=f"{kernels.name}, compiled layers")
-    model = open_model(source, config, kernels)
-    try:
-        return _lay_out(source, model, config, kernels, num_threads)
-    except BaseException:
-        model.close()
-        raise
+    with torch.device("cpu"):  # whatever default device the caller has set
+        model = open_model(source, config, kernels)
+        try:
+            return _lay_out(source, model, config, kernels, num_threads)
+        except BaseException:
+            model.close()
+            raise
 
 
 def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Kernels) -> CausalModel:

@@ -69,10 +69,11 @@ class PagedCache:
             raise InvalidRequestError("num_pages", num_pages, "an integer above 0")
         threads = num_threads or torch.get_num_threads()
         kernels = choose_kernels(backend, threads)
-        self._model = open_model(os.fspath(model) if isinstance(model, os.PathLike) else model, config, kernels)
-        layers = cached_layers(self._model.layers, self._model.dtype, *split_codec(kv_codec))
-        arrangement = in_one_group(layers, page_size)
-        self._store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
+        with torch.device("cpu"):  # whatever default device the caller has set
+            self._model = open_model(os.fspath(model) if isinstance(model, os.PathLike) else model, config, kernels)
+            layers = cached_layers(self._model.layers, self._model.dtype, *split_codec(kv_codec))
+            arrangement = in_one_group(layers, page_size)
+            self._store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)
         self.num_pages, self.page_size = num_pages, page_size
         self._thread = OwnThread("quire-pages", one_torch_thread_here)
         self._close = weakref.finalize(self, self._model.close)
