@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -54,6 +55,25 @@ def test_one_or_many(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="one for each of the 2"):
         llm.generate([text, ids], [GREEDY])
     assert llm.generate([text] * 3, GREEDY, progress=True)
+
+
+def test_ids_may_come_in_an_array_or_a_tensor(llm: LLM) -> None:
+    ids = [5, 6, 7]
+    expected = llm.generate(ids, GREEDY)[0].outputs
+    for made in (np.array, torch.tensor, lambda ids: np.array(ids, np.uint16), lambda ids: [*np.array(ids)], lambda ids: [*torch.tensor(ids)]):
+        assert [output.outputs for output in llm.generate(made(ids), GREEDY)] == [expected], "one prompt"
+        assert [output.outputs for output in llm.generate([made(ids)] * 2, GREEDY)] == [expected] * 2
+        assert llm.submit(made(ids), GREEDY).wait().outputs == expected and llm.embed(made(ids)).shape[0] == 1
+    assert len(llm.generate([torch.tensor([5]), torch.tensor([6, 7])], GREEDY)) == len(llm.generate(np.array([[5, 6], [7, 8]]), GREEDY)) == 2
+    with pytest.raises(InvalidRequestError, match="prompt=True"):
+        llm.submit(torch.tensor([True, False]))
+
+
+def test_an_engine_is_made_under_any_default_device(llm: LLM, checkpoint: Checkpoint) -> None:
+    """torch's context manager, under which models are made without weights; `set_default_device` is one that stays."""
+    expected = [output.outputs for output in llm.generate([[5, 6, 7]], GREEDY)]
+    with torch.device("meta"), LLM(checkpoint("llama"), page_size=4) as other:
+        assert [output.outputs for output in other.generate([[5, 6, 7]], GREEDY)] == expected
 
 
 def test_streamed_text_is_generated_text(llm: LLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,8 @@ def test_right_padding_has_its_positions_too() -> None:
         (ROWS, {}, ROWS),
         ([torch.tensor([1, 2]), torch.tensor([3])], {}, [[1, 2], [3]]),
         (left_pad(ROWS), {}, ROWS),
+        (left_pad(ROWS).numpy(), {}, ROWS),
+        ((iter(row) for row in ROWS), {}, ROWS),
         (left_pad(ROWS).flip(1), {}, [row[::-1] for row in ROWS]),
         (torch.tensor([4, 5]), {}, [[4, 5]]),
         (torch.tensor([[0, 0, 7], [0, 8, 9]]), {"lens": [2, 3]}, [[0, 7], [0, 8, 9]]),
@@ -67,6 +70,8 @@ def test_real_tokens_are_found(prompt: Any, options: dict[str, Any], expected: l
         ([], {}, "prompt"),
         ([[1], []], {}, "row 1, all padding"),
         ([[1.5]], {}, "rows of token ids"),
+        ([np.array(5)], {}, "rows of token ids"),
+        (None, {}, "rows of token ids"),
         (torch.zeros(0, 3, dtype=torch.long), {}, "prompt"),
         (torch.zeros(2, 3), {}, "integers"),
         (torch.tensor([[0, 1, 2], [1, 2, 0]]), {}, "padded on one side"),

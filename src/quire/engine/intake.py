@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from quire.engine.build import Built
 from quire.errors import InvalidRequestError
@@ -73,6 +73,7 @@ class Intake:
         return max_tokens
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
+        prompt = _listed(prompt)
         if not isinstance(prompt, str | bytes | bytearray):
             with suppress(TypeError):
                 return [token if isinstance(token, bool) else operator.index(token) for token in prompt]
@@ -84,13 +85,24 @@ class Intake:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt is text, or ids: a list that begins with an integer. An empty list is a list of no prompts.
+    """One prompt is text, or ids: a list, an array or a tensor that begins with an integer. An empty one is a list of no prompts.
 
     Raises:
         InvalidRequestError: it is none of these.
     """
+    prompts = _listed(prompts)
     try:
-        one = isinstance(prompts, str | bytes | bytearray) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        one = isinstance(prompts, str | bytes | bytearray) or (len(prompts) > 0 and _is_integer(prompts[0]))
         return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))
     except (TypeError, LookupError):
         raise InvalidRequestError("prompts", prompts, "text, a list of token ids, or a list of such prompts") from None
+
+
+def _is_integer(x: Any) -> bool:
+    """Python's, numpy's, or a tensor's; an array or a tensor of one integer is a prompt."""
+    return hasattr(x, "__index__") and not getattr(x, "ndim", 0)
+
+
+def _listed(given: Any) -> Any:
+    """An array's or a tensor's numbers as Python's own, anything else as it is."""
+    return given.tolist() if hasattr(given, "tolist") else given

@@ -89,7 +89,7 @@ class LLM:
         """Run prompts to their end, together, and return their outputs in order.
 
         Args:
-            prompts: one prompt (text, or a list of token ids) or a list of prompts.
+            prompts: one prompt (text, or a list, array or tensor of token ids) or a list of prompts.
             params: one for all, or one for each.
             namespace: whose cached pages they may use and add to; nobody else's requests can tell. None is the default one.
             priority: requests of a higher one start first and give way last.

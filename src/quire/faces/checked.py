@@ -30,11 +30,13 @@ def integer(field: str, value: object, limit: str = "an integer") -> int:
 
 
 def integers(field: str, values: object, limit: str = "integers") -> list[int]:
-    """A row of them: a list, a tensor [N], or whatever gives them one by one. Raises as `integer`."""
+    """A row of them: a list, a tensor or an array [N], or whatever gives them one by one. Raises as `integer`."""
     if isinstance(values, torch.Tensor):
         if values.dim() != 1 or not is_whole(values):
             raise InvalidRequestError(field, values, limit)
         return [int(value) for value in values.tolist()]
+    if hasattr(values, "tolist"):  # numpy's
+        values = values.tolist()
     if isinstance(values, str | bytes | bytearray) or not isinstance(values, Iterable):
         raise InvalidRequestError(field, values, limit)
     return [integer(field, value, limit) for value in values]

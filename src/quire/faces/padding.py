@@ -9,7 +9,7 @@ prompts          left_pad          position_ids       causal_mask (of row 0)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def position_ids(padding_mask: torch.Tensor) -> torch.Tensor:
 def rows_of(
     prompt: torch.Tensor | Sequence[Sequence[int] | torch.Tensor], pad_id: int, lens: Sequence[int] | torch.Tensor | None, side: Side | None
 ) -> Rows:
-    """Find the real tokens of a batch: a ragged list, one row, or a tensor [B, P] padded on one side.
+    """Find the real tokens of a batch: a ragged list, one row, or a tensor or an array [B, P] padded on one side.
 
     Raises:
         InvalidRequestError: a row without a token, or a batch that could be meant in two ways.
@@ -79,11 +79,16 @@ def rows_of(
     integer("pad_id", pad_id)
     if side not in (None, "left", "right"):
         raise InvalidRequestError("padding_side", side, "'left', 'right' or None")
+    if hasattr(prompt, "__array_interface__"):  # numpy's
+        prompt = torch.tensor(prompt.tolist())  # type: ignore[union-attr]
     if not isinstance(prompt, torch.Tensor):
         if lens is not None or side is not None:
             raise InvalidRequestError("prompt_lens" if lens is not None else "padding_side", "given", "None for a ragged list of prompts")
-        padded = left_pad(prompt, pad_id)
-        return Rows(padded, _checked([(padded.shape[1] - len(_row(row)), padded.shape[1]) for row in prompt]))
+        if not isinstance(prompt, Iterable):
+            raise InvalidRequestError("prompt", prompt, "a tensor of integers, or rows of token ids")
+        rows = [_row(row) for row in prompt]
+        padded = left_pad(rows, pad_id)
+        return Rows(padded, _checked([(padded.shape[1] - len(row), padded.shape[1]) for row in rows]))
     padded = prompt[None] if prompt.dim() == 1 else prompt
     if padded.dim() != 2 or not padded.numel() or not is_whole(padded):
         raise InvalidRequestError("prompt", f"{tuple(prompt.shape)} {prompt.dtype}", "integers [B, P] or [P], at least one")
