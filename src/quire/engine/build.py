@@ -24,6 +24,7 @@ from quire.policy.groups import Arrangement, Group, arrange
 from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.device import Device
+from quire.tensors.host import no_default_device
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import failures_told, probe
@@ -104,7 +105,7 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     kernels = choose_kernels(config.backend, num_threads, config.device)
     if config.compile:
         kernels = replace(kernels, name=f"{kernels.name}, compiled layers")
-    with torch.device("cpu"):  # whatever default device the caller has set
+    with no_default_device():
         model = open_model(source, config, kernels)
         try:
             return _lay_out(source, model, config, kernels, num_threads)

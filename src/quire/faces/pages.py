@@ -26,7 +26,7 @@ from quire.faces.checked import integer, integers, is_whole
 from quire.policy.copies import PageCopy
 from quire.policy.groups import in_one_group
 from quire.tensors.attention.base import StepInputs, TableInputs
-from quire.tensors.host import one_torch_thread_here
+from quire.tensors.host import no_default_device, one_torch_thread_here
 from quire.tensors.store import PageStore, StagedStep, cached_layers, layer_places
 
 
@@ -69,7 +69,7 @@ class PagedCache:
             raise InvalidRequestError("num_pages", num_pages, "an integer above 0")
         threads = num_threads or torch.get_num_threads()
         kernels = choose_kernels(backend, threads)
-        with torch.device("cpu"):  # whatever default device the caller has set
+        with no_default_device():
             self._model = open_model(os.fspath(model) if isinstance(model, os.PathLike) else model, config, kernels)
             layers = cached_layers(self._model.layers, self._model.dtype, *split_codec(kv_codec))
             arrangement = in_one_group(layers, page_size)

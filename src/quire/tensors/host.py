@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Callable
@@ -37,6 +38,11 @@ def room(num_bytes: int) -> torch.Tensor:
     if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     return torch.frombuffer(mapped(num_bytes), dtype=torch.uint8, count=num_bytes)
+
+
+def no_default_device() -> contextlib.AbstractContextManager[object]:
+    """Inside, tensors without a device of their own lie on the CPU, whatever default the caller has set: that would take ours along."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def one_torch_thread_here() -> None:
