@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer
@@ -72,6 +73,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         {},  # transformers' own 20
         {"max_length": 24},
         {"max_length": 24, "max_new_tokens": 5},
+        {"max_new_tokens": np.int64(5)},
         {"generation_config": GenerationConfig(max_new_tokens=9)},
         {"generation_config": GenerationConfig(max_new_tokens=9, repetition_penalty=1.3), "max_new_tokens": 4},
         {"max_new_tokens": 12, "do_sample": False, "temperature": 0.3, "top_k": 3, "top_p": 0.1},
@@ -270,6 +272,7 @@ BAD: dict[str, tuple[str, Callable[[Pair], dict[str, Any]]]] = {
     "long biases": ("sequence_bias", lambda p: {**p.batch, "sequence_bias": {(5, 6): 1.0}}),
     "biases and penalty": ("sequence_bias", lambda p: {**p.batch, "sequence_bias": {(5,): 1.0}, "repetition_penalty": 1.2}),
     "long words": ("bad_words_ids", lambda p: {**p.batch, "bad_words_ids": [[5], [6, 7]]}),
+    "no samples": ("n", lambda p: {**p.batch, "do_sample": True, "num_return_sequences": 0}),
     "too far": ("prompt", lambda p: {**p.batch, "max_new_tokens": 10**6}),
 }
 

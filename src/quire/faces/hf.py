@@ -83,8 +83,8 @@ class Generator(AbstractContextManager["Generator"]):
 
     def _decode(self, input_ids: torch.Tensor, generation_config: Any, streamer: Any, stops: Any, **prepared: Any) -> Any:
         config, (num_rows, width) = generation_config, input_ids.shape
-        prompts = _prompts(input_ids, prepared.get("attention_mask"))[:: config.num_return_sequences]
         params = _sampling(config, width, self.llm.info.vocab_size)
+        prompts = _prompts(input_ids, prepared.get("attention_mask"))[:: params.n]
         pad = next((i for i in (config.pad_token_id, *_ids(config.eos_token_id)) if i is not None), None)
         if streamer is not None and num_rows > 1:
             raise InvalidRequestError("streamer", f"{num_rows} rows", "left out for more than one row")
@@ -154,7 +154,7 @@ def _refuse(given: GenerationConfig | None, own: Any, kwargs: dict[str, Any]) ->
 
 def _sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
     """A config that transformers has settled, for prompts padded to `width`, as the engine takes it."""
-    eos, max_tokens = _ids(config.eos_token_id), config.max_length - width
+    eos, (max_tokens,), (n,) = (_ids(x) for x in (config.eos_token_id, config.max_length - width, config.num_return_sequences))  # numpy's, too
     given, penalty = config.sequence_bias or (), config.repetition_penalty or 1.0
     biases = {tuple(ids): bias for ids, bias in (given.items() if isinstance(given, dict) else given)}
     words = {tuple(word) for word in config.bad_words_ids or ()} - {(i,) for i in eos}  # transformers lets them end
@@ -173,7 +173,7 @@ def _sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
         allowed_token_ids=[i for i in range(vocab_size) if i not in banned] if banned else None,
         stop_token_ids=[i for i in eos if 0 <= i < vocab_size],
         ignore_eos=True,
-        n=config.num_return_sequences,
+        n=n,
         return_logits=bool(config.return_dict_in_generate and (config.output_logits or config.output_scores)),
         **(drawn if config.do_sample else {"temperature": 0.0}),
     )
