@@ -172,6 +172,7 @@ def test_new_weights_are_noticed_and_the_model_is_left_as_it_was() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"stop_tokens": [VOCAB]}, "stop_token_ids"),
         ({"num_samples": 0}, "num_samples=0"),
+        ({"seeds": 5}, "seeds=5"),
         ({"seeds": [1]}, "one for each of the 4 prompts"),
         ({"seeds": [1] * 4, "rng": torch.Generator()}, "rng"),
         ({"max_generated_tokens": 100_000}, "context"),

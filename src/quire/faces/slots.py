@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
@@ -111,17 +112,18 @@ class Slots:
             OutOfPagesError: there is no page for its copy of the last one.
         """
         slot = integer("slot", slot)
-        return self.bulk_insert(prefix, [slot], seeds=None if seed is None else [seed])[slot]
+        return self.bulk_insert(prefix, [slot], seeds=None if seed is None else [integer("seed", seed)])[slot]
 
-    def bulk_insert(self, prefix: Prefix, slots: Sequence[int], *, seeds: Sequence[int] | None = None) -> dict[int, int]:
+    def bulk_insert(self, prefix: Prefix, slots: Sequence[int], *, seeds: Sequence[int] | torch.Tensor | None = None) -> dict[int, int]:
         """`insert` one prefix into several slots, all or none; returns each slot's first token. Raises as `insert`."""
         if not isinstance(prefix, Prefix) or prefix._engine is not self._engine:
             raise InvalidRequestError("prefix", prefix, "one that these slots' own prefill gave")
         slots = integers("slots", slots, "a list of slots")
         if len(set(slots)) != len(slots) or any(not 0 <= slot < self._num_slots or slot in self._slots for slot in slots):
             raise InvalidRequestError("slots", list(slots), f"different free ones from 0 to {self._num_slots - 1}; {self.active} are taken")
+        seeds = None if seeds is None else integers("seeds", seeds)
         if seeds is not None and len(seeds) != len(slots):
-            raise InvalidRequestError("seeds", list(seeds), f"one for each of the {len(slots)} slots")
+            raise InvalidRequestError("seeds", seeds, f"one for each of the {len(slots)} slots")
         for seed in seeds or ():
             replace(prefix._held.state.params, seed=seed)  # refuses what no seed can be
         sisters = self._engine.fork(prefix._held, prefix._logits, seeds or [prefix._held.state.seed] * len(slots))

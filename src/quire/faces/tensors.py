@@ -159,9 +159,10 @@ def _seeds(num_prompts: int, rng: torch.Generator | None, seeds: Sequence[int] |
         return drawn
     if rng is not None:
         raise InvalidRequestError("rng", rng, "None where seeds are given")
-    if len(seeds) != num_prompts:
-        raise InvalidRequestError("seeds", f"{len(seeds)} seeds", f"one for each of the {num_prompts} prompts")
-    return integers("seeds", seeds)
+    given = integers("seeds", seeds)
+    if len(given) != num_prompts:
+        raise InvalidRequestError("seeds", f"{len(given)} seeds", f"one for each of the {num_prompts} prompts")
+    return given
 
 
 def _positive(field: str, value: int) -> int:
