@@ -258,6 +258,19 @@ def test_a_full_disk(folder: Path, call: str, monkeypatch: pytest.MonkeyPatch, c
     assert shelf.write(3) and shelf.write(4) and shelf.there() == [3, 4] and shelf.count("pages") == 2
 
 
+def test_uses_that_a_full_disk_never_writes_down_are_not_kept_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_index, "MAX_USED_NOTED", 10)
+    shelf = Shelf(folder, 4)
+    shelf.write(0)
+    with pytest.MonkeyPatch.context() as patch:
+        fill_the_disk(patch, "pwrite 1")
+        for number in range(1, 20):
+            assert not shelf.write(number)
+            shelf.store.touch([content_id(number)])
+    assert shelf.store._index is not None and len(shelf.store._index._used) == 10
+    assert shelf.write(20) and shelf.there() == [0, 20]
+
+
 def test_short_writes_and_reads_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf(folder, page_bytes=1000)
     pwrite, preadv = os.pwrite, os.preadv

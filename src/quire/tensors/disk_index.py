@@ -17,6 +17,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from quire.tensors import disk_tables as tables
@@ -28,6 +29,7 @@ INDEX, ASIDE, JOURNAL = "index.sqlite", "index.damaged", "index.sqlite-journal"
 OPEN_PATIENCE_S, PATIENCE_S = 3.0, 1.0  # for a lock: when opening, and afterwards (never on the engine's thread)
 LOCKED_PATIENCE_S = 10.0  # locked for so long, the index is set aside: its holder is stopped, or not one of us
 RETRY_S = 5.0
+MAX_USED_NOTED = 65_536  # uses that are not written yet; the oldest of more never are
 PASSING = {sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}  # no fault of the index
 LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
@@ -40,7 +42,7 @@ class DiskIndex:
         self._folder, self._capacity_bytes = folder, capacity_bytes
         self._lock = threading.Lock()  # of the connection
         self._notes = threading.Lock()  # of the three below
-        self._used: dict[str, int] = {}
+        self._used: OrderedDict[str, int] = OrderedDict()
         self._gone: set[str] = set()
         self._stamp = 0
         self.num_evicted = 0
@@ -62,6 +64,8 @@ class DiskIndex:
             stamp = self._next_stamp(len(names))
             for back, name in enumerate(names):
                 self._used[name] = stamp - back
+            while len(self._used) > MAX_USED_NOTED:  # a disk that is full takes no page, and with it no note
+                self._used.popitem(last=False)
 
     def note_gone(self, name: str) -> None:
         """The file is there no more. Written with the next page or `close`."""
@@ -238,7 +242,7 @@ class DiskIndex:
     def _write_notes(self, db: sqlite3.Connection) -> None:
         with self._notes:
             used, gone = self._used, self._gone
-            self._used, self._gone = {}, set()
+            self._used, self._gone = OrderedDict(), set()
         db.executemany("UPDATE pages SET used = ? WHERE name = ?", [(stamp, name) for name, stamp in used.items()])
         missing = [(name,) for name in gone if not self._folder.has(name)]  # it may have been written again since
         db.executemany("DELETE FROM pages WHERE name = ?", missing)
