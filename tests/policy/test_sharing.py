@@ -7,6 +7,7 @@ import random
 import pytest
 
 from quire.policy.groups import Group
+from quire.policy.lookup import find
 from quire.policy.prefix import PrefixKey
 from tests.policy.oracle import Driver, chunked, full, numbered, one_bit, sliding
 
@@ -39,6 +40,15 @@ def test_a_repeat_hits_all_but_its_last_token(groups: tuple[Group, ...], num: in
     unit = driver.cache.unit
     assert hit == (num - 1 if unit == B else (num - 1) // unit * unit)
     assert driver.scheduler.num_cached_tokens == hit
+
+
+@pytest.mark.parametrize("groups", [numbered(chunked(B, 2 * B)), numbered(sliding(B, 1)), numbered(chunked(B, B), sliding(2 * B, 1))])
+def test_tokens_that_nobody_sees_any_more_are_no_hit_of_a_prompt_never_seen(groups: tuple[Group, ...]) -> None:
+    """No group is full, and where a chunk begins none needs a page."""
+    driver = Driver(groups, 200, budget=1000, vocab=1000)
+    prompt, other = tokens(6 * B + 1), [*tokens(2 * B), *tokens(4 * B + 1, seed=1)]
+    assert find(driver.cache, driver.keeper.sequence(prompt, "")).num_tokens == run(driver, prompt) == 0
+    assert [run(driver, one) for one in (other, prompt, other)] == [2 * B, 6 * B, 6 * B]
 
 
 @pytest.mark.parametrize("groups", [FULL, HYBRID])
