@@ -47,6 +47,14 @@ def test_restored_pages_give_the_same_bits(checkpoint: Checkpoint, family: str, 
             llm.check_integrity()
 
 
+def test_a_prompt_whose_last_chunk_has_just_begun_comes_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """No layer sees any of its pages, and it is a hit all the same."""
+    folder = checkpoint("llama4_text", no_rope_layers=[1, 1, 1], layer_types=["chunked_attention"] * 3)
+    for hit in (0, 60):
+        with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:
+            assert llm.generate(PROMPTS[2], DRAWN[0])[0].receipt.cached_tokens == hit
+
+
 def test_a_namespace_is_found_again_and_no_other(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for namespace, hit in (("a", 0), ("a", 48), ("b", 0)):
         with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:

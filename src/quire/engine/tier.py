@@ -149,7 +149,8 @@ class DiskTier:
         pages = []
         for group in cache.groups:
             chain = seq.chain(group.page_size, length // group.page_size, cache.hash_bytes)
-            for i in range(group.first_kept(length, cache.unit), length // group.page_size):
+            first = min(group.first_kept(length, cache.unit), (length - cache.finder.least) // group.page_size)
+            for i in range(first, length // group.page_size):
                 found = cache.index.find(chain[i + 1])
                 place = found.pages[group.group_id] if found is not None else -1
                 pages.append((i * group.page_size, _Page(chain[i + 1], group.group_id), place))

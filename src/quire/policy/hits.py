@@ -20,13 +20,14 @@ class HitFinder:
     """Looks prefixes up in an index, one lookup a page for all groups of one page size.
 
     `unit`: a hit ends where a page of every group ends; with several page sizes, at a common multiple. `ids_by_size`: page size -> groups.
+    `least`: as many tokens before a hit must be there though no group may see them.
     """
 
     def __init__(self, groups: Seq[Group], index: PrefixIndex, hash_bytes: Hash) -> None:
         self._groups, self._index, self._hash_bytes = groups, index, hash_bytes
         self._windowed = [g for g in groups if g.kind != "full"]
         # Where every group may see nothing of what comes before a hit, the page before it must be there all the same: else any prompt would hit.
-        self._least = 0 if len(self._windowed) < len(groups) else 1
+        self.least = 0 if len(self._windowed) < len(groups) else 1
         self.unit = math.lcm(*(g.page_size for g in groups))
         by_length = sorted(groups, key=lambda g: (g.kind != "full", g.page_size))  # full ones first: they decide how long a hit can be
         self.ids_by_size = {g.page_size: [h.group_id for h in groups if h.page_size == g.page_size] for g in by_length}
@@ -59,7 +60,7 @@ class HitFinder:
             settled = True
             for group in self._windowed:
                 size, pages = group.page_size, found[group.group_id]
-                first = max(0, min(group.first_visible(length), length - self._least)) // size
+                first = max(0, min(group.first_visible(length), length - self.least)) // size
                 i = min(covered[group.group_id], length // size)
                 while i > first and pages[i - 1] >= 0:
                     i -= 1
