@@ -12,6 +12,7 @@ from quire.errors import InvalidRequestError
 MAX_STRUCTURED_CHARACTERS = 2**17  # of a schema, of a grammar, of all choices together
 MAX_REGEX_CHARACTERS = 2**14
 MAX_CHOICES = 1024
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"  # between the parts of a JSON text: a new line and an indent, and no more
 MAX_SCHEMA_DEPTH = 64  # of the schema's own brackets; the text it describes may nest as deep as its references say
 
 
@@ -60,9 +61,9 @@ class StructuredOutput:
     def source(self) -> tuple[str, str]:
         """("json", schema), ("regex", expression) or ("lark", grammar): every form as one of three."""
         if self.json_object:
-            return "json", '{"type": "object"}'
+            return "json", spaced({"type": "object"})
         if self.json_schema is not None:
-            return "json", str(self.json_schema)
+            return "json", spaced(json.loads(str(self.json_schema)))
         if self.regex is not None:
             return "regex", self.regex
         if self.choice is not None:
@@ -70,6 +71,13 @@ class StructuredOutput:
             return "lark", "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, self.choice))
         assert self.grammar is not None
         return "lark", self.grammar
+
+
+def spaced(schema: Any) -> str:
+    """A JSON schema as text, with bounds to white space: a model that is not sure what comes next likes to say that in it, without end."""
+    schema = {} if schema is True else schema
+    options = schema.get("x-guidance", {}) if isinstance(schema, Mapping) else None
+    return json.dumps({**schema, "x-guidance": {**options, "whitespace_pattern": WHITE_SPACE}} if isinstance(options, dict) else schema)
 
 
 def _text(field: str, value: object, most: int) -> None:

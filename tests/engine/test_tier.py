@@ -208,15 +208,15 @@ def test_a_slow_disk_keeps_nobody_else_waiting(checkpoint: Checkpoint, tmp_path:
 def test_a_disk_that_is_never_done_keeps_no_list_of_all_that_was(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, write = threading.Event(), DiskStore.write
     monkeypatch.setattr(DiskStore, "write", lambda *args: gate.wait(30) and write(*args))
-    monkeypatch.setattr("quire.engine.tier.MAX_OFFERED", 20)
+    monkeypatch.setattr("quire.engine.tier.MAX_ENDED", 3)
     with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
         for prompt in ([5 + seed, 6, 7, 8, 9, 10, 11, 12, 13] for seed in range(20)):
             llm.generate(prompt, SamplingParams(max_tokens=1))
         tier = llm._built.tier
         assert tier is not None and tier.busy
-        num_kept = sum(map(len, tier._together))
+        num_kept = len(tier._together)
         gate.set()
-        assert 0 < num_kept <= 20
+        assert num_kept == 3
         at_rest(llm)
         assert not tier._together
 

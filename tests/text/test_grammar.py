@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -112,6 +113,13 @@ def test_hostile_grammars_are_refused_and_the_next_is_compiled(compiler: Grammar
             compiler.compile(HOSTILE[name])
         assert error.value.field == "structured" and len(str(error.value)) < 700
     compiler.compile(StructuredOutput(regex=f"a{{{len(name)}}}"))
+
+
+@pytest.mark.parametrize("schema", [True, {"type": "object"}, '{"x-guidance": {"whitespace_flexible": true}}'])
+def test_white_space_in_json_has_an_end(compiler: GrammarCompiler, made: dict[str, TextTokenizer], schema: Any) -> None:
+    guide = compiler.compile(StructuredOutput(json_schema=schema)).start([END])
+    opening, space = made["byte_level"].id_of("{"), made["byte_level"].id_of("Ġ")
+    assert opening is not None and space is not None and guide._matcher.validate_tokens([opening, *[space] * 50]) == 1 + 40
 
 
 def test_what_compiles_for_ever_is_given_up_in_time(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:

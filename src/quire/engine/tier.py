@@ -31,7 +31,8 @@ from quire.tensors.store import PageStore
 log = logging.getLogger("quire")
 
 MAX_ASIDE_SHARE = 0.25  # of the pool may be on its way to the disk at once
-MAX_OFFERED = 65_536  # pages that wait to be written, or to be put in order when all are; the oldest of more are not
+MAX_OFFERED = 65_536  # pages that wait to be written; the oldest of more are not
+MAX_ENDED = 256  # sequences whose pages are put in order once all is written; a disk that is never done would keep all there were
 WAIT_S = 0.05
 FIRST_GUESS_BYTES_PER_S = 500e6  # of reading, until it has been measured
 
@@ -90,8 +91,7 @@ class DiskTier:
         for thread in (self._reader, self._writer):
             thread.submit(int)  # starts it now: where the system has no thread left later on, it would be the engine's loop that fails
         self._offered: OrderedDict[_Page, None] = OrderedDict()
-        self._together: deque[list[_Page]] = deque()  # of each sequence since the last pause, what it held to the end, heads first
-        self._num_together = 0  # pages in there
+        self._together: deque[list[_Page]] = deque(maxlen=MAX_ENDED)  # of each sequence since the last pause, what it held to the end, heads first
         self._writes: dict[Future[bool], int] = {}
         self._fetches: dict[int, _Fetch] = {}
         self._news = threading.Event()
@@ -200,11 +200,7 @@ class DiskTier:
                 pages = [_Page(chain[i + 1], g) for g in group_ids if chain[i + 1].pages and chain[i + 1].pages[g] >= 0]
                 self._offered.update(dict.fromkeys(pages))
                 held += [page for page in pages if seq.tables[page.group_id][i] >= 0]  # those that its windows have left may leave first
-        if held:
-            self._together.append(held)
-            self._num_together += len(held)
-        while self._num_together > MAX_OFFERED:  # a disk that is never done would keep what all sequences ever were
-            self._num_together -= len(self._together.popleft())
+        self._together.append(held)
         while len(self._offered) > MAX_OFFERED:
             self._offered.popitem(last=False)
         self._write_some()
@@ -227,7 +223,6 @@ class DiskTier:
                 self._disk.touch([page.content_id for page in pages])
                 pool.touch(page.key.pages[page.group_id] for page in reversed(pages) if page.key.pages)
             self._together.clear()
-            self._num_together = 0
 
     # -- between steps --------------------------------------------------------------------------------------------------------------------
 

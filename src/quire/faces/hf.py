@@ -20,6 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, InvalidRequestError
+from quire.faces.checked import integer
 from quire.outputs import RequestOutput
 from quire.params import SamplingParams
 
@@ -92,8 +93,7 @@ class Generator(AbstractContextManager["Generator"]):
             raise InvalidRequestError("pad_token_id", None, "given where stop_strings may end some rows before others")
         if stops is not None and self.llm.tokenizer is not None:  # ends rows early; where exactly, the criterion says
             params = replace(params, stop=stops.stop_strings, skip_special_tokens=False)
-        seeds = torch.randint(2**62, (len(prompts),)).tolist() if config.do_sample else [None] * len(prompts)
-        each = [replace(params, seed=seed) for seed in seeds]
+        each = [replace(params, seed=int(torch.randint(2**62, ())) if config.do_sample else None) for _ in prompts]
         outputs = self.llm.generate(prompts, each) if streamer is None else [self._stream(input_ids, prompts[0], each[0], streamer, stops)]
         rows = [
             (one.logits, one.token_ids[: _stop_at(stops, output.prompt_token_ids, one.token_ids)])
@@ -154,7 +154,7 @@ def _refuse(given: GenerationConfig | None, own: Any, kwargs: dict[str, Any]) ->
 
 def _sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
     """A config that transformers has settled, for prompts padded to `width`, as the engine takes it."""
-    eos, (max_tokens,), (n,) = (_ids(x) for x in (config.eos_token_id, config.max_length - width, config.num_return_sequences))  # numpy's, too
+    eos, max_tokens = _ids(config.eos_token_id), integer("max_length", config.max_length) - width
     given, penalty = config.sequence_bias or (), config.repetition_penalty or 1.0
     biases = {tuple(ids): bias for ids, bias in (given.items() if isinstance(given, dict) else given)}
     words = {tuple(word) for word in config.bad_words_ids or ()} - {(i,) for i in eos}  # transformers lets them end
@@ -173,7 +173,7 @@ def _sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
         allowed_token_ids=[i for i in range(vocab_size) if i not in banned] if banned else None,
         stop_token_ids=[i for i in eos if 0 <= i < vocab_size],
         ignore_eos=True,
-        n=n,
+        n=integer("num_return_sequences", config.num_return_sequences),
         return_logits=bool(config.return_dict_in_generate and (config.output_logits or config.output_scores)),
         **(drawn if config.do_sample else {"temperature": 0.0}),
     )

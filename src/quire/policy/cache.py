@@ -62,8 +62,7 @@ class PageCache:
         """
         seq.clear_tables(len(self.groups))
         self._open[seq.arrival] = seq
-        # Where no group is full, tokens that nobody sees any more are a hit without a page; scores and a mean want every token computed.
-        if not self.shares(seq) or seq.scores or seq.pooling == "mean":
+        if not self.shares(seq):
             return
         limit = seq.num_known - 1
         found, length = self.finder.longest(seq, limit)

@@ -9,9 +9,9 @@ from typing import Any
 
 from quire.errors import InvalidRequestError
 from quire.server.tool_formats import SHAPES, WORDS, Format
-from quire.server.tool_grammar_xml import SHARED, argument_rules, json_of
+from quire.server.tool_grammar_xml import SHARED, argument_rules
 from quire.server.tools import Schemas
-from quire.structured import StructuredOutput
+from quire.structured import StructuredOutput, spaced
 
 TEXT = r"TEXT: /(.|\n)*/"
 TEXT_OF_NO_BRACE = r"TEXT: /\s*([^{\s](.|\n)*)?/"
@@ -46,7 +46,7 @@ def offered(style: Format, tools: Schemas, special: Mapping[str, int], *, parall
     the format must not be one whose calls begin as JSON does. Arguments as for `forced`.
     """
     if form is not None:
-        start, answer = _only_calls(style, special, parallel), f"{ANSWER}: {json_of(json.loads(form))}"
+        start, answer = _only_calls(style, special, parallel), f"{ANSWER}: %json {spaced(json.loads(form))}"
         return _grammar([f"start: {start} | {ANSWER}", answer, *_call_rules(style, tools, special)])
     if style == "llama3":
         return _grammar([f"start: {_calls(style, '', special, parallel)} | TEXT", TEXT_OF_NO_BRACE, *_call_rules(style, tools, special)])
@@ -104,7 +104,7 @@ def _call_rules(style: Format, tools: Schemas, special: Mapping[str, int]) -> li
     if style == "qwen_xml":
         rules += SHARED
     for i, (tool, schema) in enumerate(tools.items()):
-        arguments = json_of(_of_an_object(schema or {}))
+        arguments = f"%json {spaced(_of_an_object(schema or {}))}"
         if style == "qwen_xml":
             rules.append(f'call_{i}: {json.dumps(f"{tool}>")} "\\n" arguments_{i} "</function>"')
             rules += argument_rules(f"arguments_{i}", tool, schema)

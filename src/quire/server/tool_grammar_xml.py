@@ -13,9 +13,9 @@ from typing import Any
 from quire.errors import InvalidRequestError
 from quire.server.tool_formats import check_names
 from quire.server.tool_types import STRING, resolved, types_of
+from quire.structured import spaced
 
 END = "\n</parameter>"
-WHITE_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}  # between JSON's parts, as in text/grammar_check.py
 # Values begin behind their tag. Text runs to the first line that begins with its end, as the parser has it.
 SHARED = [r"any_text[lazy]: /\n((.|\n)*\n)?<\/parameter>/", r"NO_END: ~/(.|\n)*\n<\/parameter>(.|\n)*/", r"KEY: /[^<>\s]+/"]
 _COMBINED = ("allOf", "not", "if", "then", "else", "$dynamicRef")
@@ -28,12 +28,6 @@ _OF_OTHERS = (
     "maxContains", "minItems", "maxItems", "uniqueItems", "unevaluatedItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
     "multipleOf",
 )  # fmt: skip
-
-
-def json_of(schema: Any) -> str:
-    """JSON of a schema, with bounds to the white space between its parts: a model that is unsure would go on with that for ever."""
-    options = schema.get("x-guidance", {}) if isinstance(schema, Mapping) else None
-    return f"%json {json.dumps({**schema, 'x-guidance': {**options, **WHITE_SPACE}} if isinstance(options, dict) else schema)}"
 
 
 def argument_rules(rule: str, tool: str, schema: Mapping[str, Any] | None) -> list[str]:
@@ -70,7 +64,7 @@ def _value_rules(rule: str, where: str, schema: Any, root: Mapping[str, Any]) ->
     if "string" not in types_of(schema, root):
         found = resolved(schema, root)
         shared = {word: root[word] for word in ("$defs", "definitions") if word in root}
-        return [f'{rule}: "\\n" {json_of({**shared, **found})} {_quoted(END)}']
+        return [f'{rule}: "\\n" %json {spaced({**shared, **found})} {_quoted(END)}']
     literals: list[str] = []
     texts: list[tuple[int, int | None]] = []  # the least and the most of characters
     others = False

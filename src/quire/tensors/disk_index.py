@@ -64,6 +64,7 @@ class DiskIndex:
             stamp = self._next_stamp(len(names))
             for back, name in enumerate(names):
                 self._used[name] = stamp - back
+                self._used.move_to_end(name)
             while len(self._used) > MAX_USED_NOTED:  # a disk that is full takes no page, and with it no note
                 self._used.popitem(last=False)
 

@@ -16,7 +16,6 @@ import llguidance
 
 STACK_BYTES = 2**20  # an eighth of what a thread usually has: what passes here has room to spare in the engine's process
 MEMORY_BYTES = 2**31
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"  # between the parts of a JSON text: a new line and an indent, and no more
 
 
 class ByteTokens:
@@ -49,8 +48,7 @@ def matcher_of(tokenizer: Any, kind: str, source: str) -> Any:
     """A matcher at the beginning of a grammar given as in `StructuredOutput.source`; an error is in the matcher."""
     matcher = llguidance.LLMatcher
     if kind == "json":
-        # A model that is not sure what comes next likes to say that in white space, without end.
-        text = matcher.grammar_from_json_schema(source, {"whitespace_pattern": WHITE_SPACE})
+        text = matcher.grammar_from_json_schema(source)
     else:
         text = matcher.grammar_from_regex(source) if kind == "regex" else matcher.grammar_from_lark(source)
     return llguidance.LLMatcher(tokenizer, text, log_level=0, limits=llguidance.LLParserLimits(verbose_errors=False))
