@@ -4,6 +4,7 @@ All on a random checkpoint of Qwen3-0.6B's shape in a folder, with warm file cac
 
     command    seconds from starting `quire generate` to the first byte on its stdout, one start after another; and once after 10 seconds in which
                nothing ran, when the host of a virtual machine may have taken back the memory that the start before gave up
+    new        the same where no command has loaded this checkpoint before, so that it is probed (src/quire/engine/verdicts.py)
     split      the same steps in a process that times each: interpreter, torch, transformers, quire, load, probe, first token
     idle       CPU seconds that a process with an open LLM takes in 10 seconds without a request
     size       bytes of quire's folder and kernels, and of what it requires, installed
@@ -23,6 +24,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,8 @@ def main() -> None:
     found["command_after_idle_s"] = command_s(folder)
     told = f"{found['command_s']:.2f} s, {found['command_after_idle_s']:.2f} s after {IDLE_S:.0f} s of nothing"
     print(f"quire generate to its first byte: {told}; no {', '.join(sorted(WEB))} imported", flush=True)
+    found["new_command_s"] = statistics.median(command_s(folder, new=True) for _ in range(args.repeat))
+    print(f"  of a checkpoint that it has not met: {found['new_command_s']:.2f} s", flush=True)
     splits = [child("split", folder, str(time.time())) for _ in range(args.repeat)]
     found["split_s"] = {part: statistics.median(split[part] for split in splits) for part in PARTS}
     print("  of which " + ", ".join(f"{part} {seconds:.2f}" for part, seconds in found["split_s"].items()), flush=True)
@@ -80,14 +84,16 @@ def check_imports(folder: str) -> None:
         raise RuntimeError(f"quire generate imports {told[1]}")
 
 
-def command_s(folder: str) -> float:
-    """Seconds from starting the command to the first byte of its output."""
-    start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-m", "quire", *GENERATE, folder], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        first = process.stdout.read(1)
-        seconds = time.perf_counter() - start
-        process.communicate()
+def command_s(folder: str, *, new: bool = False) -> float:
+    """Seconds from starting the command to the first byte of its output; `new`: where it has met no checkpoint."""
+    command, pipes = [sys.executable, "-m", "quire", *GENERATE, folder], {"stdout": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    with tempfile.TemporaryDirectory() as home:
+        start = time.perf_counter()
+        with subprocess.Popen(command, **pipes, env={**os.environ, "XDG_CACHE_HOME": home} if new else None) as process:
+            assert process.stdout is not None
+            first = process.stdout.read(1)
+            seconds = time.perf_counter() - start
+            process.communicate()
     if not first or process.returncode:
         raise RuntimeError(f"quire generate gave {first!r} and ended with {process.returncode}")
     return seconds

@@ -96,8 +96,10 @@ def load(source: str, config: EngineConfig, warn: Callable[[str], None] | None =
     """A new `LLM` on `source`, with a spinner on the terminal until it is ready, or with `warn` told of warnings and nothing shown."""
     with _without_collections(), _made_ahead(source, config), waiting(source, warn), stand_ins_for(config):
         from quire import LLM
+        from quire.engine.verdicts import remembered
 
-        return LLM(source, **asdict(config))
+        with remembered():
+            return LLM(source, **asdict(config))
 
 
 def _made_ahead(source: str, config: EngineConfig) -> contextlib.AbstractContextManager[None]:

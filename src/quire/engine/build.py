@@ -18,6 +18,7 @@ from quire.engine.fresh import FreshSteps
 from quire.engine.kernels import Kernels, choose_kernels
 from quire.engine.runner import Runner
 from quire.engine.tier import DiskTier
+from quire.engine.verdicts import Verdict
 from quire.errors import ConfigError
 from quire.policy.cache import PageCache
 from quire.policy.groups import Arrangement, Group, arrange
@@ -115,7 +116,7 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
 
 
 def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Kernels) -> CausalModel:
-    """A model that has been probed. Raises as `build_engine`."""
+    """A model that has passed the probe, here or in a command before (verdicts.py). Raises as `build_engine`."""
     device = kernels.device
     with device.current():
         model = load_model(
@@ -146,7 +147,13 @@ def _examine(model: CausalModel, kernels: Kernels, *, lower: bool) -> None:
         if lower:
             with failures_told(model):
                 model.lower()
+        verdict = Verdict.of(model, kernels)
+        if verdict is not None and (everywhere := verdict.read()) is not None:
+            model.everywhere = everywhere
+            return
         probe(model, RowByRow if kernels.rows is None else FreshSteps(model, kernels))
+        if verdict is not None:
+            verdict.write(model.everywhere)
 
 
 def _measured(model: CausalModel) -> Workspace:

@@ -1,4 +1,4 @@
-"""The gate every model passes at load: what it gives packed with others is compared with what it gives alone.
+"""The gate every model passes at load (of a command: at its first): what it gives packed with others is compared with what it gives alone.
 
 Four questions, two of them over the same few short sequences, which go past a window or chunk where that is short:
   close   packed logits against the model's own forward of each sequence alone, nothing of ours on it. A wrong mask, a wrong scale, positions taken
