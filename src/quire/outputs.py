@@ -21,6 +21,7 @@ class Receipt:
 
     `cached_tokens` prompt tokens came from the cache (counted at first admission), `computed_tokens` tokens went through the model and were
     committed (again after a preemption), `rejected_tokens` were staged in a step that failed, `staged_tokens` are both together.
+    `drawn_tokens` were drawn, with those of sequences that `best_of` leaves out.
     `peak_cache_bytes` is the most page memory its tables named at once (shared pages counted whole). Times in seconds: `queued_s` until first
     admission, `prefill_s` from there to the first token, `decode_s` from there to the end. `waited_for` is what kept it from starting:
     "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix), "disk", "logits" (others' prompts were being
@@ -34,6 +35,7 @@ class Receipt:
     cached_tokens: int = 0
     computed_tokens: int = 0
     rejected_tokens: int = 0
+    drawn_tokens: int = 0
     num_preemptions: int = 0
     peak_cache_bytes: int = 0
     queued_s: float = 0.0

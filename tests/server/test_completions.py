@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def events(text: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("asked", ASKED, ids=lambda asked: "-".join(asked))
 def test_the_same_bits_as_from_the_library(server: Running, asked: dict[str, Any]) -> None:
     (wanted,) = server.llm.generate(FOX, params(asked))
-    choices = server.complete(prompt=FOX, return_token_ids=True, logprobs=0, **asked)["choices"]
+    told = server.complete(prompt=FOX, return_token_ids=True, logprobs=0, **asked)
+    choices = told["choices"]
     (scored,) = server.llm.generate(FOX, params(asked | {"logprobs": 0}))
+    (all_of_it,) = server.llm.generate(FOX, replace(params(asked), n=asked.get("best_of", asked.get("n", 1)), best_of=None))
+    assert told["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in all_of_it.outputs)  # those left out were drawn, too
     assert [choice["index"] for choice in choices] == list(range(len(wanted.outputs)))
     for choice, one, with_logprobs in zip(choices, wanted.outputs, scored.outputs, strict=True):
         assert (choice["text"], choice["token_ids"], choice["finish_reason"]) == (one.text, one.token_ids, one.finish_reason)

@@ -218,6 +218,7 @@ class RequestState:
             cached_tokens=self.cached_tokens,
             computed_tokens=self.computed_tokens,
             rejected_tokens=self.rejected_tokens,
+            drawn_tokens=sum(len(b.token_ids) for b in self.branches),
             num_preemptions=sum(b.sequence.num_preemptions for b in self.branches),
             peak_cache_bytes=sum(b.sequence.peak_pages for b in self.branches) * page_bytes,
             queued_s=started - self.submitted_s,

@@ -87,7 +87,7 @@ class Metrics:
         self._ended[_endpoint(endpoint), outcome].inc()
         self._prompt.inc(receipt.prompt_tokens)
         self._hit.inc(receipt.cached_tokens)
-        self._generated.inc(sum(len(one.token_ids) for one in output.outputs))
+        self._generated.inc(output.receipt.drawn_tokens)
         self._queued.observe(receipt.queued_s)
         self._prefill.observe(receipt.prefill_s)
         self._decode.observe(receipt.decode_s)

@@ -138,8 +138,7 @@ def _fields(asked: ResponseRequest) -> Body:
 
 
 def _usage(output: RequestOutput) -> Body:
-    prompt, cached = output.receipt.prompt_tokens, output.receipt.cached_tokens
-    made = sum(len(completion.token_ids) for completion in output.outputs)
+    prompt, cached, made = output.receipt.prompt_tokens, output.receipt.cached_tokens, output.receipt.drawn_tokens
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": prompt - cached},

@@ -36,7 +36,6 @@ class End(NamedTuple):
     """What one prompt came to."""
 
     receipt: Receipt
-    num_generated: int
     finish_reasons: tuple[str, ...]
     code: str | None
 
@@ -117,7 +116,7 @@ class Run:
         told: dict[str, Any] = {
             "prompt_tokens": sum(end.receipt.prompt_tokens for end in self._ends),
             "reused_tokens": sum(end.receipt.cached_tokens for end in self._ends),
-            "generated_tokens": sum(end.num_generated for end in self._ends),
+            "generated_tokens": sum(end.receipt.drawn_tokens for end in self._ends),
             "queued_ms": round(1000 * max((end.receipt.queued_s for end in self._ends), default=0.0), 1),
             "finish": sorted({reason for end in self._ends for reason in end.finish_reasons}),
         }
@@ -147,8 +146,7 @@ class Run:
     def _note_output(self, i: int, output: RequestOutput) -> None:
         self._serving.metrics.finished(self._endpoint, output, key_id=self._key_id, token_times_s=self._times_s[i])
         code = None if output.error is None else as_server_error(output.error).code
-        num_generated = sum(len(one.token_ids) for one in output.outputs)
-        self._ends.append(End(output.receipt, num_generated, tuple(str(one.finish_reason) for one in output.outputs), code))
+        self._ends.append(End(output.receipt, tuple(str(one.finish_reason) for one in output.outputs), code))
         if len(self._ends) == len(self._streams):
             self.over.set()
 

@@ -93,7 +93,7 @@ class Traces:
             "prompt_tokens": receipt.prompt_tokens,
             "cached_tokens": receipt.cached_tokens,
             "computed_tokens": receipt.computed_tokens,
-            "generated_tokens": sum(len(one.token_ids) for one in output.outputs),
+            "generated_tokens": output.receipt.drawn_tokens,
             "preemptions": receipt.num_preemptions,
             "waited_for": receipt.waited_for,
             "finish_reasons": [one.finish_reason for one in output.outputs],

@@ -18,7 +18,7 @@ def usage_of(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
     for output in outputs:
         prompt += output.receipt.prompt_tokens
         cached += output.receipt.cached_tokens
-        generated += sum(len(completion.token_ids) for completion in output.outputs)
+        generated += output.receipt.drawn_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
