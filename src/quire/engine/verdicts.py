@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +74,12 @@ class Verdict:
         """Keep it; the oldest go when there are many."""
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as made:
-                json.dump({"everywhere": everywhere}, made)
-            os.replace(made.name, self.file)
+            made = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+            try:
+                made.write_text(json.dumps({"everywhere": everywhere}))
+                made.replace(self.file)
+            finally:
+                made.unlink(missing_ok=True)  # of a disk that was full
             for old in sorted(self.file.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-MAX_KEPT]:
                 old.unlink()
 
