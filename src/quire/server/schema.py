@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from quire.server.limits import (
     MAX_ALLOWED_IDS,
@@ -24,6 +25,17 @@ from quire.structured import MAX_CHOICES, MAX_REGEX_CHARACTERS, MAX_STRUCTURED_C
 
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:  # Python's parser takes them, and 1e999: in a prompt or an answer they would be no JSON
+        raise ValueError("must have no number that is not finite") from None
+    return value
+
+
+AnyObject = Annotated[dict[str, Any], AfterValidator(_finite)]  # that is written out again
 
 
 class Asked(BaseModel):

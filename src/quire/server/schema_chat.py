@@ -10,7 +10,7 @@ from pydantic import Field
 
 from quire.server.errors import refused
 from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_N, MAX_TOOLS, MAX_TOP_LOGPROBS
-from quire.server.schema import Asked, Label, Part, ResponseFormat, Sampling, SentBack
+from quire.server.schema import AnyObject, Asked, Label, Part, ResponseFormat, Sampling, SentBack
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
 
@@ -59,7 +59,7 @@ class Function(Part):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: AnyObject | None = None
     strict: bool | None = None
 
 
@@ -107,7 +107,7 @@ class ChatPrompt(Asked):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = Field(default=None, description="Extension. Begin the assistant's message; true unless continued.")
     continue_final_message: bool | None = Field(default=None, description="Extension. Go on within the last message.")
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Extension. Values for the model's own chat template.")
+    chat_template_kwargs: AnyObject | None = Field(default=None, description="Extension. Values for the model's own chat template.")
 
 
 class ChatRequest(ChatPrompt, Sampling):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from quire.server.limits import MAX_LABEL_CHARS, MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS, check_size
-from quire.server.schema import Asked, Label, NamedSchema, Part, ResponseFormat, Sampling, StreamOptions
+from quire.server.schema import AnyObject, Asked, Label, NamedSchema, Part, ResponseFormat, Sampling, StreamOptions
 from quire.server.schema_chat import AllowedToolChoice, AllowedTools, Function, Message, Name, NamedFunction, NamedTool, Tool, ToolChoice
 from quire.server.schema_items import AnyItem, as_messages
 
@@ -22,7 +22,7 @@ class FunctionTool(Part):
     type: Literal["function"]
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: AnyObject | None = None
     strict: bool | None = None
 
     def tool(self) -> Tool:
@@ -100,7 +100,7 @@ class ResponsePrompt(Asked):
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | AllowedFunctionTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension. Values for the model's own chat template.")
+    chat_template_kwargs: AnyObject | None = Field(None, description="Extension. Values for the model's own chat template.")
     truncation: Literal["disabled"] | None = None
     conversation: None = None
 
