@@ -88,6 +88,8 @@ def test_json_of_several_sequences(quire: Quire, model: str) -> None:
         (["x", "--model", "/nowhere/at/all"], "'/nowhere/at/all': no such folder"),
         (["--file", "/nowhere/at/all"], "file='/nowhere/at/all': must be a file that can be read (No such file"),
         ([], "prompt='': must be text"),
+        (["-", "-"], "prompt='-': must be given once"),
+        (["-", "--file", "-"], "prompt='-': must be given once"),
     ],
 )
 def test_refusals(quire: Quire, model: str, args: list[str], told: str) -> None:

@@ -57,6 +57,8 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     Raises:
         InvalidRequestError: there is no prompt, or one that cannot be read.
     """
+    if [*given, file].count("-") > 1:
+        raise InvalidRequestError("prompt", "-", "given once, with --file or without: stdin is read once")
     prompts = [_stdin() if prompt == "-" else prompt for prompt in given]
     if file is not None:
         text = _text(sys.stdin.buffer.read(), "stdin") if file == "-" else _file(file)
