@@ -177,6 +177,16 @@ def test_what_is_refused_of_an_output(quire: Quire, tmp_path: Path, fake: Fake) 
         assert told.exit_code == 2 and said in " ".join(told.stderr.split()), told.stderr
 
 
+def test_rows_do_not_come_through_a_pipe(quire: Quire, tmp_path: Path, fake: Fake) -> None:
+    read, written = os.pipe()
+    os.write(written, json.dumps(row("a")).encode() + b"\n")
+    told = quire("batch", f"/dev/fd/{read}", str(tmp_path / "out.jsonl"))
+    os.close(read)
+    os.close(written)
+    assert told.exit_code == 2 and "must be a plain file" in " ".join(told.stderr.split()), told.stderr
+    assert not fake.asked and not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_torn_last_line_is_cut(quire: Quire, tmp_path: Path, fake: Fake) -> None:
     rows = [row(f"r{i}", {"prompt": "x" * 300 * i}) for i in range(6)]
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"

@@ -160,6 +160,8 @@ def _opened(source: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise InvalidRequestError("in", str(source), f"a file that can be read ({error.strerror})") from error
     with file:
+        if not file.seekable():
+            raise InvalidRequestError("in", str(source), "a plain file: a row is read again when its turn comes")
         yield file
 
 
