@@ -18,6 +18,7 @@ from quire import LLM, SamplingParams
 from quire.cli import chat
 from quire.cli.remote import Remote
 from quire.cli.talkers import Here, Messages, Talker, There, Turn
+from quire.server.keys import KeyRing
 from tests.cli.conftest import Quire
 from tests.engine.conftest import tokenizer
 from tests.server.conftest import KEY, TEMPLATE, Running, running
@@ -89,6 +90,11 @@ def test_commands(quire: Quire, chatty: str, tmp_path: Path) -> None:
     assert "/clear" in result.stdout and "1 answer, " in result.stdout
 
 
+def test_any_key_that_a_server_takes_can_be_sent() -> None:
+    for key in ("clé", "世界 1", " padded\n"):
+        assert KeyRing([key]).caller(Remote("http://x", key)._headers["authorization"]) is not None  # type: ignore[arg-type]
+
+
 def test_what_is_refused(quire: Quire, model: str, chatty: str, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     none = quire("chat", model, stdin="hello\n")
     assert none.exit_code == 2 and "llama has no chat template" in " ".join(none.stderr.split()) and none.stdout == ""
@@ -98,6 +104,11 @@ def test_what_is_refused(quire: Quire, model: str, chatty: str, server: Running,
     assert quire("chat", "http://", stdin="hello\n").exit_code == 2
     named = quire("chat", "http://me:secret@127.0.0.1:9", stdin="hello\n")
     assert named.exit_code == 2 and "no user or password" in named.stderr and "secret" not in named.stderr
+    for address in ("http://a..b", f"http://{'a' * 70}.com", "http://x/é", "http://x/a b"):
+        told = quire("chat", address, stdin="hello\n")
+        assert told.exit_code == 2 and "must be a server's address" in " ".join(told.stderr.split()), told.stderr
+    lines = quire("chat", server.url, "--api-key", "a\nsecret", stdin="hello\n")
+    assert lines.exit_code == 2 and "on one line" in " ".join(lines.stderr.split()) and "secret" not in lines.stderr
     assert quire("chat", chatty, "--name", "x", stdin="hello\n").exit_code == 2
     other = quire("chat", server.url, "--api-key", KEY, "--name", "gpt", stdin="hello\n")
     assert other.exit_code == 1 and "not served here" in " ".join(other.stderr.split())

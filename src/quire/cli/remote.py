@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import ssl
 import threading
@@ -35,15 +36,19 @@ class Remote:
         try:
             parts = urlsplit(url)
             self._host, self._port, self._tls = parts.hostname or "", parts.port, parts.scheme == "https"
+            self._host.encode("idna")  # as it is looked up
         except ValueError:
             self._host = ""
-        if not is_url(url) or not self._host or parts.query or parts.fragment:
+        if not is_url(url) or not self._host or parts.query or parts.fragment or not re.fullmatch("[!-~]*", parts.path):
             raise ConfigError(f"url={url!r}: must be a server's address, such as http://localhost:8000")
         if parts.username is not None:  # which would go nowhere
             raise ConfigError("url: must have no user or password in it; a key is given with --api-key")
+        key = (api_key or "").strip()
+        if not key.isprintable():  # not told: it is a secret
+            raise ConfigError("api_key: must be text on one line, without control characters")
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self.shown = f"{parts.scheme}://{parts.netloc}{self._root}"
-        self._headers = {"content-type": "application/json", **({"authorization": f"Bearer {api_key}"} if api_key else {})}
+        self._headers: dict[str, str | bytes] = {"content-type": "application/json", **({"authorization": f"Bearer {key}".encode()} if key else {})}
         self._own = threading.local()
         self._open: set[http.client.HTTPConnection] = set()
         self._closed = False
