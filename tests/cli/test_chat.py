@@ -90,6 +90,13 @@ def test_commands(quire: Quire, chatty: str, tmp_path: Path) -> None:
     assert "/clear" in result.stdout and "1 answer, " in result.stdout
 
 
+def test_a_line_that_is_no_text_is_refused_and_a_mark_of_utf8_is_none(quire: Quire, chatty: str, server: Running) -> None:
+    for args in ([chatty, *ARGS], [server.url, "--api-key", KEY, "--max-tokens", "2"]):
+        result = quire("chat", *args, stdin=b"\xef\xbb\xbf/nothing\r\nthe \xff\r\nthe fox\n/stats\n")
+        assert result.exit_code == 1 and "1 answer," in result.stdout
+        assert "there is no /nothing" in result.stderr and "byte 4 of this one is not" in " ".join(result.stderr.split()), result.stderr
+
+
 def test_any_key_that_a_server_takes_can_be_sent() -> None:
     for key in ("clé", "世界 1", " padded\n"):
         assert KeyRing([key]).caller(Remote("http://x", key)._headers["authorization"]) is not None  # type: ignore[arg-type]

@@ -87,7 +87,13 @@ def _talk(talk: Conversation, name: str, history: Path | None) -> None:
             _watched(talk)
         return
     for data in sys.stdin.buffer:
-        talk.take(data.decode(errors="replace").rstrip("\r\n"), watched=False)
+        try:
+            line = data.decode().removeprefix("\ufeff")  # a file's mark of UTF-8 is no part of what it says
+        except UnicodeDecodeError as error:
+            complain(InvalidRequestError("stdin", data, f"lines of text in UTF-8 (byte {error.start} of this one is not)"))
+            talk.num_failed += 1
+            continue
+        talk.take(line.rstrip("\r\n"), watched=False)
         if talk.ended:
             break
     if talk.num_failed:
