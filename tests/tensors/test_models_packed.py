@@ -151,3 +151,13 @@ def test_refusals(tmp_path: Path) -> None:
             module.__class__ = type("Own", (nn.Linear,), {"forward": lambda self, x: x})
     with pytest.raises(UnsupportedModelError, match="quantization='int4': none of its weights is a linear layer's"):
         pack_weights(bare, NativeProducts(1), "int4")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_an_element_that_no_code_stands_for_is_refused(quantization: str) -> None:
+    """The kernels' code of a NaN is the smallest, which the probe would find nothing wrong with."""
+    for element in (math.nan, math.inf, -math.inf):
+        model = tiny_model("llama", torch.bfloat16)
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = element
+        with pytest.raises(UnsupportedModelError, match=rf"quantization='{quantization}': model\.layers\.1\.mlp\.up_proj\.weight has elements"):
+            pack_weights(model, NativeProducts(1), quantization)

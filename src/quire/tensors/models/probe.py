@@ -91,7 +91,8 @@ def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
     programs = model.lowered if not model.owned else None
     packed = _packed(model, make_step, sequences)
     tolerance = TOLERANCE[model.dtype]
-    errors = _errors(packed, _own_logits(model, sequences, programs))
+    own = _own_logits(model, sequences, programs)
+    errors = _errors(packed, own)
     if not model.compiled and not bool((errors <= tolerance).all()) and bool(errors.median() <= tolerance) and model.dtype != torch.float32:
         # Most tokens agree and some do not: a mistake, or experts chosen by a rounding. In fp32 the two look different.
         # Compiled layers have their dtype in the code, and no experts: of them there is no second opinion.
@@ -100,6 +101,9 @@ def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
             errors = _errors(_packed(model, RowByRow, sequences), _own_logits(model, sequences))
     error = float(errors.max())
     if not error <= tolerance:  # NaN too
+        if not all(bool(logits.isfinite().all()) for logits in own):
+            told = "NaN or infinite, as of weights that are, or of activations past what its dtype holds"
+            raise ProbeMismatchError(f"{model.model_type}: its own forward gives logits that are {told}")
         raise ProbeMismatchError(
             f"{model.model_type}: packed with others, logits differ by {error:.3g} deviations from those of each sequence alone"
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
