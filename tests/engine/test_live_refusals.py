@@ -48,7 +48,7 @@ def test_an_engine_goes_on_with_programs_after_a_refusal() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     with LLM(model, page_size=16, cache_bytes=2**24) as llm:
         before, head = bits(llm, PROMPTS), model.lm_head
-        model.lm_head = nn.Linear(H, 700, bias=False)
+        model.lm_head = nn.Linear(H, 500, bias=False)
         with pytest.raises(UnsupportedModelError, match="its vocabulary"):
             llm.generate(PROMPTS, PARAMS)
         model.lm_head = head

@@ -217,7 +217,7 @@ def test_what_is_put_in_later_may_be_refused_too_and_taken_out_again() -> None:
                 llm.pin(PROMPTS[-1])
         model.model.layers[1].mlp = mine
         assert bits(llm, PROMPTS) == before
-        model.lm_head = nn.Linear(H, 700, bias=False)
+        model.lm_head = nn.Linear(H, 500, bias=False)
         with pytest.raises(UnsupportedModelError, match="its vocabulary, its width or .* is another: open it anew"):
             llm.generate(PROMPTS, PARAMS)
 

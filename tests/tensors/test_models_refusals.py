@@ -19,7 +19,7 @@ from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import probe
 from quire.tensors.products import ReferenceProducts
-from tests.tensors.checkpoints import BASE, make, one_thread, tiny_model
+from tests.tensors.checkpoints import BASE, VOCAB, make, one_thread, tiny_model
 from tests.tensors.test_models import load
 
 __all__ = ["one_thread"]
@@ -67,6 +67,16 @@ def test_models_without_a_language_head() -> None:
     for kind in kinds:
         with pytest.raises(UnsupportedModelError, match="has no language model head|its forward fails"):
             load(kind(config))
+
+
+def test_a_head_of_more_tokens_than_the_embedding_has() -> None:
+    """A prompt with one of them would end its neighbours."""
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Linear(64, VOCAB + 8, bias=False)
+    with pytest.raises(UnsupportedModelError, match="llama: its logits are of 608 tokens, and its embedding has rows for the first 600"):
+        load(model)
+    model.lm_head = torch.nn.Linear(64, VOCAB - 8, bias=False)
+    assert load(model).vocab_size == VOCAB - 8
 
 
 @pytest.mark.parametrize("given", ["</s>", [[2]], [2, None], 2.0, True])

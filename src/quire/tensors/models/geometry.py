@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from quire.errors import UnsupportedModelError
@@ -133,6 +134,15 @@ def check_layers(layers: list[LayerGeometry], model: PreTrainedModel) -> tuple[L
     if not told and isinstance(window, int) and 0 < window < context_len(config) and _makes_windows(model):
         raise UnsupportedModelError(f"{config.model_type}: its masks have a window of {window}, of which its layers do not tell attention")
     return tuple(sorted(layers, key=lambda layer: layer.layer_idx))
+
+
+def check_vocabulary(vocab_size: int, model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where a token that may be drawn has no row in the embedding: it would end all that are in a step with it."""
+    with suppress(NotImplementedError):  # code of a model's own need not tell
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, nn.Embedding) and embedding.weight.shape[0] < vocab_size:
+            told = f"its logits are of {vocab_size} tokens, and its embedding has rows for the first {embedding.weight.shape[0]}"
+            raise UnsupportedModelError(f"{model.config.model_type}: {told}: others cannot be followed")
 
 
 def _makes_windows(model: PreTrainedModel) -> bool:

@@ -23,7 +23,7 @@ from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
 from quire.tensors.models.form import Form
-from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers, misfits, told_misfits
+from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers, check_vocabulary, misfits, told_misfits
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer, width
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
@@ -120,6 +120,7 @@ class CausalModel:
             raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}{shapes}") from error
         if getattr(text_config(model), "final_logit_softcapping", None) and self.rows is None:  # tanh over R * V elements, in whole vectors alone
             self._logits_multiple = VECTOR // math.gcd(VECTOR, vocab_size)
+        check_vocabulary(vocab_size, model)
         return vocab_size, check_layers(dry.layers, model)
 
     @property
