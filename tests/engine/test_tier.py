@@ -187,6 +187,24 @@ def test_a_system_without_threads_to_spare_stores_all_the_same(checkpoint: Check
         llm.check_integrity()
 
 
+def test_an_engine_that_nobody_closed_stores_at_the_interpreters_exit(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Executors take nothing from then on, and the engine still steps, stores and reads until it is closed."""
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
+        cold, cache_bytes = bits(llm.generate(PROMPTS[:1], DRAWN[:1])), llm.info.page_bytes * 40
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_bytes=cache_bytes) as llm, monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.thread._shutdown", True)
+        outputs = llm.generate(PROMPTS[:2], DRAWN[:2])
+        assert bits(outputs[:1]) == cold and outputs[0].receipt.cached_tokens == 48
+        open_stream = llm.submit(PROMPTS[2], DRAWN[2])
+        next(iter(open_stream))
+        llm.close()
+    assert not caplog.records and open_stream.wait().outputs[0].finish_reason == "cancelled"
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
+        assert [output.receipt.cached_tokens for output in llm.generate(PROMPTS[1:3], DRAWN[1:3])] == [56, 60]
+
+
 def test_a_slow_disk_keeps_nobody_else_waiting(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, gate, read = checkpoint("llama"), threading.Event(), DiskStore.read
     with LLM(folder, page_size=4, cache_dir=tmp_path) as llm:

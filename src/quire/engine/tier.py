@@ -19,7 +19,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from quire.policy.cache import PageCache
 from quire.policy.costs import Costs
@@ -28,6 +28,7 @@ from quire.policy.sequence import Sequence
 from quire.tensors.disk import DiskStore
 from quire.tensors.store import PageStore
 
+T = TypeVar("T")
 log = logging.getLogger("quire")
 
 MAX_ASIDE_SHARE = 0.25  # of the pool may be on its way to the disk at once
@@ -81,6 +82,16 @@ def page_content_id(key: PrefixKey, group_id: int) -> bytes:
     return hashlib.blake2b(content_id(key) + bytes([group_id % 256, group_id // 256]), digest_size=32).digest()
 
 
+def submit(thread: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> Future[T]:
+    """Have a thread do it. An interpreter that ends sends executors home before it closes us, so from then on it is done here."""
+    try:
+        return thread.submit(function, *args)
+    except RuntimeError:
+        future: Future[T] = Future()
+        future.set_result(function(*args))
+        return future
+
+
 class DiskTier:
     """See `policy.tier.Tier`. All methods are called on the engine's thread; two threads of its own read and write."""
 
@@ -126,7 +137,7 @@ class DiskTier:
             return False
         pool.set_aside(there)
         places = pool.take_aside(len(missing))
-        future = self._reader.submit(self._read, missing, places)
+        future = submit(self._reader, self._read, missing, places)
         coming = iter(places)
         self._fetches[seq.arrival] = _Fetch(missing, places, [place if place >= 0 else next(coming) for _, place in needed], future)
         future.add_done_callback(lambda _: self._news.set())
@@ -214,7 +225,7 @@ class DiskTier:
             if place < 0:  # evicted since
                 continue
             pool.set_aside([place])
-            future = self._writer.submit(self._survived, self._disk.write, page, place)
+            future = submit(self._writer, self._survived, self._disk.write, page, place)
             self._writes[future] = place
             future.add_done_callback(lambda _: self._news.set())
             room -= 1
