@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +122,27 @@ def test_what_is_closed_says_so(checkpoint: Checkpoint) -> None:
     for call in (lambda: slots.prefill([5]), lambda: slots.insert(prefix, 0), slots.check_integrity, lambda: pages.copy_page(0, 1)):
         with pytest.raises(EngineDeadError, match="has been closed"):
             call()
+
+
+def test_a_close_that_is_broken_off_is_gone_on_with(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Ctrl-C while it waits for a step: the next one, at the latest the interpreter's exit, waits for that step and does all the rest."""
+    llm, begun, gate, over = LLM(checkpoint("llama"), cache_dir=tmp_path), threading.Event(), threading.Event(), []
+    worker, tier, main = llm._worker, llm._built.tier, threading.get_ident()
+
+    def step() -> None:
+        begun.set()
+        while not worker._stopping:
+            time.sleep(0.001)
+        signal.pthread_kill(main, signal.SIGINT)
+        gate.wait(PATIENCE_S)
+        over.append("step")
+
+    llm._built.engine.step = step  # type: ignore[method-assign]
+    stream = llm.submit([5, 6, 7], LONG)
+    assert begun.wait(PATIENCE_S)
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    assert tier is not None and tier._disk.usable and not over
+    threading.Timer(0.1, gate.set).start()
+    llm.close()
+    assert over and not tier._disk.usable and stream.wait(PATIENCE_S).outputs[0].finish_reason == "cancelled"

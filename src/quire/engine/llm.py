@@ -286,8 +286,12 @@ class LLM:
         self._worker.call(self._keeper.reset)
 
     def close(self) -> None:
-        """Cancel what runs, end the thread and leave a live model as it was. A second call does nothing."""
-        self._close()
+        """Cancel what runs, end the thread and leave a live model as it was. A second call does nothing, or what a Ctrl-C left of the first one."""
+        try:
+            self._close()
+        except BaseException:
+            self._close = weakref.finalize(self, _shut_down, self._worker, self._built)
+            raise
 
     def __enter__(self) -> LLM:
         return self

@@ -39,6 +39,7 @@ class Worker:
         self._wake = threading.Condition()
         self._readers: list[Waiter] = []  # who wait for what this turn has brought; the engine's thread alone
         self._stopping = False
+        self._ended = threading.Event()
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self._thread.start()
@@ -123,6 +124,7 @@ class Worker:
             self._stopping = True
             self._wake.notify()
         if self._thread is not threading.current_thread():
+            self._ended.wait()  # a join that Ctrl-C breaks off takes the thread for ended from then on (Python 3.11 and 3.12)
             self._thread.join()
 
     @property
@@ -154,6 +156,8 @@ class Worker:
             error = EngineDeadError(f"the engine has failed: {type(death).__name__}: {death}")
             error.__cause__ = death
             self._drain("error", error)
+        finally:
+            self._ended.set()
 
     def _turn(self) -> bool:
         """Read the mail, then one step. False when it is time to end."""
