@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,26 @@ PATIENCE_S = 20  # that a fork has, which would otherwise wait for ever
 def llm(checkpoint: Checkpoint) -> Any:
     with LLM(checkpoint("llama"), page_size=4, max_tokens_per_step=32) as llm:
         yield llm
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Breaks off what the main thread does, once; called on another thread."""
+    main, hits = threading.get_ident(), list[bool]()
+
+    def hit(*_: object) -> None:
+        if not hits:
+            hits.append(True)
+            raise KeyboardInterrupt
+
+    def press() -> None:
+        while not hits:  # one that comes just before a wait is not noticed in it
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGINT, hit)
+    yield press
+    signal.signal(signal.SIGINT, before)
 
 
 def test_leaving_a_stream_early_cancels(llm: LLM) -> None:
@@ -124,16 +144,16 @@ def test_what_is_closed_says_so(checkpoint: Checkpoint) -> None:
             call()
 
 
-def test_a_close_that_is_broken_off_is_gone_on_with(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_close_that_is_broken_off_is_gone_on_with(checkpoint: Checkpoint, tmp_path: Path, ctrl_c: Callable[[], None]) -> None:
     """Ctrl-C while it waits for a step: the next one, at the latest the interpreter's exit, waits for that step and does all the rest."""
     llm, begun, gate, over = LLM(checkpoint("llama"), cache_dir=tmp_path), threading.Event(), threading.Event(), []
-    worker, tier, main = llm._worker, llm._built.tier, threading.get_ident()
+    worker, tier = llm._worker, llm._built.tier
 
     def step() -> None:
         begun.set()
         while not worker._stopping:
             time.sleep(0.001)
-        signal.pthread_kill(main, signal.SIGINT)
+        ctrl_c()
         gate.wait(PATIENCE_S)
         over.append("step")
 
@@ -146,3 +166,34 @@ def test_a_close_that_is_broken_off_is_gone_on_with(checkpoint: Checkpoint, tmp_
     threading.Timer(0.1, gate.set).start()
     llm.close()
     assert over and not tier._disk.usable and stream.wait(PATIENCE_S).outputs[0].finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_pin_that_is_broken_off_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch, ctrl_c: Callable[[], None], cached: bool) -> None:
+    """Ctrl-C while it waits for the engine, or for its prompt to be computed."""
+    prompt, engine, begun, gate = [9 + i + cached for i in range(300)], llm._built.engine, threading.Event(), threading.Event()
+    add = engine.add
+
+    def busy() -> None:
+        begun.set()
+        while not llm._worker._mail:
+            time.sleep(0.001)
+        ctrl_c()
+        gate.wait(PATIENCE_S)
+
+    def add_and_wait(*given: Any) -> None:
+        add(*given)
+        ctrl_c()
+        gate.wait(PATIENCE_S)
+
+    if cached:
+        llm.generate([prompt], GREEDY)
+        threading.Thread(target=llm._worker.call, args=(busy,)).start()
+        assert begun.wait(PATIENCE_S)
+    else:
+        monkeypatch.setattr(engine, "add", add_and_wait)
+    with pytest.raises(KeyboardInterrupt):
+        llm.pin(prompt)
+    gate.set()
+    stats = llm.stats()
+    assert stats["num_waiting"] + stats["num_running"] == 0 and llm.pins() == []

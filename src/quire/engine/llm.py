@@ -222,7 +222,7 @@ class LLM:
             pin = self._worker.call(lambda: self._keeper.pin(token_ids, space, ttl))
             if pin is not None:
                 return pin
-            self.submit(token_ids, SamplingParams(max_tokens=1, temperature=0.0), namespace=namespace).wait().raise_for_error()
+            self.generate([token_ids], SamplingParams(max_tokens=1, temperature=0.0), namespace=namespace)[0].raise_for_error()
         raise InvalidRequestError(
             "prompt", f"{len(token_ids)} tokens", "one that is not evicted between computing and pinning it; try when less is open"
         )

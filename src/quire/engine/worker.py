@@ -102,11 +102,16 @@ class Worker:
                 self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run `function` on the engine's thread between two steps and return what it returns, or raise what it raises. Also raises as `submit`."""
+        """Run `function` on the engine's thread between two steps and return what it returns, or raise what it raises. Also raises as `submit`.
+
+        If the wait for it is broken off (Ctrl-C) before it has begun, it is not run.
+        """
         self.home.check()
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except BaseException as error:  # belongs to the caller, whatever it is
@@ -116,7 +121,11 @@ class Worker:
             self._refuse_if_dead()
             self._mail.append(run)
             self._wake.notify()
-        return future.result()
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     def stop(self) -> None:
         """Cancel what is open and end the thread; returns when it has ended."""
