@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -216,3 +217,34 @@ def test_no_index_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: 
         shelf = Shelf(folder)
         assert shelf.read(1) and not shelf.write(2) and not shelf.write(2) and len(caplog.records) == 2
     assert shelf.write(2) and shelf.there() == [1, 2] and shelf.count("pages") == 2 and not (folder / "index.damaged").exists()
+
+
+def test_a_process_that_may_not_write_the_index_leaves_it_to_others(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A quota, or a limit of files, is no fault of the index: a new one would not know what was used when."""
+    filled(folder)
+    before, limits = (folder / "index.sqlite").stat().st_ino, resource.getrlimit(resource.RLIMIT_FSIZE)
+    running = Shelf(folder, 99, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        for shelf in (running, Shelf(folder, 99, 1)):
+            assert not shelf.write(100) and shelf.there() == list(range(40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (folder / "index.sqlite").stat().st_ino == before and "set aside" not in caplog.text
+    works(folder)
+
+
+def test_a_folder_that_was_moved_leaves_the_one_in_its_place_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_index, "RETRY_S", 0.0)
+    first = Shelf(folder)
+    first.write(1)
+    folder.rename(folder.with_name("moved"))
+    second = Shelf(folder, 3)
+    for number in range(10, 13):
+        assert second.write(number)
+    assert not first.write(2) and not first.write(3) and first.there() == [1]
+    for number in range(20, 24):
+        assert second.write(number)
+    assert second.bytes_on_disk() == 3 * file_bytes(64) and second.count("write_errors") == 0
+    (folder.rename(folder.with_name("elsewhere"))).with_name("moved").rename(folder)
+    assert first.write(2) and first.there() == [1, 2]

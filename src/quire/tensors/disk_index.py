@@ -195,6 +195,7 @@ class DiskIndex:
         """`known`: what befell the index has been logged."""
         self._make_file()
         self._file = self._on_disk()
+        self._check_place()
         db = sqlite3.connect(self._folder.path / INDEX, timeout=OPEN_PATIENCE_S, isolation_level=None, check_same_thread=False)
         try:
             for pragma in ("mmap_size = 0", "journal_mode = TRUNCATE", "synchronous = OFF"):
@@ -212,6 +213,12 @@ class DiskIndex:
         if empty and self.totals.num_pages and not known:
             log.warning("disk cache: the index was missing and has been made again from %d pages", self.totals.num_pages)
         return db
+
+    def _check_place(self) -> None:
+        """SQLite goes by the path: a folder that was moved would be given the index of another, which has come in its place."""
+        info = os.stat(self._folder.path / INDEX)
+        if (info.st_dev, info.st_ino) != self._file:
+            raise OSError(errno.ESTALE, f"{self._folder.path} is another folder by now")
 
     def _make_file(self) -> None:
         """Make an empty index file if there is none, readable by us alone; SQLite gives its journal the same permissions."""
@@ -251,4 +258,5 @@ class DiskIndex:
 
 def _code(error: sqlite3.Error) -> int:
     """SQLite's primary error code; 0 for errors of our own making."""
-    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    code: int = getattr(error, "sqlite_errorcode", None) or 0
+    return sqlite3.SQLITE_FULL if code == sqlite3.SQLITE_IOERR_WRITE else code & 0xFF  # a quota, or a limit of files, is a full disk of another name
