@@ -37,7 +37,7 @@ class EngineConfig:
         kv_codec: how keys and values lie in the cache: `None` as they are, "int8", "int4", or one for each, as in "k=int8,v=none".
         cache_layout: "paged", or "stacked": one page of the whole context for each of `max_sequences`, whatever `page_size` says.
         cache_dir: a folder in which complete pages survive restarts; several processes may share it. `None` for none.
-        cache_dir_bytes: the most bytes of files in it; `None` takes half of what is free on that disk beside them.
+        cache_dir_bytes: the most bytes of files in it, at least the file of one page; `None` takes half of what is free on that disk beside them.
         prefix_sharing: reuse pages of equal prefixes.
         max_model_len: the context, at most the checkpoint's own; `None` takes that, of LongRoPE its first part (see tensors/models/ropes.py).
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.

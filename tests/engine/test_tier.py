@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.engine.build import open_model
 from quire.errors import ConfigError
 from quire.outputs import RequestOutput
 from quire.policy.costs import Costs
@@ -279,6 +280,23 @@ def test_what_cannot_be_stored_is_refused(checkpoint: Checkpoint, tmp_path: Path
     for source in (folder, str(tmp_path / "no such model")):
         with pytest.raises(ConfigError, match="cache_dir=.*must be a folder"):  # before a model is looked for
             LLM(source, cache_dir=tmp_path / "file")
+
+
+def test_bytes_for_no_page_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Nothing would ever be stored. A page of the llama's takes 3072 bytes, and its header 4096."""
+    with pytest.raises(ConfigError, match="cache_dir_bytes=7167: must be at least 7168, the file of one page"):
+        LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_dir_bytes=7167)
+    with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_dir_bytes=7168) as llm:
+        llm.generate([PROMPTS[0][:5]], SamplingParams(max_tokens=1))
+        at_rest(llm)
+        assert llm.stats()["num_disk_pages"] == 1
+
+
+def test_a_folder_that_goes_while_the_model_is_loaded_is_made_again(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "pages"
+    monkeypatch.setattr("quire.engine.build.open_model", lambda *given: (folder.rmdir(), open_model(*given))[1])
+    with LLM(checkpoint("llama"), cache_dir=folder) as llm:
+        assert llm.stats()["num_disk_pages"] == 0 and folder.is_dir()
 
 
 def test_the_folder_stays_within_its_bytes(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -179,9 +179,8 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     tokenizer = _tokenizer(source, config)
     disk = None
     if config.cache_dir is not None:  # another version may encode rows, or compute them, otherwise
-        disk = disk_store(
-            config, store.page_bytes, f"{identity.hex()}/{kernels.name}/{version('quire')}/{tokenizer.fingerprint if tokenizer else 'ids'}"
-        )
+        values = f"{identity.hex()}/{kernels.name}/{version('quire')}/{tokenizer.fingerprint if tokenizer else 'ids'}"
+        disk = disk_store(config, store.page_bytes, max(group.page_size for group in arrangement.groups), values)
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)

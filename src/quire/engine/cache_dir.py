@@ -8,8 +8,10 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.errors import ConfigError
+from quire.policy.prefix import pack
 from quire.tensors.disk import DiskStore
 from quire.tensors.disk_folder import open_folder
+from quire.tensors.disk_pages import PageFormat
 
 
 def check_cache_dir(config: EngineConfig, *, live: bool) -> None:
@@ -27,17 +29,25 @@ def check_cache_dir(config: EngineConfig, *, live: bool) -> None:
     open_folder(Path(config.cache_dir).expanduser())
 
 
-def disk_store(config: EngineConfig, page_bytes: int, identity: str) -> DiskStore:
-    """The store in `cache_dir`, which has been checked."""
+def disk_store(config: EngineConfig, page_bytes: int, page_tokens: int, identity: str) -> DiskStore:
+    """The store in `cache_dir`, which has been checked, of pages of at most so many tokens.
+
+    Raises:
+        ConfigError: `cache_dir_bytes` has no room for one; or the folder is no longer what it was.
+    """
     assert config.cache_dir is not None
     folder = Path(config.cache_dir).expanduser()
+    least = PageFormat.of(identity.encode(), page_bytes).file_bytes(pack([0] * page_tokens))
+    if config.cache_dir_bytes is not None and config.cache_dir_bytes < least:
+        raise ConfigError(f"cache_dir_bytes={config.cache_dir_bytes}: must be at least {least}, the file of one page")
     capacity = _half_of_what_is_free(folder) if config.cache_dir_bytes is None else config.cache_dir_bytes
     return DiskStore(folder, capacity_bytes=capacity, page_bytes=page_bytes, identity=identity.encode())
 
 
 def _half_of_what_is_free(folder: Path) -> int:
     """Or taken by pages that are there already: else each start would leave room for fewer of them."""
-    free = shutil.disk_usage(folder).free
+    taken = 0
+    opened = open_folder(folder)  # makes it again, if it went while the model was loaded
     with contextlib.suppress(OSError):
-        free += sum(file.size_bytes for file in open_folder(folder).pages().values())
-    return free // 2
+        taken = sum(file.size_bytes for file in opened.pages().values())
+    return (shutil.disk_usage(folder).free + taken) // 2
