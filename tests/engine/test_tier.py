@@ -271,6 +271,8 @@ def test_what_cannot_be_stored_is_refused(checkpoint: Checkpoint, tmp_path: Path
         LLM(tiny_model("llama"), cache_dir=tmp_path)
     with pytest.raises(ConfigError, match="cache_dir=.*must be None with prefix_sharing=False"):
         LLM(folder, cache_dir=tmp_path, prefix_sharing=False)
+    with pytest.raises(ConfigError, match="cache_dir=.*must be None with cache_layout='stacked'"):
+        LLM(folder, cache_dir=tmp_path, cache_layout="stacked")
     with pytest.raises(ConfigError, match="cache_dir_bytes=5: must be None without a cache_dir"):
         LLM(folder, cache_dir_bytes=5)
     for wrong in (3, ""):

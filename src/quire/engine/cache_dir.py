@@ -24,6 +24,8 @@ def check_cache_dir(config: EngineConfig, *, live: bool) -> None:
         return
     if not config.prefix_sharing:
         raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None with prefix_sharing=False, which nothing stored could serve")
+    if config.cache_layout == "stacked":
+        raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None with cache_layout='stacked', whose pages are never complete")
     if live:
         raise ConfigError(f"cache_dir={config.cache_dir!r}: must be None for a live model, whose weights may change without a trace")
     open_folder(Path(config.cache_dir).expanduser())
