@@ -36,10 +36,12 @@ QUIRE_INLINE F32x16 clamped(F32x16 x, float low, float high) { return min(max(x,
 // cells [k, 16] of one span and 16 columns to a scale and codes.
 template <class P>
 void encode_span(const float* cells, int k, char* scales, char* out) {
-  F32x16 high = zero(), low = zero();
+  F32x16 high = zero(), low = zero(), none = zero();  // NaN where an element is not finite: no code can stand for it, so the scale says so
   for (int i = 0; i < k; ++i) {
-    high = max(load(cells + 16 * i), high);
-    low = min(load(cells + 16 * i), low);
+    const F32x16 x = load(cells + 16 * i);
+    high = max(x, high);
+    low = min(x, low);
+    none = fma(x, zero(), none);
   }
   const F32x16 negative = sub(zero(), low);
   F32x16 scale;
@@ -48,7 +50,7 @@ void encode_span(const float* cells, int k, char* scales, char* out) {
   } else {
     scale = div(select(gt(negative, high), low, high), set1(-8.0f));
   }
-  store_bf16((uint16_t*)scales, scale);
+  store_bf16((uint16_t*)scales, add(scale, none));
   scale = load_bf16((const uint16_t*)scales);
   const F32x16 divisor = select(eq(scale, zero()), set1(1.0f), scale);
   for (int at = 0; at < k; at += P::kUnit, out += kStep) {
