@@ -32,8 +32,7 @@ def jobs() -> tuple[list[list[int]], list[SamplingParams]]:
 )
 def test_bits_do_not_move(checkpoint: Checkpoint, codec: str, family: str, dtype: torch.dtype) -> None:
     """Alone first, then together at several budgets and page sizes, cold and from cached pages."""
-    fewer = {"num_hidden_layers": 2} if family == "deepseek_v3" else {}  # one dense and one of experts, which are what takes long
-    folder, (prompts, params) = checkpoint(family, dtype, **fewer), jobs()
+    folder, (prompts, params) = checkpoint(family, dtype), jobs()
     with LLM(folder, kv_codec=codec, max_tokens_per_step=4096, prefix_sharing=False) as llm:
         assert llm.info.kv_codec == codec
         expected = [bits(llm.generate([p], s)[0]) for p, s in zip(prompts, params, strict=True)]

@@ -95,7 +95,7 @@ def test_a_prompt_is_scored_and_pooled_wherever_steps_cut_it(checkpoint: Checkpo
 
 def test_every_token_is_computed_where_no_layer_sees_all(checkpoint: Checkpoint) -> None:
     """At the beginning of a chunk nothing before it is seen, and all of it is a hit without a page: not where each token is scored or in a mean."""
-    every = {"layer_types": ["chunked_attention"] * 2, "no_rope_layers": [1, 1], "num_hidden_layers": 2, "attention_chunk_size": 16}
+    every = {"layer_types": ["chunked_attention"] * 2, "no_rope_layers": [1, 1], "attention_chunk_size": 16}
     params = SamplingParams(max_tokens=0, pooling="mean", prompt_logprobs=0)
     answers = []
     for sharing in (True, False):

@@ -25,6 +25,7 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 36}
+_FEW = {"num_hidden_layers": 2}  # of experts, which take longest: one layer of each kind; several of a kind are in the other families
 _WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -34,24 +35,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 24, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16, "layer_types": _WINDOWS},
-    "gpt_oss": {"head_dim": 16, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**_FEW, "head_dim": 16, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phi3": {},
     "olmo2": {},
     "granite": {"attention_multiplier": 0.2},
     "smollm3": {"no_rope_layers": [1, 1, 0]},
     "stablelm": {},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 2048, "n_inner": 100},
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 4, **_EXPERTS},
+    "mixtral": {**_FEW, "num_local_experts": 4},
+    "qwen3_moe": {**_FEW, "head_dim": 16, "num_experts": 4, **_EXPERTS},
     "deepseek_v3": {
-        "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        **_FEW, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
         "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 24, **_EXPERTS,
     },
     "cohere": {},
     "cohere2": {"sliding_window": 24, "layer_types": _WINDOWS},
     "llama4_text": {
-        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 100, "attention_chunk_size": 20,
-        "no_rope_layers": [1, 1, 0], "layer_types": ["chunked_attention", "chunked_attention", "full_attention"], "floor_scale": 8,
+        **_FEW, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 100, "attention_chunk_size": 20,
+        "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"], "floor_scale": 8,
     },
 }  # fmt: skip
 

@@ -142,8 +142,8 @@ def test_geometry() -> None:
 
     assert geometry("llama") == [(i, 2, 16, 16, 0, 0) for i in range(3)]
     assert geometry("gemma3_text") == [(0, 2, 16, 16, 24, 0), (1, 2, 16, 16, 24, 0), (2, 2, 16, 16, 0, 0)]
-    assert geometry("deepseek_v3") == [(i, 4, 20, 24, 0, 0) for i in range(3)]
-    assert geometry("llama4_text") == [(0, 2, 16, 16, 0, 20), (1, 2, 16, 16, 0, 20), (2, 2, 16, 16, 0, 0)]
+    assert geometry("deepseek_v3") == [(i, 4, 20, 24, 0, 0) for i in range(2)]
+    assert geometry("llama4_text") == [(0, 2, 16, 16, 0, 20), (1, 2, 16, 16, 0, 0)]
 
 
 def test_attention_is_told_everything() -> None:
@@ -243,7 +243,7 @@ def test_a_function_that_exact_mode_does_not_know_is_refused_by_name(monkeypatch
 
 def test_experts_chosen_by_a_rounding_do_not_fail_the_probe() -> None:
     """This gpt-oss picks other experts for some tokens when bf16 rounds otherwise; in fp32 it agrees."""
-    report = probe(load(tiny_model("gpt_oss", torch.bfloat16)))
+    report = probe(load(tiny_model("gpt_oss", torch.bfloat16, num_hidden_layers=3)))
     assert report.max_error < report.tolerance == TOLERANCE[torch.float32]
 
 
