@@ -10,17 +10,18 @@ import json
 import time
 
 from bench import attention, cache, codecs, faces, linear, machine, weights
+from bench.options import whole
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="layers of the Qwen3-0.6B shape")
-    parser.add_argument("--long", type=int, default=8192, help="half the tokens of the prompt that is computed in chunks")
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=whole, default=28, help="layers of the Qwen3-0.6B shape")
+    parser.add_argument("--long", type=whole, default=8192, help="half the tokens of the prompt that is computed in chunks")
     parser.add_argument("--no-peers", action="store_true", help="Quire alone in padded batches")
     parts = ["machine", "attention", "codecs", "codecs-quality", "codecs-speed", "cache", "faces", "linear", "weights"]
     parser.add_argument("--only", choices=parts, help="one part (the machine is always measured); the two halves of codecs also apart")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16, 32], help="padded batches")
-    parser.add_argument("--new", type=int, default=256, help="new tokens of each row of a padded batch")
+    parser.add_argument("--batches", type=whole, nargs="+", default=[4, 16, 32], help="padded batches")
+    parser.add_argument("--new", type=whole, default=256, help="new tokens of each row of a padded batch")
     parser.add_argument(
         "--text", nargs="+", default=[], help="books the demo checkpoint was made of; codecs and quantised weights are judged on their held-out ends"
     )
@@ -43,4 +44,5 @@ def main() -> None:
     print(json.dumps(results))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,9 @@ HQ, HKV, D, B = 16, 8, 128, 16
 MASK = Mask(scale=D**-0.5)
 
 
-def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int, codec: tuple[str | None, str | None] = (None, None)) -> float:
+def seconds(sequences: list[tuple[int, int]], dtype: torch.dtype, threads: int) -> float:
     """Best time of a call of `one_layer`."""
-    return best(one_layer(sequences, dtype, threads, codec))
+    return best(one_layer(sequences, dtype, threads))
 
 
 def one_layer(

@@ -17,11 +17,15 @@ from transformers import PreTrainedModel
 
 from bench.live import random_model
 from bench.machine import Bench
+from bench.options import above_zero, whole
 from quire import LLM
+from quire.config import DTYPES
 from quire.tensors.attention.base import StepInputs, TableInputs
 from quire.tensors.host import one_torch_thread_here
 from quire.tensors.models.model import CausalModel
 from quire.tensors.store import PageStore, StagedStep
+
+KINDS = ("plain", "programs", "compiled")
 
 
 def step_of(llm: LLM, num_seqs: int, committed: int, new: int) -> Callable[[], None]:
@@ -65,12 +69,12 @@ def engine(model: PreTrainedModel, kind: str, threads: int) -> LLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--kinds", nargs="+", default=["plain", "programs"], help="of plain, programs, compiled")
-    parser.add_argument("--repeats", type=float, default=1.0, help="times as many runs of each step as usual")
+    parser = argparse.ArgumentParser(prog="bench.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=whole, default=6)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES[1:], default=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=whole, default=torch.get_num_threads())
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:2]))
+    parser.add_argument("--repeats", type=above_zero, default=1.0, help="times as many runs of each step as usual")
     parser.add_argument("--start", action="store_true", help="only the time to start")
     args = parser.parse_args()
     results: Bench = {}

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from bench import machine
 from bench.machine import Bench
+from bench.options import above_zero, whole
 from quire.tensors.host import room
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedLayout, PackedWeight
@@ -110,12 +111,12 @@ def run(of_machine: Bench, shapes: int = 2, rows: list[int] = ROWS, dtypes: tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each line of the table")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser = argparse.ArgumentParser(prog="bench.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=whole, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=above_zero, default=1.0, help="for each line of the table")
+    parser.add_argument("--rows", type=whole, nargs="+", default=ROWS)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first of them")
+    parser.add_argument("--shapes", type=whole, default=len(SHAPES), help="only the first of them")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     of_machine = machine.run()

@@ -5,7 +5,7 @@ one: the worst steps there are. The steady pool gives pages from the free list; 
 Each step is timed `--repeats` times in equal runs and its best time taken, because other processes share the machine; the quantiles are
 over the steps. `loop_ns` is one turn of an empty Python loop in the same process, to compare machines and moments by.
 
-    python bench/planning.py [--sequences 256] [--steps 64] [--repeats 5]
+    python -m bench.planning [--sequences 256] [--steps 64] [--repeats 5]
 
 Prints one JSON line for each case: microseconds a step.
 """
@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 
+from bench.options import whole
 from quire.policy.cache import PageCache
 from quire.policy.groups import Group
 from quire.policy.scheduler import Scheduler
@@ -74,10 +75,10 @@ def loop_ns() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(prog="bench.planning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=whole, default=256)
+    parser.add_argument("--steps", type=whole, default=64)
+    parser.add_argument("--repeats", type=whole, default=5)
     args = parser.parse_args()
     for name, groups in CASES.items():
         for evicting in (False, True):

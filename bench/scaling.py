@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.options import folder, whole
 from bench.speed.checkpoints import checkpoint
 from bench.speed.limits import flops, weight_bytes
 from bench.speed.shapes import QWEN3, SHAPES, STORED_BYTES, Shape
@@ -30,15 +31,21 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default=QWEN3.name)
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--layers", type=whole, help="fewer layers than the shape has")
     parser.add_argument("--quantization", choices=list(STORED_BYTES), default="none")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192, 16_384])
-    parser.add_argument("--new", type=int, default=32, help="tokens decoded at each point")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder of the plots")
+    parser.add_argument("--batches", type=whole, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--contexts", type=whole, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192, 16_384])
+    parser.add_argument("--new", type=whole, default=32, help="tokens decoded at each point, the first with its prompt")
+    parser.add_argument("--repeat", type=whole, default=3)
+    parser.add_argument("--out", type=folder, default=Path("docs"), help="the folder of the plots")
     args = parser.parse_args()
     shape = SHAPES[args.shape].shortened(args.layers)
+    if args.new < 2:
+        parser.error(f"argument --new: '{args.new}': must be 2 or more, as the first token comes with the prompt")
+    if max(128, *args.contexts) + args.new > shape.context:
+        parser.error(
+            f"argument --contexts: '{max(args.contexts)}': must be at most {shape.context - args.new} with --new {args.new}, of {shape.name}"
+        )
     before = machine.run()
     # Room for the largest point twice: what is cached of one repetition is not in the way of the next.
     most = max(max(args.batches) * (128 + args.new), max(args.contexts) + args.new) + 1024

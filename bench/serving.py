@@ -31,8 +31,9 @@ from bench.http.figures import Cpu, Figures, Pair
 from bench.http.requests import Ask, equal, poisson, ragged
 from bench.http.servers import KINDS, NoServer, Server, serving
 from bench.machine import processor
+from bench.options import above_zero, new_file, whole
 from bench.speed.checkpoints import checkpoint
-from bench.speed.processes import run_engine
+from bench.speed.processes import end_engines_when_told_to_end, run_engine
 from bench.speed.shapes import QWEN3, SHAPES, Shape
 from bench.speed.workloads import Job, Workload
 
@@ -43,6 +44,7 @@ AT_ONCE = 32  # sequences
 def main() -> None:
     """See the module."""
     args = _arguments()
+    end_engines_when_told_to_end()
     shape = SHAPES[args.shape].shortened(args.layers)
     folder = checkpoint(shape, args.cache)
     about = {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "shape": shape.name}
@@ -53,9 +55,9 @@ def main() -> None:
     if "rates" in args.parts:
         found["rates"] = rates(args, folder)
     text = json.dumps(found)
+    print(text)
     if args.json:
         args.json.write_text(text + "\n")
-    print(text)
 
 
 def direct(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str, Any]:
@@ -139,21 +141,25 @@ def _watched(server: Server, run: Any) -> tuple[Load, Figures]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default=QWEN3.name)
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--layers", type=whole, help="fewer layers than the shape has")
     parser.add_argument("--parts", nargs="+", choices=["direct", "rates"], default=["direct", "rates"])
-    parser.add_argument("--streams", type=int, default=AT_ONCE, help="at once, of the direct comparison")
-    parser.add_argument("--new", type=int, default=128, help="tokens of each of these")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0, 4.0], help="requests a second")
-    parser.add_argument("--seconds", type=float, default=30.0, help="in which requests come, for each rate")
-    parser.add_argument("--scale", type=float, default=1.0, help="of these requests' lengths")
+    parser.add_argument("--streams", type=whole, default=AT_ONCE, help="at once, of the direct comparison")
+    parser.add_argument("--new", type=whole, default=128, help="tokens of each of these")
+    parser.add_argument("--rates", nargs="+", type=above_zero, default=[0.5, 1.0, 2.0, 4.0], help="requests a second")
+    parser.add_argument("--seconds", type=above_zero, default=30.0, help="in which requests come, for each rate")
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="of these requests' lengths")
     parser.add_argument("--servers", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--peer", type=_peer, action="append", default=[], metavar="transformers=PYTHON", help="its interpreter, if not this one")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for a server to be ready, and for an answer after the last request")
+    parser.add_argument("--repeat", type=whole, default=3)
+    parser.add_argument("--threads", type=whole, default=os.cpu_count())
+    parser.add_argument("--timeout", type=above_zero, default=600, help="seconds for a server to be ready, and for an answer after the last request")
     parser.add_argument("--cache", type=Path, help="where checkpoints are kept; default: a folder of the system's temporary one")
-    parser.add_argument("--json", type=Path, help="write the JSON line here, too")
-    return parser.parse_args()
+    parser.add_argument("--json", type=new_file, help="write the JSON line here, too")
+    args = parser.parse_args()
+    for rate in args.rates if "rates" in args.parts else ():
+        if not poisson(rate, args.seconds, "serving"):
+            parser.error(f"argument --seconds: '{args.seconds:g}': must be longer, as no request comes at a rate of {rate:g}")
+    return args
 
 
 def _peer(given: str) -> tuple[str, str]:

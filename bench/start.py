@@ -43,14 +43,17 @@ main(sys.argv[1:])
 
 def main() -> None:
     """See the module."""
+    from bench.options import above_zero, whole
     from bench.speed.checkpoints import checkpoint
+    from bench.speed.processes import end_engines_when_told_to_end
     from bench.speed.shapes import QWEN3
 
     parser = argparse.ArgumentParser(prog="bench.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--scale", type=float, default=1.0, help="of W2's lengths")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--layers", type=whole, help="fewer layers than the shape has")
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="of W2's lengths")
+    parser.add_argument("--repeat", type=whole, default=3)
     args = parser.parse_args()
+    end_engines_when_told_to_end()
     shape = QWEN3.shortened(args.layers)
     folder = str(checkpoint(shape))
     check_imports(folder)  # which also warms the files up

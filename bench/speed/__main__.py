@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.options import above_zero, new_file, whole
 from bench.speed import report
 from bench.speed.checkpoints import checkpoint
 from bench.speed.limits import Limit, limit, weight_bytes
@@ -65,9 +66,9 @@ def main() -> None:
     blocks = [_told(chosen[name], q, engines, runs, read_bytes_s, flop_s) for name in chosen for q in args.quantization]
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     line = json.dumps({"date": time.strftime("%Y-%m-%d"), "args": arguments, "machine": measured, "workloads": blocks})
+    print(line)
     if args.json:
         args.json.write_text(line + "\n")
-    print(line)
 
 
 def _told(
@@ -100,17 +101,17 @@ def _told(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default=QWEN3.name, help="of W1 to W5; W6 has the hybrid's")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--layers", type=whole, help="fewer layers than the shape has")
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="of all lengths")
     parser.add_argument("--only", nargs="+", choices=list(make(1, 0.01, QWEN3)), default=list(make(1, 0.01, QWEN3)), help="workloads")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="default: all; peers not given are absent")
     parser.add_argument("--peer", type=_peer, action="append", default=[], metavar="NAME=PYTHON", help="a peer's own interpreter")
     parser.add_argument("--quantization", nargs="+", choices=list(STORED_BYTES), default=["none"])
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run of one engine")
+    parser.add_argument("--repeat", type=whole, default=3)
+    parser.add_argument("--threads", type=whole, default=torch.get_num_threads())
+    parser.add_argument("--timeout", type=above_zero, default=3600, help="seconds for one run of one engine")
     parser.add_argument("--cache", type=Path, help="where checkpoints are kept; default: a folder of the system's temporary one")
-    parser.add_argument("--json", type=Path, help="write the JSON line here, too")
+    parser.add_argument("--json", type=new_file, help="write the JSON line here, too")
     return parser.parse_args()
 
 

@@ -69,7 +69,7 @@ def run_engine(engine: str, workload: Workload, folder: Path, quantization: str,
 
 
 def end_engines_when_told_to_end() -> None:
-    """Let SIGTERM (`timeout`, a shell that goes) end this process as an exception, so that the engine that runs is ended as well."""
+    """Let SIGTERM (`timeout`, a shell that goes) end this process as an exception, so that the engine or server that runs is ended as well."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
