@@ -88,7 +88,7 @@ CALLS: list[tuple[str, Callable[[LLM], Any]]] = [
     ("namespace", lambda llm: llm.submit([5], GREEDY, namespace=UNTOLD)),
     *(("ttl", lambda llm, given=given: llm.pin([5, 6, 7], ttl=given)) for given in (HUGE, UNTOLD, 0, float("nan"), float("inf"), "1")),
     *(("pin", lambda llm, given=given: llm.unpin(given)) for given in ([1], "x", None, 10**6)),
-    *(("page_id", lambda llm, given=given: llm.page(given)) for given in ("x", None, 1.5)),
+    *(("page_id", lambda llm, given=given: llm.page(given)) for given in ("x", None, 1.5, True)),
     ("cache_bytes", lambda llm: llm.resize_cache("1")),
     *(("timeout_s", lambda llm, given=given: llm.submit([5], GREEDY).wait(given)) for given in ("x", HUGE, float("nan"))),
 ]

@@ -111,7 +111,7 @@ def test_what_is_refused(checkpoint: Checkpoint) -> None:
             llm.embed("the", pooling="max")  # type: ignore[arg-type]
         with pytest.raises(InvalidRequestError, match="prompt"):
             llm.embed([[]])
-        assert llm.embed([]).shape[0] == 0
+        assert llm.embed([]).shape == (0, llm.info.hidden_size)
     with pytest.raises(InvalidRequestError, match="max_tokens"):
         SamplingParams(max_tokens=0)
 

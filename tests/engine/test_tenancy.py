@@ -130,6 +130,8 @@ def test_pins(checkpoint: Checkpoint) -> None:
         for i in range(30):
             llm.generate([3 + (i + j * j) % 90 for j in range(200)], SamplingParams(max_tokens=1))
         assert llm.generate(PROMPT, DRAWN, namespace="a")[0].receipt.cached_tokens == len(PROMPT) - 1
+        with pytest.raises(InvalidRequestError, match="pin=True: must be a pin"):
+            llm.unpin(pin.pin_id == 1)
         llm.unpin(pin)
         with pytest.raises(InvalidRequestError, match="must be a pin that has been neither unpinned nor expired"):
             llm.unpin(pin)

@@ -134,7 +134,7 @@ def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
         InvalidRequestError: there is no such page.
     """
     cache = engine.scheduler.cache
-    if not isinstance(page_id, int) or not 0 <= page_id < cache.pool.num_pages:
+    if isinstance(page_id, bool) or not isinstance(page_id, int) or not 0 <= page_id < cache.pool.num_pages:
         raise InvalidRequestError("page_id", page_id, f"an integer from 0 to {cache.pool.num_pages - 1}")
     state = _states(engine)[page_id]
     request_ids: list[str] = []

@@ -97,6 +97,7 @@ class LLM:
 
         Raises:
             InvalidRequestError: any prompt or params are refused; then none has run.
+            QueueFullError: with what others have open it is more than `max_waiting` and `max_sequences` together; what had begun is cancelled.
             EngineDeadError: the engine has ended, or lives in the process from which this one was forked.
         """
         many = as_list(prompts)
@@ -140,14 +141,13 @@ class LLM:
         """One vector for each prompt, out of its tokens' final hidden states: float32 [N, D], of length 1 with `normalize`.
 
         Raises:
-            InvalidRequestError: as in `generate`; or the model has no plain output layer to take these states from.
+            InvalidRequestError: as in `generate`, with the others there; or the model has no plain output layer to take these states from.
             RequestFailedError: one failed in the model.
         """
         many = as_list(prompts)
         params = SamplingParams(max_tokens=0, pooling=pooling)
-        outputs = self.generate(many, params, namespace=namespace, priority=priority)
-        vectors = [output.raise_for_error().embedding for output in outputs]
-        return torch.stack([normalized(vector) if normalize else vector for vector in vectors]) if vectors else torch.empty(0, 0)
+        vectors = [output.raise_for_error().embedding for output in self.generate(many, params, namespace=namespace, priority=priority)]
+        return torch.stack([normalized(v) if normalize else v for v in vectors]) if vectors else torch.empty(0, self.info.hidden_size or 0)
 
     def submit(
         self,
@@ -160,7 +160,7 @@ class LLM:
     ) -> RequestStream:
         """Queue one prompt and return its stream at once, for `for`, `async for`, `wait()` and `cancel()`. Thread-safe.
 
-        With `best_of` all comes with one event, which is the best one's.
+        With `best_of` all comes with one event, which is the best one's. Errors as in `generate`, and of an open request's `request_id`.
         """
         return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), namespace, priority, request_id))
 
@@ -213,6 +213,7 @@ class LLM:
         Raises:
             InvalidRequestError: `ttl` is out of range, the prompt is refused, or more than half of the pool would be pinned, or more than open
                 requests leave.
+            QueueFullError, RequestFailedError: it could not be computed.
         """
         check_ttl(ttl)
         token_ids, space = self._checked(prompt), check_namespace(namespace)

@@ -79,7 +79,7 @@ class Pins:
             InvalidRequestError: there is no such pin, or no more.
         """
         self.expire()
-        if not isinstance(pin_id, int) or pin_id not in self._pins:
+        if isinstance(pin_id, bool) or not isinstance(pin_id, int) or pin_id not in self._pins:
             raise InvalidRequestError("pin", pin_id, "a pin that has been neither unpinned nor expired")
         self._drop(pin_id)
 
