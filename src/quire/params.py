@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from quire.errors import InvalidRequestError
@@ -154,11 +154,6 @@ class SamplingParams:
     def takes_what_fits(self) -> bool:
         """Whether `max_tokens` gives way where there is room for fewer."""
         return self.max_tokens is None or isinstance(self.max_tokens, Implied)
-
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """Names of all fields, for doors that take them one by one."""
-        return tuple(f.name for f in fields(cls))
 
 
 def _integer(field: str, value: object, low: int, high: int) -> None:

@@ -14,7 +14,7 @@ from quire.cli.options import ENGINE, SAMPLING, build, parse_size
 from tests.cli.conftest import Quire
 
 LIBRARY_ONLY_FIELDS = {"return_logits", "pooling"}
-SAMPLING_FIELDS = set(SamplingParams.field_names()) - LIBRARY_ONLY_FIELDS
+SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - LIBRARY_ONLY_FIELDS
 ENGINE_FIELDS = {f.name for f in fields(EngineConfig)}
 # Each field as it is typed after its option (True: a flag), and what it must come to.
 SAMPLING_TYPED: dict[str, tuple[Any, Any]] = {

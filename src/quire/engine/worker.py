@@ -137,11 +137,6 @@ class Worker:
             self._thread.join()
 
     @property
-    def alive(self) -> bool:
-        """Whether requests are still taken."""
-        return self.home.is_here and not self._stopping and self._death is None
-
-    @property
     def death(self) -> BaseException | None:
         """What ended the loop, None while nothing has."""
         return self._death
