@@ -143,6 +143,8 @@ def test_a_text_that_is_complete_stops_whatever_else_was_asked(llm: LLM) -> None
     assert run(structured=endless, logit_bias={2: 1000.0}).token_ids[1:] == [2], "end-of-sequence where the text may end, no sooner"
     assert run(structured=endless, logit_bias={2: 1000.0}, min_tokens=5).token_ids[5:] == [2]
     stop = run(structured=exact).token_ids[0]
+    with_stop = [run(structured=StructuredOutput(regex="ab|ca*"), stop_token_ids=[stop], seed=i, temperature=2.0) for i in range(4)]
+    assert {(out.text, out.finish_reason) for out in with_stop} == {("c", "stop")}, "no stop token where the text may not end"
     out = run(structured=StructuredOutput(regex="a+b"), stop="aa", logit_bias={stop: 1000.0})
     assert (out.text, out.finish_reason, out.stop_reason) == ("", "stop", "aa")
     events = list(llm.stream("the quick", SamplingParams(temperature=0.0, structured=exact)))

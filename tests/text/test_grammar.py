@@ -88,6 +88,21 @@ def test_ends_are_allowed_where_the_text_may_end(compiler: GrammarCompiler, made
     assert allowed(done) == {END}, "a grammar at its end wins over min_tokens"
 
 
+def test_an_end_that_the_text_may_go_on_with_is_allowed_where_the_text_may_end(compiler: GrammarCompiler, made: dict[str, TextTokenizer]) -> None:
+    a, b = (made["byte_level"].encode(letter)[-1] for letter in "ab")
+    guide = compiler.compile(StructuredOutput(regex="ba*|ab")).start([END, a])
+    assert allowed(guide) == {b}, "a stop token is no letter in the midst of the text"
+    guide.accept(b)
+    assert guide.satisfied and allowed(guide) == {END, a}
+    last = compiler.compile(StructuredOutput(grammar='start: "a" <|im_start|> | <|im_start|> "b"'))
+    special = made["byte_level"].id_of("<|im_start|>")
+    assert special is not None
+    guide = last.start([END, special])
+    assert allowed(guide) == {a}
+    guide.accept(a)
+    assert allowed(guide) == {special}, "the special token with which a grammar ends"
+
+
 HOSTILE = {
     "invalid regex": StructuredOutput(regex="(a"),
     "look-around": StructuredOutput(regex="(?=a)b"),

@@ -282,4 +282,5 @@ def _failure(request_id: str, token: Sampled, guide: Guide | None = None) -> Req
         return RequestFailedError(f"request {request_id}: structured: {guide.error}")
     if token.failure == "not_finite":
         return NonFiniteLogitsError(f"request {request_id}: the model's logits hold NaN or infinity")
-    return NothingToDrawError(f"request {request_id}: allowed_token_ids, logit_bias, min_tokens and structured together leave no token to draw")
+    fields = "allowed_token_ids, logit_bias, min_tokens, stop_token_ids and structured"
+    return NothingToDrawError(f"request {request_id}: {fields} together leave no token to draw")

@@ -37,8 +37,8 @@ class Guide:
         error: why the grammar cannot go on, "" while it can. Nothing is to be asked of such a guide any more.
     """
 
-    def __init__(self, matcher: Any, num_words: int, grammar_ends: Collection[int], ends: Collection[int]) -> None:
-        self._matcher, self._grammar_ends, self._ends = matcher, grammar_ends, ends
+    def __init__(self, matcher: Any, num_words: int, grammar_ends: Collection[int], ends: Collection[int], special_ids: Collection[int]) -> None:
+        self._matcher, self._grammar_ends, self._ends, self._special_ids = matcher, grammar_ends, ends, special_ids
         self.mask = array("I", bytes(4 * num_words))
         self.early = self.satisfied = self.complete = False
         self.error = ""
@@ -46,7 +46,8 @@ class Guide:
     def fill(self) -> None:
         """Compute `mask`. An end is allowed where the grammar is satisfied: any of the sequence's own ends, whatever the tokenizer's.
 
-        While `early` it is not, unless nothing else is left: a grammar that is at its end wins over `min_tokens`.
+        Elsewhere none is, though the text may go on with it: a stop token may be a letter. Only a special one that the grammar asks for as its
+        last is. While `early` it is not, unless nothing else is left: a grammar that is at its end wins over `min_tokens`.
         """
         if self.error:
             return
@@ -57,6 +58,8 @@ class Guide:
         if self.satisfied:
             self._mark(self._grammar_ends, False)
             self._mark(self._ends, True)
+        else:
+            self._mark([token_id for token_id in self._ends if self._allows(token_id) and not self._is_last(token_id)], False)
         if self.early:
             before = self.mask[:]
             self._mark(self._ends, False)
@@ -79,6 +82,18 @@ class Guide:
             self.fail(self._matcher.get_error() or "unknown")
         return bool(self.error)
 
+    def _allows(self, token_id: int) -> bool:
+        word = token_id >> 5
+        return word < len(self.mask) and bool(self.mask[word] >> (token_id & 31) & 1)
+
+    def _is_last(self, token_id: int) -> bool:
+        """Whether the grammar asks for this special token and is satisfied with it."""
+        if token_id not in self._special_ids:
+            return False
+        ahead = self._matcher.deep_copy()
+        ahead.consume_token(token_id)
+        return bool(ahead.is_accepting())
+
     def _mark(self, token_ids: Collection[int], allowed: bool) -> None:
         for token_id in token_ids:
             word, bit = token_id >> 5, 1 << (token_id & 31)
@@ -89,12 +104,12 @@ class Guide:
 class Grammar:
     """A compiled grammar, at its beginning."""
 
-    def __init__(self, matcher: Any, num_words: int, ends: Collection[int]) -> None:
-        self._matcher, self._num_words, self._ends = matcher, num_words, ends
+    def __init__(self, matcher: Any, num_words: int, ends: Collection[int], special_ids: Collection[int]) -> None:
+        self._matcher, self._num_words, self._ends, self._special_ids = matcher, num_words, ends, special_ids
 
     def start(self, ends: Collection[int]) -> Guide:
         """A new sequence, which ends with any of these tokens."""
-        return Guide(self._matcher.deep_copy(), self._num_words, self._ends, ends)
+        return Guide(self._matcher.deep_copy(), self._num_words, self._ends, ends, self._special_ids)
 
 
 class GrammarCompiler:
@@ -157,7 +172,7 @@ class GrammarCompiler:
 
     def _make(self, asked: StructuredOutput) -> Grammar | str:
         self._prepare(asked)
-        assert self._process is not None
+        assert self._process is not None and self._tokenizer is not None
         error = self._process.check(*asked.source)
         if error:
             return _short(error)
@@ -168,11 +183,12 @@ class GrammarCompiler:
         if matcher.is_error():
             return _short(matcher.get_error())
         num_words = -(-self._ll.vocab_size // 32)
-        probe = Grammar(matcher, num_words, self._ll.eos_tokens).start(self._ll.eos_tokens)
+        grammar = Grammar(matcher, num_words, self._ll.eos_tokens, self._tokenizer.special_ids)
+        probe = grammar.start(())
         probe.fill()
-        if probe.error or not any(probe.mask):
+        if probe.error or not (probe.satisfied or any(probe.mask)):
             return probe.error or "no token of this model begins it"
-        return Grammar(matcher, num_words, self._ll.eos_tokens)
+        return grammar
 
     def _matcher(self, kind: str, source: str) -> Any:
         from quire.text.grammar_check import matcher_of
