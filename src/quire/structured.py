@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,8 @@ MAX_STRUCTURED_CHARACTERS = 2**17  # of a schema, of a grammar, of all choices t
 MAX_REGEX_CHARACTERS = 2**14
 MAX_CHOICES = 1024
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"  # between the parts of a JSON text: a new line and an indent, and no more
+ESCAPES = 'nrbtf\\"'  # what may follow a backslash in a JSON string that is written
+LEAST, MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")  # the bounds of numbers
 MAX_SCHEMA_DEPTH = 64  # of the schema's own brackets; the text it describes may nest as deep as its references say
 
 
@@ -22,7 +26,8 @@ class StructuredOutput:
 
     Fields:
         json_object: any JSON object.
-        json_schema: a JSON schema, as a mapping, a boolean or JSON text; properties come in the schema's order.
+        json_schema: a JSON schema, as a mapping, a boolean or JSON text; properties come in the schema's order. What no text could be held to is
+            refused by name; `date` and `time` are held to their digits, not to the calendar (a 29th of February, a leap second in any minute).
         regex: the whole text matches this regular expression (no look-around, no back-references; `.` does not match a new line).
         choice: the text is one of these strings.
         grammar: a Lark grammar with a rule `start`, as llguidance reads it; special tokens are written `<|name|>`.
@@ -74,10 +79,53 @@ class StructuredOutput:
 
 
 def spaced(schema: Any) -> str:
-    """A JSON schema as text, with bounds to white space: a model that is not sure what comes next likes to say that in it, without end."""
+    """A JSON schema as text, with bounds to white space: a model that is not sure what comes next likes to say that in it, without end.
+
+    Nor is a character written as its number, which none needs but control characters: "\\u0061" would be another name than "a" to llguidance, and the
+    same to who reads the object.
+
+    Raises:
+        InvalidRequestError: the schema asks for something that llguidance takes and does not keep to.
+    """
+    _check_kept(schema, "structured")
     schema = {} if schema is True else schema
     options = schema.get("x-guidance", {}) if isinstance(schema, Mapping) else None
-    return json.dumps({**schema, "x-guidance": {**options, "whitespace_pattern": WHITE_SPACE}} if isinstance(options, dict) else schema)
+    escapes = ESCAPES + "u" * (re.search(r"\\u00[01]|\x7f", json.dumps(schema)) is not None)
+    ours = {"whitespace_pattern": WHITE_SPACE, "json_allowed_escapes": escapes}
+    return json.dumps({**schema, "x-guidance": {**options, **ours}} if isinstance(options, dict) else schema)
+
+
+def _check_kept(schema: Any, field: str, *, literal: bool = False) -> None:
+    """Refuse, in a schema or a part of one, what llguidance would let a text break. `literal` inside `const` and `enum`."""
+    inside = schema.items() if isinstance(schema, Mapping) else [("", one) for one in schema] if isinstance(schema, list) else []
+    for key, one in inside:
+        if isinstance(one, int) and (literal or key in ("const", *LEAST, *MOST)) and _loses_digits(key, one):
+            raise InvalidRequestError(field, f"{key} {one}".strip(), "an integer of which a double loses no digit: all up to 2**53 are")
+        _check_kept(one, field, literal=literal or key in ("const", "enum"))
+    if not isinstance(schema, Mapping):
+        return
+    required = schema.get("required")
+    most = 1 + (len(set(map(str, required))) if isinstance(required, list) else 0)
+    for least in _numbers(schema, "minProperties"):
+        if least > most:  # an open name may come twice, and is one property then
+            raise InvalidRequestError(field, f"minProperties {least}", f"at most {most} here, one more than there are required ones")
+    # A whole number that is the end, nearer to 0, of an interval without another one is taken for a part of it.
+    low, high = max(_numbers(schema, *LEAST), default=-math.inf), min(_numbers(schema, *MOST), default=math.inf)
+    if low in _numbers(schema, "exclusiveMinimum") and low >= 0 and low % 1 == 0 and low < high < low + 1:
+        raise InvalidRequestError(field, f"exclusiveMinimum {low}", f"a minimum, where no whole number lies between it and {high}")
+    if high in _numbers(schema, "exclusiveMaximum") and high <= 0 and high % 1 == 0 and high - 1 < low < high:
+        raise InvalidRequestError(field, f"exclusiveMaximum {high}", f"a maximum, where no whole number lies between {low} and it")
+
+
+def _numbers(schema: Mapping[str, Any], *keys: str) -> list[float]:
+    return [one for key in keys if isinstance(one := schema.get(key), int | float) and not isinstance(one, bool)]
+
+
+def _loses_digits(key: str, number: int) -> bool:
+    """Whether llguidance, which has doubles, writes or bounds by another number. It keeps integers within 64 bits: bounds beyond say nothing."""
+    if key in MOST and number >= 2**63 - 1 or key in LEAST and number <= -(2**63):
+        return False
+    return abs(number) >= 2**63 or int(float(number)) != number
 
 
 def _text(field: str, value: object, most: int) -> None:
@@ -127,6 +175,7 @@ def _schema_text(schema: Mapping[str, Any] | bool | str) -> str:
         level = [child for value in level if isinstance(value, dict | list) for child in (value.values() if isinstance(value, dict) else value)]
     if level:
         raise InvalidRequestError(field, schema, f"at most {MAX_SCHEMA_DEPTH} levels deep")
+    _check_kept(parsed, field)
     return schema
 
 

@@ -124,6 +124,12 @@ def test_what_no_grammar_holds_is_refused_by_name(schema: Any, word: str) -> Non
     assert forced("qwen_xml", {"g": None, "f": schema}, {}, name="g"), "only the tools that may be called count"
 
 
+def test_what_the_compiler_would_not_keep_to_is_refused_by_its_tool() -> None:
+    tools: dict[str, Any] = {"g": None, "f": {"properties": {"share": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}}}}
+    with pytest.raises(InvalidRequestError, match="tools='exclusiveMinimum 0 of f'"):
+        forced("hermes", tools, {})
+
+
 @pytest.mark.parametrize("special", [{}, AS_TOKENS], ids=["text", "tokens"])
 def test_a_function_without_its_tool_call_is_held_to_or_not_written(special: dict[str, int]) -> None:
     tools: Any = {"f": {"properties": {"n": {"type": "integer"}}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -232,12 +233,46 @@ def test_the_checking_process_ends_with_its_input(compiler: GrammarCompiler) -> 
         ("structured.json_schema", {"json_schema": '{"items":' * 10_000 + "{}" + "}" * 10_000}),
         ("structured.json_schema", {"json_schema": '{"items":' * 65 + "{}" + "}" * 65}),
         ("structured.json_schema", {"json_schema": {"description": "a" * 2**18}}),
+        # What llguidance takes and does not keep to.
+        ("structured.json_schema", {"json_schema": {"items": {"const": 2**53 + 1}}}),
+        ("structured.json_schema", {"json_schema": {"enum": [{"a": [10**30]}]}}),
+        ("structured.json_schema", {"json_schema": {"type": "integer", "maximum": 2**53 + 3}}),
+        ("structured.json_schema", {"json_schema": {"type": "integer", "minimum": 2**63}}),
+        ("structured.json_schema", {"json_schema": {"type": "object", "minProperties": 2}}),
+        ("structured.json_schema", {"json_schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}}),
+        ("structured.json_schema", {"json_schema": {"type": "number", "minimum": -2.5, "exclusiveMaximum": -2}}),
     ],
 )
 def test_sizes_and_types_are_checked_when_it_is_made(field: str, given: dict[str, object]) -> None:
     with pytest.raises(InvalidRequestError) as error:
         StructuredOutput(**given)  # type: ignore[arg-type]
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1, "default": 10**30},
+        {"type": "integer", "maximum": 2**64 - 1, "exclusiveMinimum": 2**53},
+        {"type": "object", "required": ["a"], "minProperties": 2, "properties": {"minimum": {"const": 2**60}}},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        {"type": "number", "exclusiveMinimum": 0, "minimum": 0.25, "maximum": 0.5},
+        {"type": "number", "exclusiveMinimum": -0.5, "maximum": 0},
+    ],
+)
+def test_bounds_that_are_kept_to_are_taken(schema: dict[str, object]) -> None:
+    assert json.loads(StructuredOutput(json_schema=schema).source[1]).items() >= schema.items()
+
+
+def test_a_name_has_one_spelling(compiler: GrammarCompiler, made: dict[str, TextTokenizer]) -> None:
+    def taken(schema: Any, text: str) -> bool:
+        ids = [made["byte_level"].encode(char)[-1] for char in text]
+        return compiler.compile(StructuredOutput(json_schema=schema)).start([END])._matcher.validate_tokens(ids) == len(ids)
+
+    assert taken({"properties": {"a": {"type": "integer"}}}, '{"a":1,"b\\t":"x"}')
+    assert not taken({"properties": {"a": {"type": "integer"}}}, '{"a":1,"\\u0061":"x"}'), "a again, with any value"
+    assert not taken({"patternProperties": {"^a": {"type": "integer"}}}, '{"\\u0061":"x"}')
+    assert taken({"const": "\x01"}, '"\\u0001"'), "what has no other"
 
 
 def test_a_schema_may_be_as_deep_as_the_limit() -> None:

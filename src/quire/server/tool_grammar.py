@@ -104,7 +104,10 @@ def _call_rules(style: Format, tools: Schemas, special: Mapping[str, int]) -> li
     if style == "qwen_xml":
         rules += SHARED
     for i, (tool, schema) in enumerate(tools.items()):
-        arguments = f"%json {spaced(_of_an_object(schema or {}))}"
+        try:
+            arguments = f"%json {spaced(_of_an_object(schema or {}))}"
+        except InvalidRequestError as error:
+            raise InvalidRequestError("tools", f"{error.value} of {tool}", error.limit) from None
         if style == "qwen_xml":
             rules.append(f'call_{i}: {json.dumps(f"{tool}>")} "\\n" arguments_{i} "</function>"')
             rules += argument_rules(f"arguments_{i}", tool, schema)
