@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from quire import LLM, Completion, InvalidRequestError, RequestFailedError, SamplingParams, StructuredOutput
 from quire.engine import masks
@@ -181,6 +185,16 @@ def test_refusals_are_raised_before_anything_is_queued(llm: LLM) -> None:
 def test_a_model_without_tokenizer_refuses() -> None:
     with LLM(tiny_model("llama")) as llm, pytest.raises(InvalidRequestError, match="structured.*without a tokenizer"):
         llm.generate([[5, 6]], SamplingParams(structured=NUMBERS))
+
+
+def test_a_space_that_the_tokenizer_drops_at_a_start_is_in_the_text(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)} | {"▁": 259, "y": 260}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "spaced")
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    with LLM(folder) as spaced:
+        assert spaced.generate([[1]], SamplingParams(structured=StructuredOutput(choice=[" y"]), max_tokens=9))[0].outputs[0].text == " y"
 
 
 def test_a_mask_that_does_not_come_fails_its_request_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,9 @@ def test_a_leading_space_is_kept_after_a_prompt_and_dropped_without(made: dict[s
     assert Detokenizer(tokenizer, []).push(ids) == "the end"
     assert Detokenizer(tokenizer, [1]).push(ids) == "the end"  # a prompt of only BOS has no text
     assert Detokenizer(tokenizer, [1], skip_special_tokens=False).push(ids) == " the end"
+    for spelled in (ids, [tokenizer.id_of("<0x20>"), *tokenizer.encode("the end")[2:]]):
+        assert Detokenizer(tokenizer, [1], whole=True).push(spelled)[0] == " ", "what a grammar holds to begins with it"
+    assert Detokenizer(made["byte_level"], [0], whole=True).push(made["byte_level"].encode(" the")[1:]) == " the"
     assert Detokenizer(made["word_piece"], [2]).push(made["word_piece"].encode("tokens do not.")) == " tokens do not."
 
 

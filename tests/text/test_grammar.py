@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from quire import InvalidRequestError, StructuredOutput
 from quire.text.grammar import GrammarCompiler, Guide
@@ -172,6 +174,10 @@ def test_tokenizers_of_other_kinds(made: dict[str, TextTokenizer]) -> None:
     slow = GrammarCompiler(made["python_bytes"], 300)
     with pytest.raises(InvalidRequestError, match="cannot read this model's tokenizer"):
         slow.compile(FORMS["regex"])
+    odd = Tokenizer(models.BPE(vocab={"<0x61>": 0, "<0x100>": 1, "</s>": 2}, merges=[], byte_fallback=True))  # on which llguidance panics
+    odd.decoder = decoders.ByteFallback()
+    with pytest.raises(InvalidRequestError, match="cannot read this model's tokenizer"):
+        GrammarCompiler(TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=odd, eos_token="</s>")), 3).compile(FORMS["regex"])
     compiler = GrammarCompiler(made["llama_like"], 310)
     guide = compiler.compile(StructuredOutput(regex="thé 日")).start([2])
     while not guide.complete:

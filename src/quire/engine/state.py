@@ -60,7 +60,8 @@ class Branch:
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None:
             try:
-                self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+                held = request.grammar is not None
+                self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens, whole=held)
             except Exception as error:
                 self.failure = error
         self._stops = StopMatcher(params.stop_strings, params.include_stop_in_output)

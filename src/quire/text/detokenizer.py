@@ -50,9 +50,10 @@ class Detokenizer:
         tokenizer: the tokenizer of the model.
         prompt_token_ids: the prompt; its last few tokens are the context of the first generated one, and none of its text is returned.
         skip_special_tokens: leave special tokens out of the text, as `decode` does.
+        whole: keep a leading space behind a prompt without text, too: a grammar has counted it.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
@@ -67,6 +68,8 @@ class Detokenizer:
         self._prompt_held = ""
         for token_id in self._tail(prompt_token_ids):
             self._consume(token_id)
+        if whole and not self._window:
+            self._start_window_with_a_letter()
         self._prompt_held = self._all_held()
 
     def push(self, token_ids: Sequence[int]) -> str:

@@ -209,7 +209,9 @@ class GrammarCompiler:
         hf = self._tokenizer.hf
         try:
             self._ll = from_tokenizer(hf, n_vocab=max(self._vocab_size, self._tokenizer.vocab_size))
-        except Exception as error:
+        except BaseException as error:  # a panic in Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             reason = f"None: llguidance cannot read this model's tokenizer ({_short(str(error))})"
             raise InvalidRequestError("structured", asked, reason) from None
         special = [str(token) for _, token in sorted(hf.added_tokens_decoder.items()) if token.special]
