@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from text_tokenizers import llama_like
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from quire import InvalidRequestError, StructuredOutput
@@ -182,6 +183,25 @@ def test_tokenizers_of_other_kinds(made: dict[str, TextTokenizer]) -> None:
     guide = compiler.compile(StructuredOutput(regex="thé 日")).start([2])
     while not guide.complete:
         guide.accept(max(allowed(guide) - {2}))
+    compiler.close()
+
+
+def test_an_added_token_that_decodes_to_another_text_is_no_part_of_one() -> None:
+    hf = llama_like()
+    hf.add_tokens([AddedToken("é日", normalized=True), AddedToken("日é", normalized=False)])
+    tokenizer = TextTokenizer(hf)
+    spaced, plain = hf.convert_tokens_to_ids(["é日", "日é"])
+    assert tokenizer.decode([plain, spaced, plain], False) == "日é é日日é"
+    compiler = GrammarCompiler(tokenizer, len(hf))
+    guide = compiler.compile(StructuredOutput(regex="(é日|日é)+")).start([2])
+    assert {spaced, plain} & allowed(guide) == {plain}
+    guide = compiler.compile(StructuredOutput(choice=["é日"])).start([2])
+    text = ""
+    while not guide.complete:
+        token_id = max(allowed(guide) - {2})
+        guide.accept(token_id)
+        text += tokenizer.decode([token_id], False)
+    assert text == "é日"
     compiler.close()
 
 

@@ -7,6 +7,7 @@ a thread that the engine does not wait for without end (engine/masks.py).
 
 from __future__ import annotations
 
+import json
 import threading
 from array import array
 from collections import OrderedDict
@@ -203,12 +204,20 @@ class GrammarCompiler:
         if self._tokenizer is None:
             raise InvalidRequestError("structured", asked, "None: this model came without a tokenizer")
         try:
+            from llguidance import LLTokenizer
             from llguidance.hf import from_tokenizer
         except ImportError:
             raise InvalidRequestError("structured", asked, "None: llguidance is not installed (pip install 'quire[structured]')") from None
         hf = self._tokenizer.hf
         try:
-            self._ll = from_tokenizer(hf, n_vocab=max(self._vocab_size, self._tokenizer.vocab_size))
+            size = max(self._vocab_size, self._tokenizer.vocab_size)
+            self._ll = from_tokenizer(hf, n_vocab=size)
+            other = self._tokenizer.added_ids_of_other_text
+            if other:  # special ones are no part of a text
+                core = json.loads(hf.backend_tokenizer.to_str())
+                for token in core["added_tokens"]:
+                    token["special"] |= token["id"] in other
+                self._ll = LLTokenizer(json.dumps(core), n_vocab=size, eos_token=hf.eos_token_id)
         except BaseException as error:  # a panic in Rust is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

@@ -97,6 +97,12 @@ class TextTokenizer:
         digest.update(json.dumps(told).encode())
         return digest.hexdigest()
 
+    @property
+    def added_ids_of_other_text(self) -> frozenset[int]:
+        """Added tokens, special ones left out, that do not decode to their content: a normalizer may have put a space before it."""
+        added = {i: str(token) for i, token in self.hf.added_tokens_decoder.items() if i not in self.special_ids}
+        return frozenset(i for i, content in added.items() if self.decode([i, i], False) != 2 * content)
+
     def _find_byte_ids(self) -> Mapping[int, int]:
         ids = {byte: self.id_of(f"<0x{byte:02X}>") for byte in range(256)}
         found = {token_id: byte for byte, token_id in ids.items() if token_id is not None}
