@@ -1,4 +1,4 @@
-"""Families of models on a device that there is not (tests/tensors/fake_device.py). Run by test_devices.py, in a process of its own."""
+"""Families of models on a device that there is not (tests/tensors/fake_device.py). Run by test_devices.py, in a process apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ install()
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=0)
 FEW = dataclasses.replace(PARAMS, max_tokens=3)
 PROMPTS = [list(range(5, 5 + count)) for count in (3, 13, 7)]
-WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}  # which the second prompt leaves behind
+WINDOWS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}  # the second prompt leaves it behind
 
 
 def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint: Checkpoint) -> None:
@@ -41,8 +41,11 @@ def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint:
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize(("family", "quantization"), [("gemma3_text", "int8"), ("gpt2", "int4"), ("mixtral", "none")])
 def test_families(checkpoint: Checkpoint, family: str, quantization: str) -> None:
-    """Windows; layer norms, and weights the other way round; experts, of which alone steps wait more than once, to learn which tokens are theirs."""
-    folder = checkpoint(family, num_hidden_layers=2, **WINDOWS if family == "gemma3_text" else {})
+    """Windows; layer norms, and weights the other way round; experts, of which alone steps wait more than once, to learn which tokens are theirs.
+
+    One layer where all are alike: of several, above.
+    """
+    folder = checkpoint(family, **WINDOWS if family == "gemma3_text" else {"num_hidden_layers": 1})
     with LLM(folder, backend="reference", quantization=quantization, page_size=4) as llm:
         expected = [output.outputs[0] for output in llm.generate(PROMPTS[:2], FEW)]
     with LLM(folder, device="fake", page_size=4, quantization=quantization, max_tokens_per_step=8, cache_bytes=2**20) as llm:

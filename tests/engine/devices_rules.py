@@ -1,4 +1,4 @@
-"""What holds on any device, asked of one that there is not (tests/tensors/fake_device.py). Run by test_devices.py, in a process of its own."""
+"""What holds on any device, asked of one that there is not (tests/tensors/fake_device.py). Run by test_devices.py, in a process apart."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_step_that_fails_writes_nothing(served: LLM, kernel: str, at: int) -> 
 
 
 def test_a_live_model_is_served_where_it_is() -> None:
-    model = tiny_model("llama", num_hidden_layers=2)
+    model = tiny_model("llama", num_hidden_layers=1)
     with LLM(model, backend="reference") as llm:
         expected = llm.generate(PROMPTS[0], PARAMS)[0].outputs[0]
     with pytest.raises(UnsupportedModelError, match=r"embed_tokens.weight is on device cpu; this engine's is fake:0"):
@@ -110,18 +110,18 @@ def test_sums_of_torch_are_found_at_load_and_by_the_probe(monkeypatch: pytest.Mo
     own = LlamaRMSNorm.forward
     monkeypatch.setattr(LlamaRMSNorm, "forward", lambda norm, x: own(norm, x) + 0 * x.cumsum(-1))
     with pytest.raises(UnsupportedModelError, match=r"multiplied or added up by operators of torch .*LlamaRMSNorm calls cumsum"):
-        LLM(checkpoint("llama", num_hidden_layers=2), device="fake")
+        LLM(checkpoint("llama", num_hidden_layers=1), device="fake")
     monkeypatch.undo()
     monkeypatch.setattr("quire.tensors.models.exact.row_handlers", lambda rows: {})
     with pytest.raises(UnsupportedModelError, match=r"LlamaRMSNorm calls mean"):
-        LLM(checkpoint("llama", num_hidden_layers=2), device="fake")
+        LLM(checkpoint("llama", num_hidden_layers=1), device="fake")
     monkeypatch.setattr("quire.tensors.models.strays._SUMS", frozenset())
     with pytest.raises(UnsupportedModelError, match="depend on what else is in the batch"):
-        LLM(checkpoint("llama", num_hidden_layers=2), device="fake")
+        LLM(checkpoint("llama", num_hidden_layers=1), device="fake")
 
 
 def test_what_does_not_go_with_a_device_is_refused_by_name(served: LLM, checkpoint: Checkpoint) -> None:
-    folder = checkpoint("llama", num_hidden_layers=2)
+    folder = checkpoint("llama", num_hidden_layers=1)
     for options, told in (
         ({"device": "cuda"}, "device='cuda': torch .* finds no such device"),
         ({"device": "fake:1"}, "device='fake:1': must be below fake:1"),
@@ -138,7 +138,7 @@ def test_no_room_for_the_weights_is_told(checkpoint: Checkpoint, monkeypatch: py
     monkeypatch.setattr("tests.tensors.fake_device.MEMORY", 2**15)
     for quantization in ("none", "int8"):
         with pytest.raises(ConfigError, match="device='fake:0': it has no room for the weights of"):
-            LLM(checkpoint("llama", num_hidden_layers=2), device="fake", quantization=quantization)
+            LLM(checkpoint("llama", num_hidden_layers=1), device="fake", quantization=quantization)
 
 
 def test_numbers_of_a_step_go_in_memory_of_their_own() -> None:
@@ -188,4 +188,4 @@ def test_attention_that_is_wrong_on_a_device_is_found_at_load(monkeypatch: pytes
     own = TritonAttention.attend
     monkeypatch.setattr(TritonAttention, "attend", lambda self, q, *rest: own(self, q * 1.1, *rest))
     with pytest.raises(ProbeMismatchError):
-        LLM(checkpoint("llama", num_hidden_layers=2), device="fake")
+        LLM(checkpoint("llama", num_hidden_layers=1), device="fake")

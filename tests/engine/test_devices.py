@@ -1,4 +1,4 @@
-"""The engine on a device: on one that there is not, in processes of their own, since what makes it changes torch for good."""
+"""The engine on a device: on one that there is not, in a process of its own, since what makes it changes torch for good."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("cases", ["devices_families", "devices_rules"])
-def test_on_a_device_that_there_is_not(cases: str) -> None:
+def test_on_a_device_that_there_is_not() -> None:
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch takes no device written in Python")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/engine/{cases}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/engine/devices_families.py", "tests/engine/devices_rules.py"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

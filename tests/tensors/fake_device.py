@@ -16,6 +16,7 @@ Like a GPU's, torch's own sums and products on it have an order that depends on 
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -286,8 +287,9 @@ def _let_kernels_run() -> None:
     quick_interpreter.install()
 
 
+@functools.cache
 def install() -> Fake:
-    """Give torch the device, and the engine leave to use it."""
+    """Give torch the device, and the engine leave to use it. Twice is once."""
     from quire.tensors import device
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
