@@ -243,6 +243,28 @@ def test_an_ended_stream_may_be_read_again(llm: LLM) -> None:
     assert asyncio.run(again()) == []
 
 
+def test_whoever_reads_or_waits_for_one_stream_comes_to_its_end(llm: LLM) -> None:
+    """`result` drops what a reader that is busy has not read, and of two readers one takes the last event: the other waited for ever."""
+
+    async def read(stream: RequestStream, busy_s: float) -> list[int]:
+        ids: list[int] = []
+        async for event in stream:
+            ids += event.token_ids
+            await asyncio.sleep(busy_s)
+        return ids
+
+    async def all_of_them() -> None:
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        streams = [llm.submit([3, 4, 5], params) for _ in range(3)]
+        ends = [stream.result() for stream in streams for _ in range(2)]
+        readers = [read(streams[0], 0.0), read(streams[0], 0.0), read(streams[1], 0.1)]
+        done = await asyncio.wait_for(asyncio.gather(*ends, *readers, asyncio.to_thread(streams[2].wait)), 30)
+        assert all(len(output.outputs[0].token_ids) == 20 for output in [*done[:6], done[-1]])
+        assert len(done[6]) + len(done[7]) <= 20 and len(done[8]) <= 20
+
+    asyncio.run(all_of_them())
+
+
 def test_close_ends_open_streams_and_refuses_later_calls(checkpoint: Checkpoint) -> None:
     llm = LLM(checkpoint("llama"))
     stream = llm.submit([5, 6, 7], LONG)

@@ -31,7 +31,8 @@ def wake(waiters: Iterable[Waiter]) -> None:
 
 
 class RequestStream:
-    """Events of one request in order; iteration ends after the event that carries `output`. One reader.
+    """Events of one request in order; iteration ends after the event that carries `output`. One reader: of several each has some of the events,
+    and what `wait` or `result` drops while somebody reads nobody has.
 
     `wake_later` is told who waits for what has come: whoever puts events into many streams wakes all their readers together.
     `read`: whether anybody reads the events; if not, only the last one is kept, and nobody is woken before.
@@ -46,8 +47,8 @@ class RequestStream:
         self._ready = threading.Condition()
         self._events: list[TokenEvent] = []
         self._output: RequestOutput | None = None
-        self._reader: Waiter | None = None
-        self._at_end: Waiter | None = None
+        self._readers: list[Waiter] = []
+        self._at_end: list[Waiter] = []
 
     def put(self, event: TokenEvent) -> None:
         """Called by the engine's thread. Never blocks."""
@@ -58,12 +59,11 @@ class RequestStream:
             if event.output is not None:
                 self._output = event.output
             self._ready.notify_all()
-            waiters, self._reader = [self._reader], None
+            waiters, self._readers = self._readers, []
             if event.output is not None:
-                waiters.append(self._at_end)
+                waiters += self._at_end
         for waiter in waiters:
-            if waiter is not None:
-                self._wake(waiter)
+            self._wake(waiter)
 
     def cancel(self) -> None:
         """Ask the engine to end the request; the stream then ends with finish_reason `cancelled`. Harmless when it has ended."""
@@ -90,7 +90,7 @@ class RequestStream:
         waiter = asyncio.get_running_loop().create_future()
         with self._ready:
             if self._output is None:
-                self._at_end = waiter
+                self._at_end = [*(other for other in self._at_end if not other.done()), waiter]
             else:
                 waiter.set_result(None)
         await waiter
@@ -100,7 +100,9 @@ class RequestStream:
         """The unread events, if any; if there are none, `waiter` is woken when there are."""
         with self._ready:
             events, self._events = self._events, []
-            self._reader = waiter if not events else None
+            self._readers = [reader for reader in self._readers if not reader.done()]  # of an earlier call: another stream had news
+            if waiter is not None and not events:
+                self._readers.append(waiter)
         return events
 
     @property
@@ -146,8 +148,10 @@ async def interleaved(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[i
         if not news:
             waiter = loop.create_future()
             news = [(i, event) for i, stream in reading.items() for event in stream.take(waiter)]
-            if not news:
-                await waiter
+            if not news:  # the last event of one that is over somebody else has taken, or dropped
+                reading = {i: stream for i, stream in reading.items() if not stream.over}
+                if reading:
+                    await waiter
         for i, event in news:
             if event.output is not None:
                 del reading[i]
