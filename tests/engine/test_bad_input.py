@@ -82,6 +82,8 @@ CALLS: list[tuple[str, Callable[[LLM], Any]]] = [
     *(("prompt", lambda llm, given=given: llm.generate(given)) for given in (b"ab", bytearray(b"ab"), [b"ab"], [None], [5, "a"], [[UNTOLD]])),
     ("params", lambda llm: llm.generate([5], 5)),
     ("params", lambda llm: llm.generate([5], [5])),
+    *(("params", lambda llm, given=given: llm.stream([5], given)) for given in ("x", 5, {"max_tokens": 5})),
+    ("pooling", lambda llm: llm.embed([5, 6, 7], pooling=None)),
     *(("request_id", lambda llm, given=given: llm.submit([5], GREEDY, request_id=given)) for given in (5, [1], "", np.array([1]))),
     *(("request_id", lambda llm, given=given: llm.cancel(given)) for given in (["x"], None, {})),
     *(("priority", lambda llm, given=given: llm.submit([5], GREEDY, priority=given)) for given in (UNTOLD, "1", None)),

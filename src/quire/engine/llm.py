@@ -125,7 +125,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *, namespace: str | None = None, priority: int = 0
     ) -> Iterator[TokenEvent]:
         """Events of one prompt as they come; leaving them early, or unread, cancels it. Arguments and errors as in `generate`; no `best_of`."""
-        if params is not None and params.best_of is not None:
+        if isinstance(params, SamplingParams) and params.best_of is not None:
             raise InvalidRequestError("best_of", params.best_of, "None when streaming: which are the best is known at the end")
         return cancelled_when_left(self.submit(prompt, params, namespace=namespace, priority=priority))
 
@@ -145,6 +145,8 @@ class LLM:
             RequestFailedError: one failed in the model.
         """
         many = as_list(prompts)
+        if pooling is None:
+            raise InvalidRequestError("pooling", None, "'mean' or 'last'")
         params = SamplingParams(max_tokens=0, pooling=pooling)
         vectors = [output.raise_for_error().embedding for output in self.generate(many, params, namespace=namespace, priority=priority)]
         return torch.stack([normalized(v) if normalize else v for v in vectors]) if vectors else torch.empty(0, self.info.hidden_size or 0)
