@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from quire import LLM, InvalidRequestError, OutOfPagesError, SamplingParams, Slots
-from quire.errors import CacheTooSmallError, NonFiniteLogitsError, StepError
+from quire.errors import CacheTooSmallError, ConfigError, NonFiniteLogitsError, StepError
 from quire.tensors.models.model import CausalModel
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
@@ -237,6 +237,8 @@ def test_a_call_that_is_broken_off_loses_no_token_and_no_page(
 def test_mistakes_are_named_and_change_nothing(checkpoint: Checkpoint) -> None:
     with pytest.raises(InvalidRequestError, match="max_waiting"):
         Slots(checkpoint("llama"), 2, max_waiting=3)
+    with pytest.raises(ConfigError, match="'no_such'; options are"):
+        Slots(checkpoint("llama"), 2, no_such=3)
     with Slots(checkpoint("llama"), 2, page_size=4, cache_bytes=2**15) as slots:
         prefix = slots.prefill([5, 6, 7])
         for field, value in (("max_tokens", 5), ("stop", "x"), ("n", 2), ("logprobs", 1), ("ignore_eos", True), ("return_logits", True)):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from quire import LLM, SamplingParams, Slots
+from quire import LLM, InvalidRequestError, Prefix, SamplingParams, Slots
 from quire.errors import NonFiniteLogitsError
 from quire.tensors.models.model import CausalModel
 from quire.tensors.store import PageStore
@@ -54,3 +57,31 @@ def test_a_copy_that_fails_leaves_no_page_that_was_to_be_copied(checkpoint: Chec
                 assert pool.num_held == held and not slots.active
         assert [slots.prefill([*PROMPT[:24], token]).next_token for token in (5, 6)] == expected
         assert slots.insert(prefix, 0) == prefix.next_token
+
+
+def test_threads_take_turns(checkpoint: Checkpoint) -> None:
+    """Of those who want one slot one has it, and of those who move it on each has tokens of its own; pages of two in one slot never came back."""
+    with Slots(checkpoint("llama"), 4, page_size=4, cache_bytes=2**20) as slots, ThreadPoolExecutor(4) as threads:
+
+        def inserted(prefix: Prefix) -> bool:
+            try:
+                slots.insert(prefix, 0)
+            except InvalidRequestError:
+                return False
+            return True
+
+        prefix = slots.prefill([3, 4, 5, 6, 7])
+        for _ in range(5):
+            assert sum(threads.map(inserted, [prefix] * 8)) == 1
+            slots.free(0)
+        first = slots.insert(prefix, 1)
+        alone = [first, *(slots.generate()[1] for _ in range(40))]
+        slots.free(1)
+        slots.insert(prefix, 1)
+        moved = threads.map(lambda _: slots.generate()[1], range(40))
+        assert sorted([first, *moved]) == sorted(alone) and slots._slots[1].sequence.tokens[5:] == alone
+        slots.free(1)
+        del prefix
+        gc.collect()
+        slots.check_integrity()
+        assert not slots._engine._cache.pool.num_held

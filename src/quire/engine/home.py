@@ -34,7 +34,7 @@ class OwnThread:
 
     def __init__(self, name: str, begin: Callable[[], Any]) -> None:
         """`begin` is called on it first."""
-        self._home = Home()
+        self.home = Home()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=begin)
         self._open = True
 
@@ -44,7 +44,7 @@ class OwnThread:
         Raises:
             EngineDeadError: it has been closed, or this is a process forked from its own.
         """
-        self._home.check()
+        self.home.check()
         if not self._open:
             raise EngineDeadError("the engine has been closed")
         future = self._thread.submit(function)
@@ -57,13 +57,13 @@ class OwnThread:
 
     def run_later(self, function: Callable[[], object]) -> None:
         """`run`, from where nothing may be waited for or raised; not at all where the engine is no more."""
-        if self._open and self._home.is_here:
+        if self._open and self.home.is_here:
             self._thread.submit(function)
 
     def close(self) -> None:
         """End it, once it is through with what it was given. May be called twice."""
         self._open = False
-        if self._home.is_here:
+        if self.home.is_here:
             self._thread.shutdown()
 
 

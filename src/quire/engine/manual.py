@@ -55,6 +55,7 @@ class ManualEngine:
         self._max_tokens = self.built.info.max_tokens_per_step
         self._arrivals = itertools.count()
         self._thread = OwnThread("quire-manual", self._runner.device.take_thread)
+        self.home = self._thread.home
 
     def prefill(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[Held, Sampled]:
         """A prompt, computed in chunks, and the token drawn after it, with its logits. Raises OutOfPagesError, StepError; then nothing is held."""

@@ -10,8 +10,10 @@ Every token comes out once: a slot's first one from `prefill` or `insert`, each 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -47,7 +49,7 @@ class Prefix:
 
 
 class Slots:
-    """A model with a fixed number of places for sequences, moved on one token at a time by the caller.
+    """A model with a fixed number of places for sequences, moved on one token at a time by the caller. Thread-safe: one call at a time.
 
     Args:
         model: a hub id, a local folder or a live `PreTrainedModel`, whose weights may change only while nothing is held.
@@ -64,10 +66,11 @@ class Slots:
                 raise InvalidRequestError(name, options[name], "left out: the caller of slots decides what runs, and what is held")
         if isinstance(num_slots, bool) or not isinstance(num_slots, int) or not 1 <= num_slots <= MAX_SLOTS:
             raise InvalidRequestError("num_slots", num_slots, f"an integer from 1 to {MAX_SLOTS}")
-        config = EngineConfig(max_sequences=2 * num_slots, **options)  # room for as many prefixes
+        config = EngineConfig.of({"max_sequences": 2 * num_slots, **options})  # room for as many prefixes
         self._engine = ManualEngine(os.fspath(model) if isinstance(model, os.PathLike) else model, config)
         self._num_slots = num_slots
         self._slots: dict[int, Held] = {}
+        self._moving = threading.RLock()
         self._close = weakref.finalize(self, self._engine.close)
 
     @property
@@ -119,16 +122,17 @@ class Slots:
         if not isinstance(prefix, Prefix) or prefix._engine is not self._engine:
             raise InvalidRequestError("prefix", prefix, "one that these slots' own prefill gave")
         slots = integers("slots", slots, "a list of slots")
-        if len(set(slots)) != len(slots) or any(not 0 <= slot < self._num_slots or slot in self._slots for slot in slots):
-            raise InvalidRequestError("slots", list(slots), f"different free ones from 0 to {self._num_slots - 1}; {self.active} are taken")
         seeds = None if seeds is None else integers("seeds", seeds)
         if seeds is not None and len(seeds) != len(slots):
             raise InvalidRequestError("seeds", seeds, f"one for each of the {len(slots)} slots")
         for seed in seeds or ():
             replace(prefix._held.state.params, seed=seed)  # refuses what no seed can be
-        sisters = self._engine.fork(prefix._held, prefix._logits, seeds or [prefix._held.state.seed] * len(slots))
-        self._slots.update({slot: held for slot, (held, _) in zip(slots, sisters, strict=True)})
-        return {slot: held.take(token) for slot, (held, token) in zip(slots, sisters, strict=True)}
+        with self._alone:
+            if len(set(slots)) != len(slots) or any(not 0 <= slot < self._num_slots or slot in self._slots for slot in slots):
+                raise InvalidRequestError("slots", list(slots), f"different free ones from 0 to {self._num_slots - 1}; {self.active} are taken")
+            sisters = self._engine.fork(prefix._held, prefix._logits, seeds or [prefix._held.state.seed] * len(slots))
+            self._slots.update({slot: held for slot, (held, _) in zip(slots, sisters, strict=True)})
+            return {slot: held.take(token) for slot, (held, token) in zip(slots, sisters, strict=True)}
 
     def generate(self) -> dict[int, int]:
         """Move every slot one token on: {slot: its next token}. One forward, and one copy of what was drawn to the host, serve all.
@@ -138,21 +142,23 @@ class Slots:
             failed, of the slots that the error names. Nothing has happened then, and the same call may be made again, without them once they
             are freed; so it may when it was broken off (Ctrl-C).
         """
-        slots, context_len = self.active, self._engine.built.limits.context_len
-        for slot in slots:
-            if len(self._slots[slot].sequence.tokens) >= context_len:
-                raise InvalidRequestError("slot", slot, f"freed: it is at the end of the model's context of {context_len} tokens")
-        drawn = self._engine.step({f"slot {slot}": self._slots[slot] for slot in slots}) if slots else []
-        return {slot: self._slots[slot].take(token) for slot, token in zip(slots, drawn, strict=True)}
+        with self._alone:
+            slots, context_len = self.active, self._engine.built.limits.context_len
+            for slot in slots:
+                if len(self._slots[slot].sequence.tokens) >= context_len:
+                    raise InvalidRequestError("slot", slot, f"freed: it is at the end of the model's context of {context_len} tokens")
+            drawn = self._engine.step({f"slot {slot}": self._slots[slot] for slot in slots}) if slots else []
+            return {slot: self._slots[slot].take(token) for slot, token in zip(slots, drawn, strict=True)}
 
     def free(self, slot: int) -> None:
         """Let a slot's sequence go. Its complete pages stay cached until something else needs room, but for those behind NaN logits.
 
         Raises InvalidRequestError if it is free.
         """
-        if integer("slot", slot) not in self._slots:
-            raise InvalidRequestError("slot", slot, f"one that is taken: {self.active}")
-        self._engine.release(self._slots.pop(slot))
+        with self._alone:
+            if integer("slot", slot) not in self._slots:
+                raise InvalidRequestError("slot", slot, f"one that is taken: {self.active}")
+            self._engine.release(self._slots.pop(slot))
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if an invariant of the cache does not hold."""
@@ -161,6 +167,12 @@ class Slots:
     def close(self) -> None:
         """Let everything go and leave a live model as it was. A second call does nothing."""
         self._close()
+
+    @property
+    def _alone(self) -> AbstractContextManager[object]:
+        """For whoever fills, moves or frees slots."""
+        self._engine.home.check()  # before the lock, which somebody may have held at the fork
+        return self._moving
 
     def __enter__(self) -> Slots:
         return self
