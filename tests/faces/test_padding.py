@@ -70,6 +70,7 @@ def test_real_tokens_are_found(prompt: Any, options: dict[str, Any], expected: l
         ([], {}, "prompt"),
         ([[1], []], {}, "row 1, all padding"),
         ([[1.5]], {}, "rows of token ids"),
+        ([[2**70]], {}, "rows of token ids, of 64 bits"),
         ([np.array(5)], {}, "rows of token ids"),
         (None, {}, "rows of token ids"),
         (torch.zeros(0, 3, dtype=torch.long), {}, "prompt"),
@@ -88,3 +89,9 @@ def test_real_tokens_are_found(prompt: Any, options: dict[str, Any], expected: l
 def test_what_could_be_meant_in_two_ways_is_refused(prompt: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(InvalidRequestError, match=match):
         rows_of(prompt, 0, options.get("lens"), options.get("side"))
+
+
+@pytest.mark.parametrize("pad_id", [0.5, 2**70, None, True])
+def test_what_is_no_pad_is_refused(pad_id: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="pad_id"):
+        left_pad(ROWS, pad_id)

@@ -107,6 +107,8 @@ def test_the_seeds_worked_example() -> None:
         ({"cache_lens": [4]}, "cache_lens"),
         ({"cache_lens": [4, -1]}, "cache_lens"),
         ({"cache_lens": [4, 10**6]}, "context"),
+        ({"cache_lens": [4, 2**70]}, "cache_lens=.*64 bits"),
+        ({"input_ids": torch.tensor([[5], [10**4]], dtype=torch.uint16)}, "ids from 0"),
         ({"logits_to_keep": 2}, "logits_to_keep"),
         ({"input_ids": [[5], [6]]}, "input_ids=.*tensor of integers"),
         ({"input_ids": torch.tensor([[True], [True]])}, "input_ids=.*tensor of integers"),

@@ -16,7 +16,7 @@ def is_whole(tensor: torch.Tensor) -> bool:
 
 
 def integer(field: str, value: object, limit: str = "an integer") -> int:
-    """A Python integer, or whatever stands for exactly one.
+    """A Python integer, or whatever stands for exactly one, of 64 bits: torch raises its own error, without a name, for larger ones.
 
     Raises:
         InvalidRequestError: it is none.
@@ -24,9 +24,12 @@ def integer(field: str, value: object, limit: str = "an integer") -> int:
     try:
         if isinstance(value, bool) or (isinstance(value, torch.Tensor) and not is_whole(value)):
             raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
+        found = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise InvalidRequestError(field, value, limit) from None
+    if not -(2**63) <= found < 2**63 and not (field.startswith("seed") and 0 <= found < 2**64):
+        raise InvalidRequestError(field, value, f"{limit}, of 64 bits")
+    return found
 
 
 def integers(field: str, values: object, limit: str = "integers") -> list[int]:

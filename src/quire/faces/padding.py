@@ -40,7 +40,7 @@ def left_pad(prompts: Sequence[Sequence[int] | torch.Tensor], pad_id: int = 0) -
     rows = [_row(prompt) for prompt in prompts]
     if not rows:
         raise InvalidRequestError("prompt", prompts, "at least one row")
-    padded = torch.full((len(rows), max(map(len, rows))), pad_id, dtype=torch.int64)
+    padded = torch.full((len(rows), max(map(len, rows))), integer("pad_id", pad_id), dtype=torch.int64)
     for place, row in zip(padded, rows, strict=True):
         place[len(place) - len(row) :] = row
     return padded

@@ -65,8 +65,8 @@ class PagedCache:
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        if isinstance(num_pages, bool) or not isinstance(num_pages, int) or num_pages < 1:
-            raise InvalidRequestError("num_pages", num_pages, "an integer above 0")
+        if isinstance(num_pages, bool) or not isinstance(num_pages, int) or not 1 <= num_pages < 2**31:  # kernels read their ids as int32
+            raise InvalidRequestError("num_pages", num_pages, f"an integer from 1 to {2**31 - 1}")
         threads = num_threads or torch.get_num_threads()
         kernels = choose_kernels(backend, threads)
         with no_default_device():
@@ -162,7 +162,8 @@ class PagedCache:
             raise InvalidRequestError(
                 "cache_lens", lens.tolist(), f"{num_rows} numbers from 0 to {self._model.context_len - num_new}, the context less {num_new}"
             )
-        if int(input_ids.min()) < 0 or int(input_ids.max()) >= self._model.vocab_size:
+        ids = input_ids.long()  # torch finds no least of uint16, 32 and 64
+        if int(ids.min()) < 0 or int(ids.max()) >= self._model.vocab_size:
             raise InvalidRequestError("input_ids", "an id outside", f"ids from 0 to {self._model.vocab_size - 1}")
         tables, written = [], set[int]()
         for b, (row, length) in enumerate(zip(page_table.tolist(), lens.tolist(), strict=True)):
