@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,11 +15,10 @@ from tests.engine.test_transparency import alone, jobs, together
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
-@pytest.mark.parametrize("sharing", [True, False])
-def test_slots_give_the_same_bits_as_pages(checkpoint: Checkpoint, family: str, sharing: bool) -> None:
+def test_slots_give_the_same_bits_as_pages(checkpoint: Checkpoint, family: str) -> None:
     folder, work = checkpoint(family), jobs(3, 12)
     expected = alone(folder, work)
-    for max_sequences, budget in ((4, 512), (2, 16)):
+    for sharing, (max_sequences, budget) in itertools.product((True, False), ((4, 512), (2, 16))):
         with LLM(folder, cache_layout="stacked", max_sequences=max_sequences, max_tokens_per_step=budget, prefix_sharing=sharing) as llm:
             assert llm.info.page_size == llm.info.context_len
             assert llm.info.num_pages % max_sequences == 0

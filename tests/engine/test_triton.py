@@ -29,8 +29,8 @@ def test_everything_but_the_sampler_is_in_triton() -> None:
 
 
 def test_together_in_chunks_and_preempted_as_alone_and_as_the_reference(checkpoint: Checkpoint) -> None:
-    """Of other families, and of weights as they are, tests/engine/devices_families.py says so."""
-    folder, quantization = checkpoint("llama", num_hidden_layers=2), "int4"
+    """Of several layers, other families, and weights as they are, tests/engine/devices_families.py says so."""
+    folder, quantization = checkpoint("llama", num_hidden_layers=1), "int4"
     with LLM(folder, backend="triton", page_size=4, quantization=quantization, cache_bytes=2**20) as llm:
         assert llm.info.backend == "triton (interpreted)" and llm.info.layers == "plain"
         alone = [llm.generate(prompt, PARAMS)[0].outputs for prompt in PROMPTS]
