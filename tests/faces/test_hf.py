@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,6 +273,8 @@ BAD: dict[str, tuple[str, Callable[[Pair], dict[str, Any]]]] = {
     "long biases": ("sequence_bias", lambda p: {**p.batch, "sequence_bias": {(5, 6): 1.0}}),
     "biases and penalty": ("sequence_bias", lambda p: {**p.batch, "sequence_bias": {(5,): 1.0}, "repetition_penalty": 1.2}),
     "long words": ("bad_words_ids", lambda p: {**p.batch, "bad_words_ids": [[5], [6, 7]]}),
+    "a bias outside": ("sequence_bias", lambda p: {**p.batch, "sequence_bias": {(10**6,): -math.inf}}),
+    "a word outside": ("bad_words_ids", lambda p: {**p.batch, "bad_words_ids": [[5], [10**6]]}),
     "no samples": ("n", lambda p: {**p.batch, "do_sample": True, "num_return_sequences": 0}),
     "too far": ("prompt", lambda p: {**p.batch, "max_new_tokens": 10**6}),
 }
@@ -300,10 +303,14 @@ def test_it_stands_in_for_the_model(one: Pair) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     with Generator(model) as ours:
         assert ours.config is model.config and ours.device == model.device and ours.dtype == torch.float32
-        assert ours.eval() is ours and ours.to("cpu") is ours and not model.training and ours.generation_config is model.generation_config
+        assert ours.eval() is ours and ours.to("cpu") is ours and ours.float() is ours and not model.training
+        assert ours.generation_config is model.generation_config
         with pytest.raises(AttributeError, match="no_such"):
             _ = ours.no_such
         assert torch.equal(ours.generate(ids, max_new_tokens=6), model.generate(ids, max_new_tokens=6))
+        assert torch.equal(ours(ids).logits, model(ids).logits)
+        ours.generation_config = GenerationConfig(max_new_tokens=3)
+        assert model.generation_config is ours.generation_config and ours.generate(ids).shape == (1, 7)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1.3)

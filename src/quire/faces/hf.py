@@ -35,10 +35,11 @@ _NEUTRAL: dict[str, Any] = {  # of all others, beside None, where it is not Fals
     "guidance_scale": 1, "typical_p": 1, "encoder_repetition_penalty": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "diversity_penalty": 0, "penalty_alpha": 0,
 }  # fmt: skip
+_CHAINED = frozenset(("eval", "train", "to", "cpu", "half", "float", "double", "bfloat16", "requires_grad_"))
 
 
 class Generator(AbstractContextManager["Generator"]):
-    """A model whose `generate` is transformers' own, run by the engine; every other attribute is the transformers model's.
+    """A model whose `generate` is transformers' own, run by the engine; calls and every other attribute, read or set, are the transformers model's.
 
     Args:
         model: a live `PreTrainedModel`, served with the weights it has at each call; a hub id or local folder; or an `LLM`, which its owner closes.
@@ -131,9 +132,18 @@ class Generator(AbstractContextManager["Generator"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("llm", "_owns", "_model"):
+            super().__setattr__(name, value)
+        else:  # a `generation_config` that stayed here would be asked by nobody
+            setattr(self._model, name, value)
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__dict__.get("_model"), name)
-        chained = name in ("eval", "train", "to", "cpu", "requires_grad_")  # `model = model.eval()` must not lose the engine
+        chained = name in _CHAINED  # `model = model.eval()` must not lose the engine
         return (lambda *args, **kwargs: value(*args, **kwargs) and self) if chained else value
 
 
@@ -161,6 +171,8 @@ def _sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
     for field, sequences in (("sequence_bias", biases), ("bad_words_ids", words)):
         if any(len(ids) != 1 for ids in sequences):
             raise InvalidRequestError(field, getattr(config, field), "of single tokens: the engine has no bias for longer sequences")
+        if any(not 0 <= i < vocab_size for (i,) in sequences):
+            raise InvalidRequestError(field, getattr(config, field), f"of token ids from 0 to {vocab_size - 1}")
     if biases and penalty != 1.0:
         raise InvalidRequestError("sequence_bias", given, "left out with a repetition_penalty, which transformers applies behind it")
     banned = {*_ids(config.suppress_tokens), *(i for (i,) in words), *(i for (i,), bias in biases.items() if bias == -math.inf)}
