@@ -6,7 +6,6 @@ hook it has for a decoding loop of somebody else's. What ours would not honour i
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,21 +19,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, InvalidRequestError
-from quire.faces.checked import integer
+from quire.faces.generation import ids_of, sampling, what_is_asked
 from quire.outputs import RequestOutput
 from quire.params import SamplingParams
 
-_HONOURED = frozenset((  # here, or by transformers before it hands over
-    "input_ids", "attention_mask", "bad_words_ids", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "min_length",
-    "min_new_tokens", "min_p", "num_return_sequences", "output_logits", "output_scores", "pad_token_id", "repetition_penalty", "sequence_bias",
-    "return_dict_in_generate", "stop_strings", "suppress_tokens", "temperature", "top_k", "top_p",
-))  # fmt: skip
-_NO_EFFECT = frozenset(("transformers_version", "compile_config", "disable_compile", "early_stopping", "length_penalty"))
-_NEUTRAL: dict[str, Any] = {  # of all others, beside None, where it is not False; "hybrid", in checkpoints, is what transformers resets
-    "use_cache": True, "cache_implementation": "hybrid", "logits_processor": [], "stopping_criteria": [], "num_beams": 1, "num_beam_groups": 1,
-    "guidance_scale": 1, "typical_p": 1, "encoder_repetition_penalty": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0, "diversity_penalty": 0, "penalty_alpha": 0,
-}  # fmt: skip
 _CHAINED = frozenset(("eval", "train", "to", "cpu", "half", "float", "double", "bfloat16", "requires_grad_"))
 
 
@@ -72,7 +60,7 @@ class Generator(AbstractContextManager["Generator"]):
         Raises InvalidRequestError, before anything runs, for an argument whose effect the engine does not have; ValueError where transformers does.
         """
         tokenizer = kwargs.pop("tokenizer", None)
-        strings = _refuse(generation_config, self._model.generation_config, kwargs)["stop_strings"]
+        strings = what_is_asked(generation_config, self._model.generation_config, kwargs)["stop_strings"]
         for ids in (inputs, kwargs.get("input_ids")):
             if ids is not None and not (isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.numel() and ids.dtype in (torch.int, torch.long)):
                 raise InvalidRequestError("input_ids", ids, "integers [B, P], at least one")
@@ -85,9 +73,9 @@ class Generator(AbstractContextManager["Generator"]):
 
     def _decode(self, input_ids: torch.Tensor, generation_config: Any, streamer: Any, stops: Any, **prepared: Any) -> Any:
         config, (num_rows, width) = generation_config, input_ids.shape
-        params = _sampling(config, width, self.llm.info.vocab_size)
+        params = sampling(config, width, self.llm.info.vocab_size)
         prompts = _prompts(input_ids, prepared.get("attention_mask"))[:: params.n]
-        pad = next((i for i in (config.pad_token_id, *_ids(config.eos_token_id)) if i is not None), None)
+        pad = next((i for i in (config.pad_token_id, *ids_of(config.eos_token_id)) if i is not None), None)
         if streamer is not None and num_rows > 1:
             raise InvalidRequestError("streamer", f"{num_rows} rows", "left out for more than one row")
         if stops is not None and pad is None and num_rows > 1:
@@ -147,60 +135,12 @@ class Generator(AbstractContextManager["Generator"]):
         return (lambda *args, **kwargs: value(*args, **kwargs) and self) if chained else value
 
 
-def _refuse(given: GenerationConfig | None, own: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What was asked, merged as transformers does: a keyword goes before the config given, and that before the model's own."""
-    if not isinstance(given, GenerationConfig | None):
-        raise InvalidRequestError("generation_config", given, "a GenerationConfig, or None")
-    known, theirs, ours = vars(GenerationConfig()), vars(own), vars(given) if given else {}  # type: ignore[no-untyped-call]
-    asked = {name: theirs.get(name) if ours.get(name) is None else ours[name] for name in known}  # not all that a checkpoint's config may hold
-    asked |= {name: value for name, value in ours.items() if name not in known and value != theirs.get(name)} | kwargs
-    for name, value in asked.items():
-        neutral = _NEUTRAL.get(name, False)
-        same = value is neutral if isinstance(neutral, bool) else value == neutral
-        if not (name in _HONOURED or name in _NO_EFFECT or name.startswith("_") or value is None or same):
-            raise InvalidRequestError(name, value, "left out, or without effect: the engine does not do it")
-    return asked
-
-
-def _sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
-    """A config that transformers has settled, for prompts padded to `width`, as the engine takes it."""
-    eos, max_tokens = _ids(config.eos_token_id), integer("max_length", config.max_length) - width
-    given, penalty = config.sequence_bias or (), config.repetition_penalty or 1.0
-    biases = {tuple(ids): bias for ids, bias in (given.items() if isinstance(given, dict) else given)}
-    words = {tuple(word) for word in config.bad_words_ids or ()} - {(i,) for i in eos}  # transformers lets them end
-    for field, sequences in (("sequence_bias", biases), ("bad_words_ids", words)):
-        if any(len(ids) != 1 for ids in sequences):
-            raise InvalidRequestError(field, getattr(config, field), "of single tokens: the engine has no bias for longer sequences")
-        if any(not 0 <= i < vocab_size for (i,) in sequences):
-            raise InvalidRequestError(field, getattr(config, field), f"of token ids from 0 to {vocab_size - 1}")
-    if biases and penalty != 1.0:
-        raise InvalidRequestError("sequence_bias", given, "left out with a repetition_penalty, which transformers applies behind it")
-    banned = {*_ids(config.suppress_tokens), *(i for (i,) in words), *(i for (i,), bias in biases.items() if bias == -math.inf)}
-    drawn = {name: value for name in ("temperature", "top_k", "top_p", "min_p") if (value := getattr(config, name)) is not None}
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min(max_tokens, max(0, (config.min_length or 0) - width)),
-        repetition_penalty=torch.tensor(penalty, dtype=torch.float32).item(),  # as it meets transformers' logits
-        logit_bias={i: torch.tensor(bias, dtype=torch.float32).item() for (i,), bias in biases.items() if i not in banned},
-        allowed_token_ids=[i for i in range(vocab_size) if i not in banned] if banned else None,
-        stop_token_ids=[i for i in eos if 0 <= i < vocab_size],
-        ignore_eos=True,
-        n=integer("num_return_sequences", config.num_return_sequences),
-        return_logits=bool(config.return_dict_in_generate and (config.output_logits or config.output_scores)),
-        **(drawn if config.do_sample else {"temperature": 0.0}),
-    )
-
-
 def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
     if mask is None:
         return input_ids.tolist()
     if mask.shape != input_ids.shape or not ((mask == 0) | (mask == 1)).all():
         raise InvalidRequestError("attention_mask", mask, f"0 and 1 of shape {list(input_ids.shape)}, like input_ids")
     return [ids[real].tolist() for ids, real in zip(input_ids, mask.bool(), strict=True)]
-
-
-def _ids(value: Any) -> list[int]:
-    return [] if value is None else torch.as_tensor(value).reshape(-1).tolist()
 
 
 def _stop_at(stops: StopStringCriteria | None, before: list[int], tokens: list[int]) -> int | None:
