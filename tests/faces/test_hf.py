@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStr
 
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, InvalidRequestError
-from quire.faces.hf import _HONOURED, _NEUTRAL, _NO_EFFECT, Generator
+from quire.faces.generation import _HONOURED, _NEUTRAL, _NO_EFFECT
+from quire.faces.hf import Generator
 from tests.engine.conftest import tokenizer
 from tests.tensors.checkpoints import VOCAB, make
 

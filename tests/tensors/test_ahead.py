@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from quire.errors import UnsupportedModelError
 from quire.tensors import ahead
 from quire.tensors.ahead import Ahead, made_ahead
+from quire.tensors.memory import mapped
 from quire.tensors.models.load import load_model
 from quire.tensors.models.packing import _stored, _Weight
 from quire.tensors.packed import PackedLayout, PackedWeight
@@ -45,6 +46,19 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checkpoint(folder: Path, family: str = "qwen3", **changes: Any) -> Path:
     return Path(make(folder, family, torch.bfloat16, **(WIDE | changes)))
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is resident is asked of these areas alone: a huge page may reach into them from the memory beside, and bring it all back."""
+
+    def in_small_pages(num_bytes: int) -> mmap.mmap:
+        memory = mapped(num_bytes)
+        with suppress(OSError):  # a system without huge ones
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return memory
+
+    monkeypatch.setattr(ahead, "mapped", in_small_pages)
 
 
 def packing(folder: Path, quantization: str = "none", spare: int = 2**40) -> AbstractContextManager[None]:

@@ -236,8 +236,7 @@ class LLM:
         Raises:
             InvalidRequestError: it is not pinned, or no more.
         """
-        pin_id = pin.pin_id if isinstance(pin, Pin) else pin
-        self._worker.call(lambda: self._keeper.unpin(pin_id))
+        self._worker.call(lambda: self._keeper.unpin(pin.pin_id if isinstance(pin, Pin) else pin))
 
     def pins(self) -> list[Pin]:
         """The pins there are, oldest first."""
