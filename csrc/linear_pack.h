@@ -2,6 +2,7 @@
 //
 // A scale is rounded to bf16 before codes are chosen. int8: largest magnitude / 127. int4: extreme / -8, so that all 16 codes are of use and the
 // extreme, whichever its sign, is one of them (of two that are equal, the positive one).
+// No code stands for an element that is not finite: its span's scale is NaN.
 #pragma once
 #include "linear_packed.h"
 #include "thread_memory.h"

@@ -82,7 +82,7 @@ def page_content_id(key: PrefixKey, group_id: int) -> bytes:
     return hashlib.blake2b(content_id(key) + bytes([group_id % 256, group_id // 256]), digest_size=32).digest()
 
 
-def submit(thread: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> Future[T]:
+def _submit(thread: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> Future[T]:
     """Have a thread do it. An interpreter that ends sends executors home before it closes us, so from then on it is done here."""
     try:
         return thread.submit(function, *args)
@@ -137,7 +137,7 @@ class DiskTier:
             return False
         pool.set_aside(there)
         places = pool.take_aside(len(missing))
-        future = submit(self._reader, self._read, missing, places)
+        future = _submit(self._reader, self._read, missing, places)
         coming = iter(places)
         self._fetches[seq.arrival] = _Fetch(missing, places, [place if place >= 0 else next(coming) for _, place in needed], future)
         future.add_done_callback(lambda _: self._news.set())
@@ -225,7 +225,7 @@ class DiskTier:
             if place < 0:  # evicted since
                 continue
             pool.set_aside([place])
-            future = submit(self._writer, self._survived, self._disk.write, page, place)
+            future = _submit(self._writer, self._survived, self._disk.write, page, place)
             self._writes[future] = place
             future.add_done_callback(lambda _: self._news.set())
             room -= 1

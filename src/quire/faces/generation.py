@@ -70,4 +70,5 @@ def sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
 
 
 def ids_of(value: Any) -> list[int]:
+    """Token ids that a config has as one number, as several, or not at all."""
     return [] if value is None else torch.as_tensor(value).reshape(-1).tolist()

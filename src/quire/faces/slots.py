@@ -24,7 +24,7 @@ from quire.config import EngineConfig
 from quire.engine.build import EngineInfo
 from quire.engine.manual import Held, ManualEngine
 from quire.errors import InvalidRequestError
-from quire.faces.checked import integer, integers
+from quire.faces.checked import MOST_SEED, integer, integers
 from quire.params import SamplingParams
 from quire.request import check_fits, check_prompt
 from quire.tensors.sampler import Sampled
@@ -115,14 +115,14 @@ class Slots:
             OutOfPagesError: there is no page for its copy of the last one.
         """
         slot = integer("slot", slot)
-        return self.bulk_insert(prefix, [slot], seeds=None if seed is None else [integer("seed", seed)])[slot]
+        return self.bulk_insert(prefix, [slot], seeds=None if seed is None else [integer("seed", seed, most=MOST_SEED)])[slot]
 
     def bulk_insert(self, prefix: Prefix, slots: Sequence[int], *, seeds: Sequence[int] | torch.Tensor | None = None) -> dict[int, int]:
         """`insert` one prefix into several slots, all or none; returns each slot's first token. Raises as `insert`."""
         if not isinstance(prefix, Prefix) or prefix._engine is not self._engine:
             raise InvalidRequestError("prefix", prefix, "one that these slots' own prefill gave")
         slots = integers("slots", slots, "a list of slots")
-        seeds = None if seeds is None else integers("seeds", seeds)
+        seeds = None if seeds is None else integers("seeds", seeds, most=MOST_SEED)
         if seeds is not None and len(seeds) != len(slots):
             raise InvalidRequestError("seeds", seeds, f"one for each of the {len(slots)} slots")
         for seed in seeds or ():

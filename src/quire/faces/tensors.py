@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, InvalidRequestError
-from quire.faces.checked import integer, integers, is_whole
+from quire.faces.checked import MOST_SEED, integer, integers, is_whole
 from quire.faces.padding import Rows, Side, rows_of
 from quire.params import SamplingParams
 
@@ -159,7 +159,7 @@ def _seeds(num_prompts: int, rng: torch.Generator | None, seeds: Sequence[int] |
         return drawn
     if rng is not None:
         raise InvalidRequestError("rng", rng, "None where seeds are given")
-    given = integers("seeds", seeds)
+    given = integers("seeds", seeds, most=MOST_SEED)
     if len(given) != num_prompts:
         raise InvalidRequestError("seeds", f"{len(given)} seeds", f"one for each of the {num_prompts} prompts")
     return given
