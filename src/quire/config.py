@@ -15,6 +15,7 @@ BACKENDS = ("auto", "native", "reference", "triton")
 CODECS = ("int8", "int4")
 QUANTIZATIONS = ("none", "int8", "int4")
 RESERVE_BYTES = 256 * 2**20
+MAX_DRAFTS = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class EngineConfig:
         cache_dir: a folder in which complete pages survive restarts; several processes may share it. `None` for none.
         cache_dir_bytes: the most bytes of files in it, at least the file of one page; `None` takes half of what is free on that disk beside them.
         prefix_sharing: reuse pages of equal prefixes.
+        prompt_lookup_num_tokens: the most tokens a step may guess for a sequence from what followed the same tokens before, to draw several at once;
+            0 for none. No bit of the output changes. Not for sequences with penalties or a structured form, nor in steps of 16 sequences and more.
         max_model_len: the context, at most the checkpoint's own; `None` takes that, of LongRoPE its first part (see tensors/models/ropes.py).
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
             "triton" is both as they run on an accelerator; on the CPU in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.
@@ -68,6 +71,7 @@ class EngineConfig:
     cache_dir: str | PathLike[str] | None = None
     cache_dir_bytes: int | None = None
     prefix_sharing: bool = True
+    prompt_lookup_num_tokens: int = 0
     max_model_len: int | None = None
     backend: str = "auto"
     device: str = "cpu"
@@ -108,6 +112,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), high)
         _integer("reserve_bytes", self.reserve_bytes, 2**50, low=0)
+        _integer("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, MAX_DRAFTS, low=0)
         for name in ("prefix_sharing", "compile", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: must be True or False")

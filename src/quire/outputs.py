@@ -20,7 +20,8 @@ class Receipt:
     """What one request cost.
 
     `cached_tokens` prompt tokens came from the cache (counted at first admission), `computed_tokens` tokens went through the model and were
-    committed (again after a preemption), `rejected_tokens` were staged in a step that failed, `staged_tokens` are both together.
+    committed (again after a preemption), `rejected_tokens` were staged in a step that failed or as drafts that were wrong, `staged_tokens` are both
+    together. `accepted_tokens` of the computed ones were drafts that were right, each of which saved a step.
     `drawn_tokens` were drawn, with those of sequences that `best_of` leaves out.
     `peak_cache_bytes` is the most page memory its tables named at once (shared pages counted whole). Times in seconds: `queued_s` until first
     admission, `prefill_s` from there to the first token, `decode_s` from there to the end. `waited_for` is what kept it from starting:
@@ -35,6 +36,7 @@ class Receipt:
     cached_tokens: int = 0
     computed_tokens: int = 0
     rejected_tokens: int = 0
+    accepted_tokens: int = 0
     drawn_tokens: int = 0
     num_preemptions: int = 0
     peak_cache_bytes: int = 0

@@ -61,6 +61,8 @@ class SamplingParams:
             `min_tokens` and `ignore_eos` say; end-of-sequence and stop tokens are drawn where the text may end, and nowhere else. A text that
             `max_tokens` cut short ends with "length". Together with `allowed_token_ids` only what both allow is drawn, and a stop string may
             end the text early.
+        prediction: text, or its tokens, that much of the output is thought to repeat, such as a file before an edit. Steps guess from it, as with the
+            engine's `prompt_lookup_num_tokens`, and draw several tokens at once. No bit of the output changes. Not with penalties or `structured`.
 
     Raises:
         InvalidRequestError: a value out of its range, naming field, value and limit.
@@ -91,6 +93,7 @@ class SamplingParams:
     pooling: Pooling | None = None
     skip_special_tokens: bool = True
     structured: StructuredOutput | None = None
+    prediction: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -120,6 +123,12 @@ class SamplingParams:
             raise InvalidRequestError("pooling", self.pooling, "'mean', 'last' or None")
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise InvalidRequestError("structured", self.structured, "a StructuredOutput, or None")
+        if self.prediction is not None:
+            if not isinstance(self.prediction, str):
+                object.__setattr__(self, "prediction", _ids("prediction", self.prediction))
+            for name, neutral in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0), ("structured", None)):
+                if getattr(self, name) != neutral:
+                    raise InvalidRequestError("prediction", self.prediction, f"None with {name}, for which tokens are drawn one by one")
         # Kept as values of one type each that nobody else can change. `logit_bias` stays a dict, which can be pickled: each request takes a copy
         # (engine/intake.py).
         object.__setattr__(self, "stop", _strings(self.stop))
@@ -148,6 +157,7 @@ class SamplingParams:
         """(field, id) of every token id these params mention, to be checked against a model's vocabulary."""
         named = [("stop_token_ids", i) for i in self.stop_token_ids or ()]
         named += [("allowed_token_ids", i) for i in self.allowed_token_ids or ()]
+        named += [("prediction", i) for i in self.prediction or ()] if not isinstance(self.prediction, str) else []
         return named + [("logit_bias", i) for i in self.logit_bias or ()]
 
     @property

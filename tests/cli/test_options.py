@@ -42,6 +42,7 @@ SAMPLING_TYPED: dict[str, tuple[Any, Any]] = {
     "skip_special_tokens": (True, False),
     "structured": ("choice=a|b", StructuredOutput(choice=["a", "b"])),
 }
+PREDICTION_TYPED: dict[str, tuple[Any, Any]] = {"prediction": ("as before", "as before")}  # which goes with no penalty and no form
 ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "dtype": ("float32", "float32"),
     "quantization": ("int8", "int8"),
@@ -57,6 +58,7 @@ ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "cache_dir": ("store", "store"),
     "cache_dir_bytes": ("1GB", 10**9),
     "prefix_sharing": (True, False),
+    "prompt_lookup_num_tokens": ("8", 8),
     "max_model_len": ("512", 512),
     "backend": ("reference", "reference"),
     "device": ("cpu", "cpu"),
@@ -91,9 +93,13 @@ def test_defaults_are_the_dataclass_own(kind: type) -> None:
     assert build(kind, {f.name: given[f.name].default for f in fields(kind) if f.name in given}) == kind()
 
 
-@pytest.mark.parametrize(("kind", "typed"), [(SamplingParams, SAMPLING_TYPED), (EngineConfig, ENGINE_TYPED)])
+def test_every_field_is_typed_below() -> None:
+    assert {*SAMPLING_TYPED, *PREDICTION_TYPED} == {f.name for f in fields(SamplingParams)} - LIBRARY_ONLY_FIELDS
+    assert {*ENGINE_TYPED} == {f.name for f in fields(EngineConfig)}
+
+
+@pytest.mark.parametrize(("kind", "typed"), [(SamplingParams, SAMPLING_TYPED), (SamplingParams, PREDICTION_TYPED), (EngineConfig, ENGINE_TYPED)])
 def test_every_option_reaches_its_field(kind: type, typed: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, quire: Quire) -> None:
-    assert set(typed) == {f.name for f in fields(kind)} - LIBRARY_ONLY_FIELDS
     args: list[str] = []
     for name, (text, _) in typed.items():
         (flag, *_) = options("generate")[name].opts

@@ -7,7 +7,7 @@ shared too early, evicted too late, merged wrongly or copied at the wrong time s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,13 +16,14 @@ from hypothesis import settings
 from quire.engine.keeper import CacheKeeper
 from quire.policy.cache import PageCache
 from quire.policy.copies import PageCopy
+from quire.policy.drafts import PromptLookup
 from quire.policy.groups import Group
-from quire.policy.plan import StepPlan
+from quire.policy.plan import StepPlan, Work
 from quire.policy.prefix import PrefixKey, blake2b_128, pack
 from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence as TokenSequence
-from quire.tensors.device import CPU
 from quire.tensors.store import PageStore
+from tests.policy.stand_ins import Poisoned, Prefixes
 
 SOAK = settings.get_current_profile_name() == "soak"
 
@@ -49,23 +50,6 @@ def one_bit(data: bytes) -> bytes:
     return bytes([blake2b_128(data)[0] & 1])
 
 
-class Prefixes:
-    """Numbers token prefixes exactly: two positions have one number if and only if everything up to and including them is the same."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[tuple[Hashable, int], int] = {}
-
-    def extend(self, numbers: list[int], tokens: Sequence[int], start: Hashable, bridge: tuple[int, bytes] | None = None) -> list[int]:
-        """`numbers` continued to all of `tokens`; `start` stands for what comes before the first token. `bridge` is (place, name): what begins at
-        that place is another thing under another name."""
-        for i in range(len(numbers), len(tokens)):
-            before: Hashable = numbers[-1] if i else start
-            if bridge is not None and i == bridge[0]:
-                before = (before, bridge[1])
-            numbers.append(self._numbers.setdefault((before, tokens[i]), len(self._numbers) + 1))
-        return numbers
-
-
 @dataclass(eq=False)
 class Client:
     """A request as the driver sees it."""
@@ -77,25 +61,12 @@ class Client:
     numbers: list[int] = field(default_factory=list)
     num_drawn: int = 0
     num_computed: int = 0
+    num_accepted: int = 0
+    most_tokens: int = 0  # that had room at once, since it started
     num_hit: int = 0
     num_starts: int = 0
     peak_pages: int = 0
     done: bool = False
-
-
-class Poisoned:
-    """The store as the keeper sees it: pages of one byte, which forget everything when they are given back."""
-
-    page_bytes = 1
-
-    device = CPU
-
-    def __init__(self, pages: list[dict[int, tuple[int, int]]]) -> None:
-        self.pages = pages
-
-    def give_back(self, page_ids: Iterable[int]) -> None:
-        for page_id in page_ids:
-            self.pages[page_id] = {}
 
 
 class Driver:
@@ -111,10 +82,12 @@ class Driver:
         sharing: bool = True,
         hash_bytes: Callable[[bytes], bytes] = blake2b_128,
         vocab: int = 3,
+        drafts: int = 0,
     ) -> None:
         self.cache = PageCache(tuple(groups), num_pages, sharing=sharing, identity=b"model", hash_bytes=hash_bytes)
         self.scheduler = Scheduler(self.cache, max_tokens_per_step=budget, max_sequences=max_sequences)
         self.groups, self.budget, self.max_sequences, self.vocab = self.cache.groups, budget, max_sequences, vocab
+        self.drafts = drafts
         self.prefixes = Prefixes()
         self.pages: list[dict[int, tuple[int, int]]] = [{} for _ in range(num_pages)]  # page -> slot -> (group, prefix number)
         self.clients: dict[int, Client] = {}
@@ -154,7 +127,8 @@ class Driver:
         seq = self.keeper.sequence(prompt, namespace, arrival=self.num_arrivals, own_root=own_root)
         if root is not None:
             seq = TokenSequence(self.num_arrivals, prompt, root)
-        seq.pages_at_most = self.cache.pages_to_finish(num_tokens)
+        seq.num_at_most, seq.pages_at_most = num_tokens, self.cache.pages_to_finish(num_tokens)
+        seq.lookup = PromptLookup(self.drafts) if self.drafts else None
         client = self.clients[self.num_arrivals] = Client(seq, max_tokens, seed, num_unborn=n - 1)
         self.num_arrivals += n
         self.scheduler.add(seq, priority=priority, num_tokens=len(prompt) + n * max_tokens)
@@ -190,16 +164,23 @@ class Driver:
             for work in plan.works:
                 self._close(self.clients[work.sequence.arrival])
             return plan
-        drawing = [work.sequence for work in plan.works if work.draws]
+        drawing = [work for work in plan.works if work.draws]
         started = {work.sequence.arrival: work.sequence.num_committed for work in plan.works}
         self.scheduler.commit(plan)
-        for seq, num_tokens in plan.works:
-            client = self.clients[seq.arrival]
-            assert seq.num_committed == started[seq.arrival] + num_tokens
-            client.num_computed += num_tokens
-            self.num_computed += num_tokens
-        for seq in drawing:
-            self._draw(self.clients[seq.arrival])
+        for work in plan.works:
+            seq, client = work.sequence, self.clients[work.sequence.arrival]
+            assert seq.num_committed == started[seq.arrival] + work.num_sure
+            client.num_computed += work.num_tokens
+            self.num_computed += work.num_tokens
+        for work in drawing:
+            seq, client = work.sequence, self.clients[work.sequence.arrival]
+            self._draw(client)
+            for draft in work.drafts:
+                if client.done or seq.tokens[-1] != draft:
+                    break
+                self.scheduler.accept(seq)
+                client.num_accepted += 1
+                self._draw(client)
         return plan
 
     def run(self, max_steps: int, *, check: bool = True) -> None:
@@ -219,6 +200,7 @@ class Driver:
         born = [client]
         for i in range(1, client.num_unborn + 1):
             sister = Client(seq.fork(seq.arrival + i), client.max_tokens, client.seed + i)
+            sister.seq.lookup = PromptLookup(self.drafts) if self.drafts else None
             self.clients[sister.seq.arrival] = sister
             born.append(sister)
         client.num_unborn = 0
@@ -235,10 +217,11 @@ class Driver:
         client.done = True
         self.clients.pop(client.seq.arrival, None)
 
-    def numbers(self, client: Client) -> list[int]:
+    def numbers(self, client: Client, drafts: Sequence[int] = ()) -> list[int]:
         seq = client.seq
         bridge = (seq.num_shared, seq.root.tokens) if seq.num_shared else None
-        return self.prefixes.extend(client.numbers, seq.tokens, seq.shared_root.tokens, bridge)
+        numbers = self.prefixes.extend(client.numbers, seq.tokens, seq.shared_root.tokens, bridge)
+        return self.prefixes.extend([*numbers], [*seq.tokens, *drafts], seq.shared_root.tokens, bridge) if drafts else numbers
 
     def _copy(self, copy: PageCopy) -> None:
         self.num_copies += 1
@@ -250,25 +233,28 @@ class Driver:
         assert plan.works and plan.num_tokens <= self.budget
         assert self.scheduler.num_running <= self.max_sequences
         assert len({work.sequence.arrival for work in plan.works}) == len(plan.works)
-        for seq, num_tokens in plan.works:
-            client = self.clients[seq.arrival]
-            end = seq.num_committed + num_tokens
-            assert num_tokens >= 1 and end <= seq.num_known
+        for work in plan.works:
+            seq, client = work.sequence, self.clients[work.sequence.arrival]
+            end = seq.num_committed + work.num_tokens
+            assert work.num_sure >= 1 and end - len(work.drafts) <= seq.num_known
+            assert not work.drafts or (work.draws and end <= seq.num_at_most), "a draft that nobody wants"
             if client.num_starts <= seq.num_preemptions:
                 assert len(plan.works) == self.scheduler.num_running, "one starts while another that runs waits for room"
                 client.num_starts = seq.num_preemptions + 1
+                client.most_tokens = 0
                 client.num_hit += seq.num_committed
+            client.most_tokens = max(client.most_tokens, end)  # a draft's page stays, though it was wrong
             for group, table in zip(self.groups, seq.tables, strict=True):
                 assert len(table) * group.page_size >= end
                 if group.kind == "full":
-                    assert len(table) <= -(-end // group.page_size), "more pages than tokens need"
+                    assert len(table) <= -(-client.most_tokens // group.page_size), "more pages than tokens need"
                     assert -1 not in table
         targets = {copy.target for copy in plan.copies}
         assert len(targets) == len(plan.copies) and targets.isdisjoint(copy.source for copy in plan.copies)
         assert all(pool.references(target) == 1 and target not in index for target in targets)
 
     def _check_reads(self, plan: StepPlan) -> None:
-        for seq, _ in plan.works:
+        for seq in (work.sequence for work in plan.works):
             numbers = self.numbers(self.clients[seq.arrival])
             for group, table in zip(self.groups, seq.tables, strict=True):
                 for position in range(group.first_visible(seq.num_committed), seq.num_committed):
@@ -278,10 +264,11 @@ class Driver:
                     assert held == (group.group_id, numbers[position]), f"position {position} of {seq.arrival} reads {held}, group {group}"
 
     def _writes(self, plan: StepPlan) -> list[Callable[[], None]]:
-        return [lambda s=seq, n=num: self._write(s, n) for seq, num in plan.works]  # type: ignore[misc]
+        return [lambda w=work: self._write(w) for work in plan.works]  # type: ignore[misc]
 
-    def _write(self, seq: TokenSequence, num_tokens: int) -> None:
-        numbers = self.numbers(self.clients[seq.arrival])
+    def _write(self, work: Work) -> None:
+        seq, num_tokens = work.sequence, work.num_tokens
+        numbers = self.numbers(self.clients[seq.arrival], work.drafts)
         for group, table in zip(self.groups, seq.tables, strict=True):
             for position in range(seq.num_committed, seq.num_committed + num_tokens):
                 page_id = table[position // group.page_size]

@@ -10,7 +10,7 @@ import pytest
 from quire.policy.cache import PageCache
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
-from quire.policy.scheduler import MAX_SCORED, Draft
+from quire.policy.scheduler import MAX_SCORED, Outline
 from quire.policy.sequence import Sequence
 from tests.policy.oracle import Driver, chunked, full, numbered, sliding
 from tests.policy.test_scheduling import tokens
@@ -83,16 +83,16 @@ def test_half_of_what_is_to_spare_keeps_pages_for_later_hits(groups: tuple[Group
     assert not cache.grow(seq, num_tokens) and cache.pool.num_available == sum(needed) - 1
 
 
-def test_a_draft_gets_back_what_it_gave_to_one_that_gives_way() -> None:
-    draft = Draft(100)
+def test_an_outline_gets_back_what_it_gave_to_one_that_gives_way() -> None:
+    outline = Outline(100)
     scoring, plain, never = (Sequence(arrival, tokens(60), PageCache(numbered(full(B)), 1).root, scores=arrival == 0) for arrival in range(3))
-    draft.put(scoring, 40)
-    assert (draft.budget, draft.scores_left) == (60, MAX_SCORED - 40)
-    draft.put(plain, 25)
+    outline.put(scoring, 40)
+    assert (outline.budget, outline.scores_left) == (60, MAX_SCORED - 40)
+    outline.put(plain, 25)
     for dropped, left in ((never, (35, MAX_SCORED - 40)), (scoring, (75, MAX_SCORED)), (scoring, (75, MAX_SCORED)), (plain, (100, MAX_SCORED))):
-        draft.drop(dropped)
-        assert (draft.budget, draft.scores_left) == left and dropped.arrival not in draft.works
-    assert not draft.works
+        outline.drop(dropped)
+        assert (outline.budget, outline.scores_left) == left and dropped.arrival not in outline.works
+    assert not outline.works
 
 
 def test_what_one_that_gives_way_would_have_computed_others_compute_in_that_step() -> None:

@@ -51,11 +51,13 @@ class CacheMachine(RuleBasedStateMachine):
         max_sequences=st.sampled_from([1, 3, 64]),
         sharing=st.sampled_from([True, True, True, False]),
         vocab=st.sampled_from([1, 2, 50]),
+        drafts=st.sampled_from([0, 1, 4, 15]),
     )
-    def start(self, groups: tuple[Group, ...], budget: int, roominess: float, max_sequences: int, sharing: bool, vocab: int) -> None:
+    def start(self, groups: tuple[Group, ...], budget: int, roominess: float, max_sequences: int, sharing: bool, vocab: int, drafts: int) -> None:
         driver = Driver(groups, 1, budget=budget)  # only to ask how many pages the longest request needs
         num_pages = int(driver.cache.pages_to_finish(MOST_TOKENS) * roominess)
-        self.driver = Driver(groups, num_pages, budget=budget, max_sequences=max_sequences, sharing=sharing, hash_bytes=self.hash_bytes, vocab=vocab)
+        options: dict[str, Any] = {"budget": budget, "max_sequences": max_sequences, "sharing": sharing, "vocab": vocab, "drafts": drafts}
+        self.driver = Driver(groups, num_pages, hash_bytes=self.hash_bytes, **options)
         self.history: list[list[int]] = []
         self.time = 0.0
         self.driver.keeper._pins._clock = lambda: self.time

@@ -13,7 +13,7 @@ from quire.policy.cache import PageCache
 from quire.policy.groups import Group
 from quire.policy.hits import HitFinder
 from quire.policy.prefix import PrefixIndex, pack
-from quire.policy.scheduler import MAX_DEFERRED, Draft, Scheduler
+from quire.policy.scheduler import MAX_DEFERRED, Outline, Scheduler
 from quire.policy.sequence import Sequence
 from tests.policy.oracle import SOAK, Driver, blake2b_128, chunked, full, numbered, one_bit, sliding
 
@@ -251,7 +251,7 @@ def test_a_lookup_is_linear_in_the_prompt_and_blind_to_the_cache(groups: tuple[G
             with monkeypatch.context() as patch:
                 calls = counting(patch, PrefixIndex, "find")
                 driver.add(tokens(401), 1)
-                driver.scheduler._admit(Draft(1))
+                driver.scheduler._admit(Outline(1))
                 lookups.append(calls())
             driver.run(10, check=False)
     first_miss = 1 if any(group.kind == "full" for group in groups) else pages

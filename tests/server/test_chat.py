@@ -95,6 +95,18 @@ def test_messages_as_clients_send_them(server: Running) -> None:
     assert tools["prompt_token_ids"] == prompt_ids(server, tools=[TOOL])
 
 
+def test_a_prediction_changes_the_usage_alone(server: Running) -> None:
+    words = server.llm.tokenizer.encode(" the quick brown fox", add_special_tokens=False)  # so that the text gives the same tokens again
+    asked = {"max_tokens": 40, "allowed_token_ids": words, "logprobs": True, "seed": 3}
+    plain = ask(server, **asked)
+    text = plain["choices"][0]["message"]["content"]
+    for content in (text, [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]):
+        told = ask(server, **asked, prediction={"type": "content", "content": content})
+        details = told["usage"].pop("completion_tokens_details")
+        assert told["choices"] == plain["choices"] and "completion_tokens_details" not in plain["usage"]
+        assert details["accepted_prediction_tokens"] > 0 and details["rejected_prediction_tokens"] >= 0
+
+
 def test_values_for_the_template(server: Running) -> None:
     shout = ask(server, chat_template_kwargs={"shout": "HEY"}, return_token_ids=True)
     assert shout["prompt_token_ids"] == prompt_ids(server, shout="HEY")
@@ -125,6 +137,9 @@ def test_values_for_the_template(server: Running) -> None:
         ("messages.0.tool_calls.0.function.arguments", {"messages": [
             {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "[1]"}}]}]}),
         ("store", {"store": True}),
+        ("prediction.type", {"prediction": {"type": "text", "content": "x"}}),
+        ("prediction", {"prediction": {"type": "content", "content": "x"}, "frequency_penalty": 1}),
+        ("prediction", {"prediction": {"type": "content", "content": "x"}, "response_format": {"type": "json_object"}}),
         ("modalities.0", {"modalities": ["audio"]}),
         ("stream_options.include_everything", {"stream": True, "stream_options": {"include_everything": True}}),
     ],

@@ -44,6 +44,7 @@ SAMPLING = {
     "prompt_logprobs": "The same for the prompt's tokens (with --json); with --max-tokens 0 nothing is generated.",
     "scaled_logprobs": "Logprobs of the logits over the temperature.",
     "skip_special_tokens": "Keep special tokens in the text.",
+    "prediction": "Text that the output is thought to repeat much of; several tokens are drawn at once then.",
     "structured": "The form of the text: json, schema={...}, regex=..., choice=a|b or grammar=... (Lark).",
 }
 LIBRARY_ONLY = ("return_logits", "pooling")  # fields of which nothing would be printed
@@ -62,6 +63,7 @@ ENGINE = {
     "cache_dir": "A folder in which cached pages survive restarts.",
     "cache_dir_bytes": "The most bytes of files in it.",
     "prefix_sharing": "Compute equal prefixes anew instead of reusing their pages.",
+    "prompt_lookup_num_tokens": "The most tokens to guess from what repeats, and draw several at once; no output changes.",
     "max_model_len": "The context.",
     "backend": f"Attention and products: {', '.join(BACKENDS)} (native where it loads).",
     "device": "Where the model runs: cpu, or an accelerator by torch's name (which none has done yet).",
@@ -248,6 +250,7 @@ SPECIAL = {
     "allowed_token_ids": Kind("ID,...", _ids, "token ids, such as '5,6,7'"),
     "stop_token_ids": Kind("ID,...", _ids, "token ids, such as '2,13'"),
     "structured": Kind("FORM", _structured, "json, schema=..., regex=..., choice=a|b or grammar=..."),
+    "prediction": Kind("TEXT", str, "text"),
     "cache_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
     "reserve_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),
     "workspace_bytes": Kind("SIZE", parse_size, "a number of bytes, such as 512MB, 2GiB or 1000000"),

@@ -3,7 +3,7 @@
 plan: a 3 tokens (a prompt's chunk), b 1 token (decoding), c 2 tokens
 
 input_ids     a a a b c c      positions   6 7 8 40 0 1      logits_at   2 3 5   (a, b and c each draw after their last token)
-query_start   0 3 4 6          num_committed   6 40 0      (a work that scores its prompt gives logits after earlier tokens, too)
+query_start   0 3 4 6          num_committed   6 40 0      (a work with scores or drafts gives logits after earlier tokens, too)
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ def _packed(plan: StepPlan) -> list[array[int]]:
         seq, first = work.sequence, work.sequence.num_committed
         logits_at.extend(range(len(ids), len(ids) + work.num_scored))
         hidden_at.extend(len(ids) - first + position for position in work.pooled)
-        ids.extend(seq.tokens[first : first + work.num_tokens])
+        ids.extend(seq.tokens[first : first + work.num_sure])
+        ids.extend(work.drafts)
         positions.extend(range(first, first + work.num_tokens))
         starts.append(len(ids))
         committed.append(first)
         if work.draws:
-            logits_at.append(len(ids) - 1)
+            logits_at.extend(range(len(ids) - 1 - len(work.drafts), len(ids)))
     return [ids, positions, logits_at, hidden_at, starts, committed]
 
 

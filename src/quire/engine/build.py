@@ -21,6 +21,7 @@ from quire.engine.tier import DiskTier
 from quire.engine.verdicts import Verdict
 from quire.errors import ConfigError
 from quire.policy.cache import PageCache
+from quire.policy.drafts import MAX_DRAWN
 from quire.policy.groups import Arrangement, Group, arrange
 from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
@@ -184,7 +185,8 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
-    engine = Engine(Runner(model, store, sampler, arrangement.groups), scheduler, tokenizer, config.reserve_bytes if device.takes_back else 0)
+    runner, reserve_bytes = Runner(model, store, sampler, arrangement.groups), config.reserve_bytes if device.takes_back else 0
+    engine = Engine(runner, scheduler, tokenizer, reserve_bytes=reserve_bytes, prompt_lookup_num_tokens=config.prompt_lookup_num_tokens)
     info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace)
     limits, eye = Limits(model.vocab_size, context_len), DiskEye(disk) if disk is not None else None
     return Built(engine, model, tokenizer, limits, info, tier, GrammarCompiler(tokenizer, model.vocab_size), eye)
@@ -193,7 +195,7 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
 def _max_tokens_per_step(config: EngineConfig, workspace: Workspace) -> int:
     if config.workspace_bytes is None:
         return config.max_tokens_per_step
-    num_rows = config.max_sequences + MAX_SCORED
+    num_rows = _most_rows(config)
     num_tokens = workspace.most_tokens(config.workspace_bytes, config.max_tokens_per_step, num_rows)
     least = min(LEAST_TOKENS_PER_STEP, config.max_tokens_per_step)
     if num_tokens < least:
@@ -201,6 +203,11 @@ def _max_tokens_per_step(config: EngineConfig, workspace: Workspace) -> int:
             f"workspace_bytes={config.workspace_bytes}: must be at least {workspace.bytes(least, min(least, num_rows))}, what {least} tokens take"
         )
     return num_tokens
+
+
+def _most_rows(config: EngineConfig) -> int:
+    """Rows of logits in a step."""
+    return max(config.max_sequences, MAX_DRAWN) + MAX_SCORED
 
 
 def _tokenizer(source: str | PreTrainedModel, config: EngineConfig) -> TextTokenizer | None:
@@ -263,7 +270,7 @@ def _info(
         hidden_size=model.hidden_size,
         weight_bytes=model.weight_bytes,
         max_tokens_per_step=num_tokens,
-        workspace_bytes=workspace.bytes(num_tokens, min(num_tokens, config.max_sequences + MAX_SCORED)),
+        workspace_bytes=workspace.bytes(num_tokens, min(num_tokens, _most_rows(config))),
         page_size=arrangement.groups[0].page_size,
         kv_codec=config.kv_codec or "none",
         page_bytes=store.page_bytes,

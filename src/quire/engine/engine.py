@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from quire.config import MAX_DRAFTS
 from quire.engine.keeper import CacheKeeper
 from quire.engine.masks import MaskThread
 from quire.engine.runner import Runner
-from quire.engine.state import Branch, PromptToken, RequestState, Sink
+from quire.engine.state import AfterDraft, Branch, PromptToken, RequestState, Sink
 from quire.errors import CacheTooSmallError, NonFiniteLogitsError, NothingToDrawError, RequestFailedError, StepError, TokenizerError
 from quire.outputs import FinishReason, TokenEvent
+from quire.policy.drafts import MAX_NGRAM, PromptLookup
 from quire.policy.lookup import find_miss
 from quire.policy.plan import StepPlan, Work
 from quire.policy.scheduler import Scheduler
@@ -31,12 +33,15 @@ log = logging.getLogger("quire")
 class Engine:
     """Runs requests to their end. Every accepted request's sink gets its events and, once, an event with its output."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: TextTokenizer | None, reserve_bytes: int = 0) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, tokenizer: TextTokenizer | None, *, reserve_bytes: int = 0, prompt_lookup_num_tokens: int = 0
+    ) -> None:
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.prompt_lookup_num_tokens = prompt_lookup_num_tokens
         self.keeper = CacheKeeper(scheduler, runner.store, tokenizer, reserve_bytes)
         self.masks = MaskThread()
         self.num_steps = 0
-        self.num_computed_tokens = self.num_drawn_tokens = 0
+        self.num_computed_tokens = self.num_drawn_tokens = self.num_drafted_tokens = self.num_accepted_tokens = 0
         self._arrivals = 0
         self._requests: dict[str, RequestState] = {}
         self._branches: dict[int, tuple[RequestState, Branch]] = {}
@@ -59,7 +64,7 @@ class Engine:
         own_root = f"request {self._arrivals}" if scores or pooling == "mean" or request.num_branches > 1 and not cache.sharing else ""
         sequence = self.keeper.sequence(prompt, request.namespace, arrival=self._arrivals, own_root=own_root, scores=scores, pooling=pooling)
         self._arrivals += request.num_branches
-        num_tokens = request.num_committed_at_most
+        num_tokens = sequence.num_at_most = request.num_committed_at_most
         sequence.pages_at_most = cache.pages_to_finish(num_tokens)
         self._add_branch(state, sequence)
         self._requests[request.request_id] = state
@@ -74,6 +79,9 @@ class Engine:
     def _add_branch(self, state: RequestState, sequence: Sequence) -> None:
         model, index = self.runner.model, len(state.branches)
         branch = Branch(state.request, index, sequence, self.tokenizer, model.eos_token_ids, model.vocab_size)
+        prediction = state.request.prediction
+        if (most := self.prompt_lookup_num_tokens or (MAX_DRAFTS if prediction else 0)) and branch.may_draft:
+            sequence.lookup = PromptLookup(most, [*state.request.prompt_token_ids[-MAX_NGRAM:], *prediction] if prediction else ())
         state.branches.append(branch)
         self._branches[sequence.arrival] = (state, branch)
 
@@ -112,8 +120,11 @@ class Engine:
             self._fail(plan, error)
             return
         self.scheduler.commit(plan)
-        for seq, num_tokens in plan.works:
-            self._branches[seq.arrival][0].computed_tokens += num_tokens
+        for seq, num_tokens, drafts in plan.works:
+            state = self._branches[seq.arrival][0]
+            state.computed_tokens += num_tokens - len(drafts)
+            state.rejected_tokens += len(drafts)  # until they are accepted
+            self.num_drafted_tokens += len(drafts)
         self.scheduler.tier.note_step(plan.num_tokens, time.perf_counter() - began)
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
@@ -123,11 +134,15 @@ class Engine:
             for one, token in zip(together, tokens, strict=True):
                 if isinstance(one, PromptToken):
                     self._note_score(state, one, token)
+                elif isinstance(one, AfterDraft):
+                    if one.stands:
+                        self._accept(state, one.branch)
+                        self._deliver(state, one.branch, token)
                 else:
                     self._deliver(state, one, token)
         self.runner.log.mark("deliver")
 
-    def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken]]]:
+    def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken | AfterDraft]]]:
         """For each row of logits that a work gives: whose next token it scores or draws. A request's first tokens are drawn from one."""
         state, branch = self._branches[work.sequence.arrival]
         first = work.sequence.num_committed + 1
@@ -135,6 +150,8 @@ class Engine:
             yield state, [state.prompt_token(position)]
         if work.draws and state.request.max_tokens:
             yield state, [branch] if branch.token_ids else [*state.branches]
+            for i, draft in enumerate(work.drafts, len(branch.token_ids)):
+                yield state, [AfterDraft(branch, i, draft)]
         elif work.draws and state.pool is not None:
             yield state, []
         elif work.draws:
@@ -152,6 +169,13 @@ class Engine:
                 self._end_request(request_id, "error", NonFiniteLogitsError(f"request {request_id}: the model's hidden states hold NaN or infinity"))
             elif state.answered:
                 self._end_request(request_id, "length", None)
+
+    def _accept(self, state: RequestState, branch: Branch) -> None:
+        self.scheduler.accept(branch.sequence)
+        self.num_accepted_tokens += 1
+        state.accepted_tokens += 1
+        state.computed_tokens += 1
+        state.rejected_tokens -= 1
 
     def _note_score(self, state: RequestState, one: PromptToken, token: Sampled) -> None:
         request_id = state.request.request_id
@@ -198,7 +222,7 @@ class Engine:
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         log.error("a step failed; its %d requests end, nothing of it was committed", len(plan.works), exc_info=error)
         requests = set()
-        for seq, num_tokens in plan.works:
+        for seq, num_tokens, _ in plan.works:
             state = self._branches[seq.arrival][0]
             state.rejected_tokens += num_tokens
             requests.add(state.request.request_id)
@@ -247,7 +271,7 @@ class Engine:
 
     def _note_starts(self, plan: StepPlan) -> None:
         """Note, of requests without a token yet, what they found when they started, and how many tokens of them this step computes."""
-        for seq, num_tokens in plan.works:
+        for seq, num_tokens, _ in plan.works:
             state, _ = self._branches[seq.arrival]
             if state.first_token_s is not None:
                 continue
@@ -274,6 +298,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the state of the pool now."""
         counts = {"num_computed_tokens": self.num_computed_tokens, "num_drawn_tokens": self.num_drawn_tokens, "num_steps": self.num_steps}
+        counts |= {"num_drafted_tokens": self.num_drafted_tokens, "num_accepted_tokens": self.num_accepted_tokens}
         return {**counts, **self.keeper.stats()}
 
 

@@ -163,7 +163,7 @@ class ManualEngine:
         if not all(token.ok for token in flat):
             raise NothingToDrawError("allowed_token_ids and logit_bias together leave no token to draw")
         for work in works:
-            self._cache.commit(*work)
+            self._cache.commit(work.sequence, work.num_tokens)
         return flat
 
     def _copy(self) -> None:

@@ -71,13 +71,18 @@ class Branch:
         self.guide: Guide | None = request.grammar.start(self.stop_ids) if request.grammar is not None else None
         self._mask = torch.frombuffer(self.guide.mask, dtype=torch.int32) if self.guide else None
 
-    def next_row(self) -> Row:
-        """What the sampler must know to draw the next token."""
-        early = len(self.token_ids) < self.request.params.min_tokens
+    @property
+    def may_draft(self) -> bool:
+        """Whether a draw depends on the tokens before it through the logits alone, so that what follows drafts can be drawn with them."""
+        return self.guide is None and not self._sampling.counts
+
+    def next_row(self, num_drafts: int = 0) -> Row:
+        """What the sampler must know to draw the next token, or the one after so many drafts."""
+        early = len(self.token_ids) + num_drafts < self.request.params.min_tokens
         if self.guide is not None:  # which knows best when the sequence may end
             self.guide.early = early
             return Row(self._sampling, len(self.sequence.tokens), mask=self._mask)
-        return Row(self._sampling, len(self.sequence.tokens), tuple(self.stop_ids) if early else ())
+        return Row(self._sampling, len(self.sequence.tokens) + num_drafts, tuple(self.stop_ids) if early else ())
 
     def push(self, drawn: Sampled) -> TokenEvent:
         """Take a drawn token: what is now certain of the text, and whether the sequence has ended."""
@@ -165,6 +170,25 @@ class Branch:
         return text
 
 
+@dataclass(frozen=True, slots=True)
+class AfterDraft:
+    """The draw behind a draft: it stands if that draft, as token `index` of its branch, was drawn."""
+
+    branch: Branch
+    index: int
+    draft: int
+
+    def next_row(self) -> Row:
+        """What the sampler must know to draw it."""
+        return self.branch.next_row(self.index + 1 - len(self.branch.token_ids))
+
+    @property
+    def stands(self) -> bool:
+        """Whether all before it, and the draft, were drawn, and the branch goes on."""
+        token_ids = self.branch.token_ids
+        return self.branch.finish_reason is None and len(token_ids) == self.index + 1 and token_ids[-1] == self.draft
+
+
 @dataclass(slots=True)
 class RequestState:
     """A request's branches and what it has cost so far. Times are `time.perf_counter` seconds."""
@@ -179,6 +203,7 @@ class RequestState:
     cached_tokens: int = 0
     computed_tokens: int = 0
     rejected_tokens: int = 0
+    accepted_tokens: int = 0
     waited_for: str | None = None
     miss: Miss | None = None
     scoring: SequenceState | None = None
@@ -219,6 +244,7 @@ class RequestState:
             cached_tokens=self.cached_tokens,
             computed_tokens=self.computed_tokens,
             rejected_tokens=self.rejected_tokens,
+            accepted_tokens=self.accepted_tokens,
             drawn_tokens=sum(len(b.token_ids) for b in self.branches),
             num_preemptions=sum(b.sequence.num_preemptions for b in self.branches),
             peak_cache_bytes=sum(b.sequence.peak_pages for b in self.branches) * page_bytes,

@@ -126,12 +126,12 @@ class PageCache:
 
     # -- growth and commit ----------------------------------------------------------------------------------------------------------------
 
-    def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Room for the next `num_tokens` tokens, or False with nothing taken."""
+    def grow(self, seq: Sequence, num_tokens: int, num_drafts: int = 0) -> bool:
+        """Room for the next `num_tokens` tokens, or False with nothing taken. That the last `num_drafts` of them will stay is not sure."""
         end = seq.num_committed + num_tokens
         if end <= seq.capacity:
             return True
-        needs = self._needs(seq, end)
+        needs = self._needs(seq, end, end - num_drafts)
         spare = self.pool.num_available - sum(need.num_pages for need in needs)
         if spare < 0:
             return False
@@ -161,10 +161,10 @@ class PageCache:
 
     def pages_wanted(self, seq: Sequence, end: int) -> int:
         """How many more pages `end` committed tokens must have."""
-        return sum(need.num_pages for need in self._needs(seq, end))
+        return sum(need.num_pages for need in self._needs(seq, end, end))
 
-    def _needs(self, seq: Sequence, end: int) -> list[Need]:
-        return [groups.need(len(seq.tables[groups.first.group_id]), end, self.unit) for groups in self._alike]
+    def _needs(self, seq: Sequence, end: int, num_sure: int) -> list[Need]:
+        return [groups.need(len(seq.tables[groups.first.group_id]), end, num_sure, self.unit) for groups in self._alike]
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """The next `num_tokens` tokens are in the cache. Indexes complete pages and gives back what left a window, now or within a page."""

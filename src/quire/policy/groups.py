@@ -98,10 +98,10 @@ class Alike(NamedTuple):
     first: Group
     group_ids: list[int]
 
-    def need(self, have: int, num_tokens: int, unit: int) -> Need:
-        """What tables of `have` entries must have for so many committed tokens; not the pages that the window will have left by then."""
+    def need(self, have: int, num_tokens: int, num_sure: int, unit: int) -> Need:
+        """What tables of `have` entries must have for so many committed tokens; not the pages that the window will have left when `num_sure` are."""
         end = max(have, -(-num_tokens // self.first.page_size))
-        return Need(self.group_ids, have, min(max(have, self.first.first_kept(num_tokens, unit)), end), end)
+        return Need(self.group_ids, have, min(max(have, self.first.first_kept(num_sure, unit)), end), end)
 
 
 def alike(groups: Sequence[Group]) -> list[Alike]:

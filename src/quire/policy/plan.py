@@ -10,10 +10,19 @@ from quire.policy.sequence import Sequence
 
 
 class Work(NamedTuple):
-    """`sequence` computes its next `num_tokens` tokens. When that reaches all it has in hand, a token is drawn after the last one."""
+    """`sequence` computes its next `num_tokens` tokens, behind all it has in hand so many `drafts` (`policy/drafts.py`).
+
+    When that reaches all it has in hand, a token is drawn after the last one, and one after each draft.
+    """
 
     sequence: Sequence
     num_tokens: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_sure(self) -> int:
+        """Those of its tokens that are no drafts."""
+        return self.num_tokens - len(self.drafts)
 
     @property
     def num_scored(self) -> int:
@@ -32,7 +41,7 @@ class Work(NamedTuple):
     @property
     def draws(self) -> bool:
         """Whether a token is drawn at the end of it."""
-        return self.sequence.num_committed + self.num_tokens == self.sequence.num_known
+        return self.sequence.num_committed + self.num_sure == self.sequence.num_known
 
 
 @dataclass(frozen=True, slots=True)

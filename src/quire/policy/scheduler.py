@@ -13,6 +13,7 @@ from itertools import islice
 
 from quire.errors import IntegrityError
 from quire.policy.cache import PageCache
+from quire.policy.drafts import MAX_DRAWN
 from quire.policy.fairness import FairShares, Line, by_rank, to_give_way
 from quire.policy.plan import StepPlan, Work
 from quire.policy.sequence import Sequence
@@ -22,7 +23,7 @@ MAX_DEFERRED = 64  # bounds a plan: never linear in the queue
 MAX_SCORED = 128  # prompt tokens scored in a step: each takes a row of logits
 
 
-class Draft:
+class Outline:
     """A step while it is planned."""
 
     def __init__(self, budget: int) -> None:
@@ -40,6 +41,11 @@ class Draft:
         work = self.works[seq.arrival] = Work(seq, num_tokens)
         self.budget -= num_tokens
         self.scores_left -= work.num_scored
+
+    def put_drafts(self, seq: Sequence, drafts: tuple[int, ...]) -> None:
+        """Have it compute these behind all that it has in hand."""
+        self.works[seq.arrival] = Work(seq, self.works[seq.arrival].num_tokens + len(drafts), drafts)
+        self.budget -= len(drafts)
 
     def drop(self, seq: Sequence) -> None:
         """Have it compute nothing, whether it was to or not. Its tokens are others' then; it must stand where it stood."""
@@ -106,28 +112,34 @@ class Scheduler:
 
         Takes pages; next comes `commit` or `abandon`, before any other change.
         """
-        draft = Draft(self._budget)
-        self._plan_running(draft)
+        outline = Outline(self._budget)
+        self._plan_running(outline)
         # Nothing new starts while one that runs waits for room, nor while the first in the queue is known to find none.
-        if draft.budget and self._waiting and len(draft.works) == len(self._running) and not self._no_room_yet():
-            self._admit(draft)
-        if draft.works:
-            return StepPlan(tuple(draft.works.values()), self.cache.copies.take())
+        if outline.budget and self._waiting and len(outline.works) == len(self._running) and not self._no_room_yet():
+            self._admit(outline)
+        if len(outline.works) < MAX_DRAWN:
+            self._draft(outline)
+        if outline.works:
+            return StepPlan(tuple(outline.works.values()), self.cache.copies.take())
         if (self._running or self._waiting) and not self.tier.busy:
             raise IntegrityError(f"no progress with {self.num_running} sequences running and {self.num_waiting} waiting")
         return None
 
     def commit(self, plan: StepPlan) -> None:
-        """Every work of the plan was computed and its keys and values are in their pages."""
+        """Every work of the plan was computed and its keys and values are in their pages; those of drafts count when they are accepted."""
         self.cache.copies.done(plan.copies)
-        for seq, num_tokens in plan.works:
-            self.cache.commit(seq, num_tokens)
+        for work in plan.works:
+            self.cache.commit(work.sequence, work.num_sure)
+
+    def accept(self, seq: Sequence) -> None:
+        """The next of the tokens drafted for it in the last plan was drawn and is in hand."""
+        self.cache.commit(seq, 1)
 
     def abandon(self, plan: StepPlan) -> None:
         """The step failed: nothing of it was committed, and all its sequences end. What they had committed before stays cached."""
         self.cache.copies.done(plan.copies)
         unsure = {copy.target for copy in plan.copies}  # the failure may have come before the copy
-        for seq, _ in plan.works:
+        for seq in (work.sequence for work in plan.works):
             self.finish(seq, keep=all(unsure.isdisjoint(table) for table in seq.tables))
 
     def preempt_all(self) -> None:
@@ -145,7 +157,7 @@ class Scheduler:
             self.tier.offer(seq)
         self.cache.release(seq, keep=keep)
 
-    def _plan_running(self, draft: Draft) -> None:
+    def _plan_running(self, outline: Outline) -> None:
         ready, ending, longer = [], [], []
         for seq in self._running.values():
             if len(seq.tokens) - seq.num_committed > 1:
@@ -158,20 +170,34 @@ class Scheduler:
             ready += ending
             ending = []
         for seq in ready[: self._budget]:
-            draft.put(seq, 1)
+            outline.put(seq, 1)
         for seq in sorted(ending, key=by_rank) + sorted(longer, key=by_rank):
-            if draft.most(seq) and seq.arrival in self._running:
-                self._plan_with_room(seq, draft.most(seq), draft)
+            if outline.most(seq) and seq.arrival in self._running:
+                self._plan_with_room(seq, outline.most(seq), outline)
 
-    def _plan_with_room(self, seq: Sequence, num_tokens: int, draft: Draft) -> None:
+    def _plan_with_room(self, seq: Sequence, num_tokens: int, outline: Outline) -> None:
         """Grow and plan it, preempting those of worse rank while there is no room; the worst itself just waits a step."""
         while not self.cache.grow(seq, num_tokens):
             victim = max(self._running.values(), key=by_rank)
             if victim is seq:
                 return
-            draft.drop(victim)
+            outline.drop(victim)
             self._preempt(victim)
-        draft.put(seq, num_tokens)
+        outline.put(seq, num_tokens)
+
+    def _draft(self, outline: Outline) -> None:
+        """Let sequences guess, in rows that the step has left and in pages that nobody is near to needing."""
+        drawing = [work.sequence for work in outline.works.values() if work.draws]
+        able = [(seq, seq.lookup) for seq in drawing if seq.lookup is not None and seq.num_known > seq.num_prompt]
+        rows = min(MAX_DRAWN - len(outline.works), outline.budget)
+        for i, (seq, lookup) in enumerate(able):
+            drafts = lookup.guess(seq.tokens, min(rows // (len(able) - i), seq.num_at_most - seq.num_known))
+            spare = self.cache.pool.num_available - self.cache.pages_wanted(seq, seq.num_known + len(drafts))
+            if spare < len(self._running) * len(self.cache.groups):
+                drafts = drafts[: seq.capacity - seq.num_known]
+            if drafts and self.cache.grow(seq, seq.num_remaining + len(drafts), len(drafts)):
+                rows -= len(drafts)
+                outline.put_drafts(seq, drafts)
 
     def _preempt(self, seq: Sequence) -> None:
         del self._running[seq.arrival]
@@ -182,38 +208,38 @@ class Scheduler:
         seq.asked_below = seq.num_known
         self._waiting.add(seq)
 
-    def _admit(self, draft: Draft) -> None:
+    def _admit(self, outline: Outline) -> None:
         """Start waiting sequences in order, until one does not fit. One that would compute what another computes in this step waits for it."""
-        coming = self._pages_coming(draft.works.values())
+        coming = self._pages_coming(outline.works.values())
         place = 0  # those before it wait for what is coming
-        while draft.budget and place < min(len(self._waiting), MAX_DEFERRED):
+        while outline.budget and place < min(len(self._waiting), MAX_DEFERRED):
             seq = self._waiting[place]
             if coming and self._would_compute(seq, coming):
                 seq.waits_for = "prefix"
                 place += 1
-            elif not draft.most(seq):
+            elif not outline.most(seq):
                 seq.waits_for = "logits"
                 place += 1
             elif self.tier.fetch(seq):
                 seq.waits_for = "disk"
                 place += 1
-            elif self._start(seq, draft):
-                coming |= self._pages_coming([draft.works[seq.arrival]])
+            elif self._start(seq, outline):
+                coming |= self._pages_coming([outline.works[seq.arrival]])
             else:
                 break
 
-    def _start(self, seq: Sequence, draft: Draft) -> bool:
+    def _start(self, seq: Sequence, outline: Outline) -> bool:
         """Let a waiting sequence run, if need be in the place of others."""
-        while not self._start_in_free_room(seq, draft):
+        while not self._start_in_free_room(seq, outline):
             needed = self.cache.pages_to_finish(seq.num_known)
             victim = to_give_way(seq, self._running.values(), self.cache.pool.num_usable, needed)
             if victim is None:
                 return False
-            draft.drop(victim)
+            outline.drop(victim)
             self._preempt(victim)
         return True
 
-    def _start_in_free_room(self, seq: Sequence, draft: Draft) -> bool:
+    def _start_in_free_room(self, seq: Sequence, outline: Outline) -> bool:
         """Let a waiting sequence run if all it has in hand fits beside one more page for each that runs."""
         if len(self._running) >= self._max_sequences:
             seq.waits_for = "sequences"
@@ -226,12 +252,12 @@ class Scheduler:
             self.cache.match(seq, partial=partial)
             hit = seq.num_committed
             fits = not headroom or self.cache.pages_wanted(seq, seq.num_known) + headroom <= pool.num_available
-            if fits and self.cache.grow(seq, draft.most(seq)):
+            if fits and self.cache.grow(seq, outline.most(seq)):
                 self._waiting.remove(seq)
                 self._running[seq.arrival] = seq
                 self._shares.started(seq.rank)
                 self.num_cached_tokens += hit
-                draft.put(seq, draft.most(seq))
+                outline.put(seq, outline.most(seq))
                 return True
             self.cache.release(seq)
         seq.waits_for = "pages"
@@ -254,7 +280,7 @@ class Scheduler:
         """Digests of the pages that prompts in this step will complete."""
         coming: set[bytes] = set()
         size = self.cache.unit
-        for seq, num_tokens in works:
+        for seq, num_tokens, _ in works:
             if self.cache.shares(seq) and (num_tokens > 1 or seq.num_committed < seq.num_prompt):
                 first, end = seq.num_committed // size, (seq.num_committed + num_tokens) // size
                 coming.update(key.digest for key in seq.chain(size, end, self.cache.hash_bytes)[first + 1 : end + 1])

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence as Tokens
 from typing import NamedTuple
 
+from quire.policy.drafts import PromptLookup
 from quire.policy.prefix import Hash, PrefixKey, pack
 
 
@@ -29,7 +30,8 @@ class Sequence:
     are wanted. `pooling`: the final hidden states of its prompt are wanted, of all tokens ("mean") or of the last one ("last").
     `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
     have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
-    found in whole cached pages when it last started. `pages_at_most` is what it may need to finish, alone. `waits_for` says why it has not started,
+    found in whole cached pages when it last started. It will come to `num_at_most` tokens in the cache at most, and may need `pages_at_most` to
+    finish, alone. `lookup`, where it has one, drafts its next tokens. `waits_for` says why it has not started,
     `asked_below` is how many tokens it hit when the tier below was last asked for more; it is asked again when they have become fewer.
     """
 
@@ -40,8 +42,10 @@ class Sequence:
         "capacity",
         "chains",
         "first_page",
+        "lookup",
         "namespace",
         "next_tidy",
+        "num_at_most",
         "num_committed",
         "num_hit",
         "num_indexed",
@@ -82,7 +86,8 @@ class Sequence:
         self.shared_root, self.num_shared = shared or (root, 0)
         self.num_committed = 0
         self.num_preemptions = 0
-        self.peak_pages = self.pages_at_most = 0
+        self.peak_pages = self.pages_at_most = self.num_at_most = 0
+        self.lookup: PromptLookup | None = None
         self.scores, self.pooling = scores, pooling
         self.waits_for = ""
         self.asked_below = self.num_prompt
@@ -95,7 +100,7 @@ class Sequence:
         shared = (self.shared_root, self.num_shared)
         sister = Sequence(arrival, self.tokens[: self.num_prompt], self.root, namespace=self.namespace, own_root=self.own_root, shared=shared)
         sister.rank = self.rank._replace(arrival=arrival)
-        sister.pages_at_most = self.pages_at_most
+        sister.pages_at_most, sister.num_at_most = self.pages_at_most, self.num_at_most
         sister.chains = {size: chain[: self.num_prompt // size + 1] for size, chain in self.chains.items()}
         sister.bridges = dict(self.bridges)
         return sister

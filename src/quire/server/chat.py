@@ -115,6 +115,7 @@ def _params(asked: ChatRequest) -> SamplingParams:
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         prompt_logprobs=asked.prompt_logprobs,
         structured=structure_of(asked.response_format, asked.structured_outputs),
+        prediction=asked.prediction.text if asked.prediction is not None else None,
     )
 
 

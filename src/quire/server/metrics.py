@@ -145,6 +145,8 @@ class _EngineMetrics(Collector):
         yield CounterMetricFamily("quire_steps", "Steps of the engine.", value=stats["num_steps"])
         yield CounterMetricFamily("quire_computed_tokens", "Tokens that went through the model.", value=stats["num_computed_tokens"])
         yield CounterMetricFamily("quire_drawn_tokens", "Tokens drawn, also those of requests that run.", value=stats["num_drawn_tokens"])
+        yield CounterMetricFamily("quire_drafted_tokens", "Tokens guessed and computed.", value=stats["num_drafted_tokens"])
+        yield CounterMetricFamily("quire_accepted_tokens", "Guessed tokens that were right; each saved a step.", value=stats["num_accepted_tokens"])
         yield CounterMetricFamily(
             "quire_cache_hit_tokens", "Tokens found in the cache whenever a sequence started.", value=stats["num_cached_tokens"]
         )

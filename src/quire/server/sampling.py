@@ -17,7 +17,8 @@ SAME = (
 
 
 def params_of(asked: Sampling, **more: Any) -> SamplingParams:
-    """The params of one prompt. `more` are what the endpoints name differently: max_tokens, logprobs, prompt_logprobs, best_of, structured.
+    """The params of one prompt. `more` are what the endpoints name differently: max_tokens, logprobs, prompt_logprobs, best_of, structured,
+    prediction.
 
     Raises:
         InvalidRequestError, ServerError: a value is out of its range.

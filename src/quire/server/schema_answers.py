@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 REF = "#/components/schemas/{model}"
 
@@ -37,6 +37,13 @@ class CachedTokens(Answer):
     cached_tokens: int
 
 
+class PredictedTokens(Answer):
+    """How many guessed tokens were right, and how many were wrong."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Answer):
     """What a request cost."""
 
@@ -44,6 +51,7 @@ class Usage(Answer):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens | None = Field(default=None, description="Where tokens were guessed.")
 
 
 class PromptLogprob(Answer):

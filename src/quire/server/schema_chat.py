@@ -22,6 +22,18 @@ class TextPart(SentBack):
     text: str
 
 
+class Prediction(Part):
+    """What much of the answer is thought to repeat, such as a file before an edit."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class FunctionCall(SentBack):
     """What was called, its arguments a JSON object written out."""
 
@@ -121,6 +133,7 @@ class ChatRequest(ChatPrompt, Sampling):
     response_format: ResponseFormat | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    prediction: Prediction | None = Field(default=None, description="Tokens it has right come several a step; no other is drawn for it.")
     reasoning_effort: Label | None = Field(default=None, description="For templates that have such a variable; refused by others.")
     metadata: dict[str, Label] | None = Field(default=None, max_length=16, description="Labels. Nothing depends on them.")
     store: Literal[False] | None = Field(default=None, description="Nothing is stored.")
@@ -133,7 +146,6 @@ class ChatRequest(ChatPrompt, Sampling):
     verbosity: Literal["medium"] | None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
     audio: None = None
-    prediction: None = None
     web_search_options: None = None
     functions: None = None
     function_call: None = None

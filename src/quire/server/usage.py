@@ -14,17 +14,18 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 
 def usage_of(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
     """The `usage` object over all outputs."""
-    prompt = generated = cached = 0
+    prompt = generated = cached = accepted = rejected = 0
     for output in outputs:
         prompt += output.receipt.prompt_tokens
         cached += output.receipt.cached_tokens
         generated += output.receipt.drawn_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+        accepted += output.receipt.accepted_tokens
+        rejected += output.receipt.rejected_tokens
+    usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    if accepted or rejected:
+        usage["completion_tokens_details"] = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+    return usage
 
 
 def chat_logprobs(

@@ -101,6 +101,11 @@ class SequenceState:
             for token_id in output_ids:
                 self.append(token_id)
 
+    @property
+    def counts(self) -> bool:
+        """Whether a draw depends on which tokens came before, by a penalty."""
+        return self._index is not None
+
     def append(self, token_id: int) -> None:
         """The sequence was given one more token."""
         if self._index is not None:

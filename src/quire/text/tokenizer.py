@@ -54,22 +54,22 @@ class TextTokenizer:
         self._backend: Any = hf.backend_tokenizer if plain else None
         self.byte_ids: Mapping[int, int] = self._find_byte_ids()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, field: str = "prompt", add_special_tokens: bool = True) -> list[int]:
         """The ids of `text` as `hf(text).input_ids` gives them: with BOS if this tokenizer adds it, special tokens in the text parsed.
 
         Raises:
-            InvalidRequestError: `prompt` is no string, has no UTF-8 form (lone surrogates), or the tokenizer cannot encode it.
+            InvalidRequestError: `field` is no string, has no UTF-8 form (lone surrogates), or the tokenizer cannot encode it.
         """
         if not isinstance(text, str):
-            raise InvalidRequestError("prompt", text, "a string")
+            raise InvalidRequestError(field, text, "a string")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as err:
-            raise InvalidRequestError("prompt", text, f"text that has a UTF-8 form (lone surrogate at character {err.start})") from None
+            raise InvalidRequestError(field, text, f"text that has a UTF-8 form (lone surrogate at character {err.start})") from None
         try:
-            ids = self.hf(text, verbose=False).input_ids
+            ids = self.hf(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
         except Exception as err:  # tokenizers raises plain Exception, for instance for a word outside a vocabulary without <unk>
-            raise InvalidRequestError("prompt", text, f"text that the tokenizer can encode ({err})") from err
+            raise InvalidRequestError(field, text, f"text that the tokenizer can encode ({err})") from err
         return list(ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
