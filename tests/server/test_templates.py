@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from quire.server import chat_template
 from quire.server.chat_template import ChatTemplate
 from quire.server.errors import ServerError
+from quire.server.schema_chat import Message, as_template_messages
 from tests.engine.conftest import tokenizer
 
 CHAT = [
@@ -68,6 +70,27 @@ def test_continued_as_transformers_does(both: Any) -> None:
             ours.render(CHAT, add_generation_prompt=False, continue_final_message=True)
     else:
         assert ours.render(CHAT, add_generation_prompt=False, continue_final_message=True) == wanted
+
+
+def test_a_last_message_of_which_the_template_drops_a_part_is_not_continued() -> None:
+    ours = template("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}")
+    chat = [CHAT[0], {"role": "assistant", "content": "<think>hm</think> Two"}]
+    with pytest.raises(ValueError):
+        ours._hf.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    with pytest.raises(ServerError, match="or changes it"):
+        ours.render(chat, add_generation_prompt=False, continue_final_message=True)
+    ours.close()
+
+
+def test_reasoning_and_calls_without_an_id_as_transformers_hands_them_on() -> None:
+    ours = template("{{ messages | tojson }}")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    said = {"role": "assistant", "content": "Two", "reasoning_content": "1 + 1", "tool_calls": [call]}
+    sent = {**said, "tool_calls": [{**call, "function": {"name": "add", "arguments": '{"a": 1}'}}]}
+    made = ours.render(as_template_messages([Message.model_validate(sent)], knows_developer=False))
+    assert json.loads(made) == json.loads(ours._hf.apply_chat_template([said], tokenize=False))
+    assert json.loads(made)[0]["thinking"] == "1 + 1", "as gpt-oss's template calls it"
+    ours.close()
 
 
 @pytest.mark.parametrize(

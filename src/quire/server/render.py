@@ -93,7 +93,7 @@ def compiled(template: str) -> jinja2.Template:
 
 def render(template: str, messages: list[dict[str, Any]], variables: dict[str, Any], continued: bool) -> str:
     """The text of a chat; with `continued` it ends within the last message's content, as if that were still being written."""
-    final = messages[-1].get("content") if continued else None
+    final = messages[-1].get("content", "") if continued else ""
     if continued:
         if not isinstance(final, str) or not final:
             raise ValueError("the last message has no content to continue")
@@ -102,7 +102,7 @@ def render(template: str, messages: list[dict[str, Any]], variables: dict[str, A
     if not continued:
         return text
     at = text.rfind(CONTINUED.strip())
-    if at < 0:
+    if at < 0 or final.strip() not in text:
         raise ValueError("this model's chat template leaves the last message out, or changes it, so that it cannot be continued")
     # A template that strips messages has stripped the mark's space too: then the message's own was meant to go as well.
     return text[:at] if text.startswith(CONTINUED, at) else text[:at].rstrip()

@@ -167,6 +167,7 @@ def _as_template_message(i: int, message: Message, knows_developer: bool) -> dic
     if isinstance(text, list):
         text = "\n".join(part.text for part in text)
     made = {
+        "thinking": message.reasoning_content,  # gpt-oss's name for it: transformers gives templates both
         "role": "system" if message.role == "developer" and not knows_developer else message.role,
         "content": text,
         "name": message.name,
@@ -197,4 +198,5 @@ def _as_template_call(i: int, j: int, call: ToolCall) -> dict[str, Any]:
         arguments = arguments_of(call.function.arguments)
     except ValueError as error:
         raise refused(f"messages.{i}.tool_calls.{j}.function.arguments", str(error)) from error
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    id_ = {} if call.id is None else {"id": call.id}  # templates ask whether it is there
+    return {**id_, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
