@@ -182,6 +182,12 @@ def test_tokenize_and_back(server: Running) -> None:
     assert server.post("/detokenize", {"tokens": [10**6]}).json()["error"]["param"] == "tokens"
 
 
+def test_of_several_templates_clients_are_told_the_default(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    for template, told in (({"default": "d", "tool_use": "t"}, "d"), ({"rag": "r"}, None), ("one", "one")):
+        monkeypatch.setattr(server.llm.tokenizer, "chat_template", template)
+        assert server.get("/tokenizer_info").json()["chat_template"] == told
+
+
 def test_models(server: Running, client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
     assert (card.id, card.owned_by, card.object) == ("tiny", "quire", "model") and card.created > 10**9

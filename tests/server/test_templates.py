@@ -93,6 +93,18 @@ def test_reasoning_and_calls_without_an_id_as_transformers_hands_them_on() -> No
     ours.close()
 
 
+def test_templates_for_some_uses_alone_are_told_of_by_name() -> None:
+    hf = tokenizer()
+    hf.chat_template = {"tool_use": "{{ tools | length }}", "rag": "documents"}
+    ours, chat = ChatTemplate(hf), [{"role": "user", "content": "x"}]
+    assert ours.render(chat, TOOLS) == "1"
+    for ask in (lambda: ours.render(chat), lambda: ours.mentions("developer")):
+        with pytest.raises(ServerError, match=r"for some uses \(rag, tool_use\) and none for this chat") as caught:
+            ask()
+        assert caught.value.status == 400 and caught.value.code == "no_chat_template"
+    ours.close()
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [

@@ -81,7 +81,12 @@ class ChatTemplate:
             self._end()
 
     def _source(self, tools: list[dict[str, Any]] | None) -> str:
-        return str(self._hf.get_chat_template(None, tools))  # some tokenizers have one template of their own for tools
+        try:
+            return str(self._hf.get_chat_template(None, tools))  # some tokenizers have one template of their own for tools
+        except ValueError:
+            names = ", ".join(sorted(self._hf.chat_template))
+            message = f"messages: this model has chat templates for some uses ({names}) and none for this chat"
+            raise ServerError(400, message, param="messages", code="no_chat_template") from None
 
     def _ask(self, line: bytes) -> dict[str, Any]:
         with self._lock:

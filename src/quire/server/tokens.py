@@ -110,6 +110,7 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
     llm = serving.engine()
     _texts(serving)
     hf = llm.tokenizer
+    template = hf.chat_template.get("default") if isinstance(hf.chat_template, dict) else hf.chat_template  # some have several, by name
     return TokenizerInfo(
         tokenizer_class=type(hf).__name__,
         model_max_length=llm.info.context_len,
@@ -117,7 +118,7 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
         eos_token=hf.eos_token,
         pad_token=hf.pad_token,
         unk_token=hf.unk_token,
-        chat_template=hf.chat_template if isinstance(hf.chat_template, str) else None,
+        chat_template=template,
     )
 
 
