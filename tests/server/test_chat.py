@@ -123,6 +123,7 @@ def test_values_for_the_template(server: Running) -> None:
     [
         ("chat_template_kwargs.messages", {"chat_template_kwargs": {"messages": []}}),
         ("chat_template_kwargs.bos_token", {"chat_template_kwargs": {"bos_token": "x"}}),
+        ("chat_template_kwargs.enable_thinking", {"chat_template_kwargs": {"shout": "HEY", "enable_thinking": False}}),
         ("chat_template", {"chat_template": "{{ 1 }}"}),
         ("reasoning_effort", {"reasoning_effort": "low"}),
         ("add_generation_prompt", {"add_generation_prompt": True, "continue_final_message": True}),

@@ -59,8 +59,12 @@ class ChatTemplate:
         reserved = (RESERVED | self._special.keys()) & (values or {}).keys()
         if reserved:
             raise refused(f"chat_template_kwargs.{min(reserved)}", "is not for requests to set")
+        source = self._source(tools)
+        unread = [name for name in values or {} if name not in source]
+        if unread:
+            raise refused(f"chat_template_kwargs.{min(unread)}", "must be left out: this model's chat template has no such variable")
         asked = {
-            "template": self._source(tools),
+            "template": source,
             # Templates write None out where they do not expect it; a key that is missing they all know.
             "messages": [{name: value for name, value in message.items() if value is not None} for message in messages],
             "variables": {**self._special, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **(values or {})},
