@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -147,6 +148,15 @@ def test_a_template_without_an_end_is_killed_and_the_next_one_is_served(monkeypa
     assert slow.render([{"role": "user", "content": "x"}]) == "ok"
     slow.close()
     assert slow._process is None
+
+
+def test_the_date_is_that_of_the_servers_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ahead in (11, -12):  # a day apart, or nearly
+        monkeypatch.setenv("TZ", f"XXX{-ahead:+d}")  # POSIX counts westward
+        made, zone = template("{{ strftime_now('%d %H') }}"), timezone(timedelta(hours=ahead))
+        before, told, after = datetime.now(zone), made.render([{"role": "user", "content": "x"}]), datetime.now(zone)
+        made.close()
+        assert told in (before.strftime("%d %H"), after.strftime("%d %H"))
 
 
 def test_the_renderer_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -122,6 +123,7 @@ class ChatTemplate:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # -I and an empty environment: nothing that the server was started with reaches a template.
+    # -I and no environment: nothing that the server was started with reaches a template, but for where the date that it writes is to be taken.
     command = [sys.executable, "-I", str(RENDERER), str(MAX_TEMPLATE_BYTES)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={})
+    zone = {name: os.environ[name] for name in ("TZ",) if name in os.environ}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=zone)
