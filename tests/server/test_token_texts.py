@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quire import LLM
@@ -38,6 +38,19 @@ def test_a_prompt_that_is_echoed_is_what_the_caller_wrote(hf: Any) -> None:
                 assert prompt[at:].startswith((text, text.removeprefix(" "))), (prompt, text, at)
         last = texts.of(ids[-1]).text
         assert begins(hf, ids, prompt=prompt)[-1] == len(prompt) - len(last)
+
+
+def test_spaces_that_tokens_swallow_move_what_follows() -> None:
+    hf = llama_like()
+    hf.add_special_tokens({"additional_special_tokens": [AddedToken("<|user|>", rstrip=True), AddedToken("<|end|>", lstrip=True)]})  # Phi 3's
+    prompt = "<|user|>\n hi  <|end|>a hen"
+    ids = hf(prompt).input_ids
+    shown = [hf.convert_ids_to_tokens(token_id).lstrip("▁") for token_id in ids]
+    assert [token for token in shown if token] == ["<s>", "<|user|>", "h", "i", "<|end|>", "a", "he", "n"]
+    for token, at in zip(shown[1:], begins(hf, ids, prompt=prompt)[1:], strict=True):
+        assert prompt.startswith((token, f" {token}"), at), (token, at)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab={"the": 0, "fox": 1})))
+    assert begins(words, [0, 1, 0], prompt="the  fox\nthe") == [0, 5, 9]
 
 
 def test_special_tokens_without_a_name_of_their_own_take_no_room_either() -> None:

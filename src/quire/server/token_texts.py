@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from quire.server.errors import refused
 from quire.text.detokenizer import EACH_BYTE
 from quire.text.tokenizer import TextTokenizer
+
+SPACES = re.compile(r"\s+")
 
 
 class TokenText(NamedTuple):
@@ -86,7 +89,12 @@ class Offsets:
             return b"" if self._skip and special else raw
         if self._prompt.startswith(raw.decode(errors="ignore"), self._at):
             return raw
-        return b"" if special else raw.removeprefix(b" ")
+        raw = raw if special else raw.removeprefix(b" ")
+        word, gap = raw.decode(errors="ignore"), SPACES.match(self._prompt, self._at)
+        if word and gap and self._prompt.startswith(word, gap.end()):  # some tokens swallow the spaces beside them, some tokenizers all
+            self._at = gap.end()
+            return raw
+        return b"" if special else raw
 
 
 def encoded(hf: Any, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
