@@ -118,6 +118,17 @@ def test_values_for_the_template(server: Running) -> None:
     assert went_on["prompt_token_ids"] == wanted and server.llm.tokenizer.decode(wanted).endswith("the fox")
 
 
+def test_one_reasoning_effort_reaches_the_template(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.llm.tokenizer, "chat_template", "{{ reasoning_effort }}: {{ messages[1].content }}")
+    low, high = {"reasoning_effort": "low"}, {"reasoning_effort": "high"}
+    for asked in (low, {"chat_template_kwargs": low}, low | {"chat_template_kwargs": low}):
+        assert ask(server, **asked, return_token_ids=True)["prompt_token_ids"] == prompt_ids(server, **low)
+    answer = server.post("/v1/chat/completions", {"messages": CHAT, **low, "chat_template_kwargs": high})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "reasoning_effort", answer.text
+    answer = server.post("/v1/responses", {"input": "x", "reasoning": {"effort": "low"}, "chat_template_kwargs": high})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "reasoning.effort", answer.text
+
+
 @pytest.mark.parametrize(
     ("param", "body"),
     [

@@ -64,7 +64,8 @@ async def chat_prompt(serving: Serving, asked: ChatPrompt, messages: Sequence[Me
     if reasoning_effort is not None:
         if not template.mentions("reasoning_effort", tools):
             raise refused("reasoning_effort", "must be left out: this model's chat template has no such variable")
-        values["reasoning_effort"] = reasoning_effort
+        if values.setdefault("reasoning_effort", reasoning_effort) != reasoning_effort:
+            raise refused("reasoning_effort", "must be left out, or equal, where chat_template_kwargs has it")
 
     def render() -> list[int]:
         text = template.render(
