@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 
-from bench import attention, cache, codecs, faces, linear, machine, weights
+from bench import attention, cache, codecs, drafts, faces, linear, machine, weights
 from bench.options import whole
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--layers", type=whole, default=28, help="layers of the Qwen3-0.6B shape")
     parser.add_argument("--long", type=whole, default=8192, help="half the tokens of the prompt that is computed in chunks")
     parser.add_argument("--no-peers", action="store_true", help="Quire alone in padded batches")
-    parts = ["machine", "attention", "codecs", "codecs-quality", "codecs-speed", "cache", "faces", "linear", "weights"]
+    parts = ["machine", "attention", "codecs", "codecs-quality", "codecs-speed", "cache", "drafts", "faces", "linear", "weights"]
     parser.add_argument("--only", choices=parts, help="one part (the machine is always measured); the two halves of codecs also apart")
     parser.add_argument("--batches", type=whole, nargs="+", default=[4, 16, 32], help="padded batches")
     parser.add_argument("--new", type=whole, default=256, help="new tokens of each row of a padded batch")
@@ -39,6 +39,8 @@ def main() -> None:
         results["weights"] = weights.run(args.text)
     if args.only in (None, "cache"):
         results["cache"] = cache.run(args.layers)
+    if args.only in (None, "drafts"):
+        results["drafts"] = drafts.run(args.layers)
     if args.only in (None, "faces"):
         results["faces"] = faces.run(args.layers, args.batches, args.new, 2 * args.long, not args.no_peers)
     print(json.dumps(results))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from quire.config import MAX_DRAFTS
 from quire.errors import InvalidRequestError
 from quire.structured import StructuredOutput
 
@@ -61,8 +62,9 @@ class SamplingParams:
             `min_tokens` and `ignore_eos` say; end-of-sequence and stop tokens are drawn where the text may end, and nowhere else. A text that
             `max_tokens` cut short ends with "length". Together with `allowed_token_ids` only what both allow is drawn, and a stop string may
             end the text early.
-        prediction: text, or its tokens, that much of the output is thought to repeat, such as a file before an edit. Steps guess from it, as with the
-            engine's `prompt_lookup_num_tokens`, and draw several tokens at once. No bit of the output changes. Not with penalties or `structured`.
+        prompt_lookup_num_tokens: the engine's option of this name, for this request; 0 to 15, and not with `structured`.
+        prediction: text, or its tokens, that much of the output is thought to repeat, such as a file before an edit. Steps guess from it as well, and
+            draw several tokens at once. No bit of the output changes. Not with `structured`.
 
     Raises:
         InvalidRequestError: a value out of its range, naming field, value and limit.
@@ -93,6 +95,7 @@ class SamplingParams:
     pooling: Pooling | None = None
     skip_special_tokens: bool = True
     structured: StructuredOutput | None = None
+    prompt_lookup_num_tokens: int | None = None
     prediction: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -123,12 +126,13 @@ class SamplingParams:
             raise InvalidRequestError("pooling", self.pooling, "'mean', 'last' or None")
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise InvalidRequestError("structured", self.structured, "a StructuredOutput, or None")
-        if self.prediction is not None:
-            if not isinstance(self.prediction, str):
-                object.__setattr__(self, "prediction", _ids("prediction", self.prediction))
-            for name, neutral in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0), ("structured", None)):
-                if getattr(self, name) != neutral:
-                    raise InvalidRequestError("prediction", self.prediction, f"None with {name}, for which tokens are drawn one by one")
+        if self.prompt_lookup_num_tokens is not None:
+            _integer("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MAX_DRAFTS)
+        if self.prediction is not None and not isinstance(self.prediction, str):
+            object.__setattr__(self, "prediction", _ids("prediction", self.prediction))
+        for name in ("prompt_lookup_num_tokens", "prediction"):
+            if getattr(self, name) and self.structured is not None:
+                raise InvalidRequestError(name, getattr(self, name), "None with structured, for which tokens are drawn one by one")
         # Kept as values of one type each that nobody else can change. `logit_bias` stays a dict, which can be pickled: each request takes a copy
         # (engine/intake.py).
         object.__setattr__(self, "stop", _strings(self.stop))

@@ -50,8 +50,8 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "dtype", "options"), CASES, ids=lambda x: str(x).removeprefix("torch."))
 def test_no_bit_changes(checkpoint: Checkpoint, family: str, dtype: torch.dtype, options: dict[str, Any], knowing: Any) -> None:
-    folder, work = checkpoint(family, dtype), [(prompt, replace(params, repetition_penalty=1.0)) for prompt, params in jobs(11, 8)]
-    work += [(prompt, replace(params, frequency_penalty=0.0, min_tokens=1, n=2)) for prompt, params in work[:3]]
+    folder, work = checkpoint(family, dtype), jobs(11, 8)
+    work += [(prompt, replace(params, min_tokens=1, n=2)) for prompt, params in work[:3]]
     expected = alone(folder, work, **options)
     knowing(wholes(work, expected), 0.2)
     for page_size, budget, most, max_sequences in ((16, 512, 15, 64), (3, 17, 6, 3)):
@@ -169,18 +169,30 @@ def test_a_step_that_fails_with_drafts(checkpoint: Checkpoint, knowing: Any, mon
         llm.check_integrity()
 
 
-def test_penalties_and_forms_are_drawn_one_by_one(checkpoint: Checkpoint, knowing: Any) -> None:
-    folder, work = checkpoint("llama"), [(PROMPT, replace(GREEDY, **{name: 1.5})) for name in ("repetition_penalty", "presence_penalty")]
-    expected = alone(folder, work)
-    knowing(wholes(work, expected), 0.0)
-    with LLM(folder, prompt_lookup_num_tokens=8) as llm:
-        assert together(llm, work) == expected and llm.stats()["num_drafted_tokens"] == 0
+def test_forms_are_drawn_token_by_token(checkpoint: Checkpoint) -> None:
+    form = replace(GREEDY, structured=StructuredOutput(regex="(ab)+"))
+    with LLM(checkpoint("llama"), prompt_lookup_num_tokens=8) as llm:
+        assert llm.generate([PROMPT], form)[0].error is None and llm.stats()["num_drafted_tokens"] == 0
+    for name, value in (("prompt_lookup_num_tokens", 3), ("prediction", "ab")):
+        with pytest.raises(InvalidRequestError, match=f"{name}=.*must be None with structured"):
+            replace(form, **{name: value})
 
 
-@pytest.mark.parametrize("value", [-1, 16, True, 2.0, "4", None])
-def test_how_many_is_checked(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"prompt_lookup_num_tokens=.*must be an integer from 0 to 15"):
+def test_a_request_may_ask_for_more_or_none(checkpoint: Checkpoint) -> None:
+    repeating = replace(GREEDY, allowed_token_ids=[5, 6, 7])
+    for own, asked in ((8, 0), (0, 8), (8, None)):
+        with LLM(checkpoint("llama"), prompt_lookup_num_tokens=own) as llm:
+            [output] = llm.generate([PROMPT], replace(repeating, prompt_lookup_num_tokens=asked))
+            assert bool(output.receipt.accepted_tokens) == (asked != 0)
+
+
+@pytest.mark.parametrize("value", [-1, 16, True, 2.0, "4"])
+def test_how_many_is_checked(value: Any) -> None:
+    limit = r"prompt_lookup_num_tokens=.*must be an integer from 0 to 15"
+    with pytest.raises(ConfigError, match=limit):
         LLM("nowhere", prompt_lookup_num_tokens=value)
+    with pytest.raises(InvalidRequestError, match=limit):
+        SamplingParams(prompt_lookup_num_tokens=value)
 
 
 def test_a_prediction_is_drafted(checkpoint: Checkpoint) -> None:
@@ -199,9 +211,6 @@ def test_a_prediction_is_drafted(checkpoint: Checkpoint) -> None:
             assert prediction is not token_ids or accepted >= 45
             assert prediction is not edited or accepted >= 35
             assert prediction not in ("", []) or accepted + output.receipt.rejected_tokens == 0
-        for name, value in (("repetition_penalty", 1.1), ("presence_penalty", 0.5), ("structured", StructuredOutput(regex="a+"))):
-            with pytest.raises(InvalidRequestError, match=f"prediction=.*must be None with {name}"):
-                replace(GREEDY, prediction="x", **{name: value})
         for wrong in ([VOCAB], "\ud800"):
             with pytest.raises(InvalidRequestError, match="prediction="):
                 llm.generate([PROMPT], replace(GREEDY, prediction=wrong))

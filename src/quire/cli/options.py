@@ -47,7 +47,7 @@ SAMPLING = {
     "prediction": "Text that the output is thought to repeat much of; several tokens are drawn at once then.",
     "structured": "The form of the text: json, schema={...}, regex=..., choice=a|b or grammar=... (Lark).",
 }
-LIBRARY_ONLY = ("return_logits", "pooling")  # fields of which nothing would be printed
+LIBRARY_ONLY = {SamplingParams: ("return_logits", "pooling", "prompt_lookup_num_tokens")}  # nothing of them would be printed, or the engine has it
 ENGINE = {
     "dtype": f"Of weights and cache: {', '.join(DTYPES)} (the checkpoint's own).",
     "quantization": f"Of the weights, made at load: {', '.join(QUANTIZATIONS)}.",
@@ -185,7 +185,7 @@ def parse_size(text: str) -> int:
 
 def _option_names(kind: Any, hint: Any) -> list[str]:
     without = [name for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Without) for name in extra.names]
-    return [f.name for f in fields(kind) if f.name not in (*LIBRARY_ONLY, *without)]
+    return [f.name for f in fields(kind) if f.name not in (*LIBRARY_ONLY.get(kind, ()), *without)]
 
 
 def _options(kind: Any, names: list[str]) -> list[inspect.Parameter]:

@@ -79,8 +79,9 @@ class Engine:
     def _add_branch(self, state: RequestState, sequence: Sequence) -> None:
         model, index = self.runner.model, len(state.branches)
         branch = Branch(state.request, index, sequence, self.tokenizer, model.eos_token_ids, model.vocab_size)
-        prediction = state.request.prediction
-        if (most := self.prompt_lookup_num_tokens or (MAX_DRAFTS if prediction else 0)) and branch.may_draft:
+        asked, prediction = state.request.params.prompt_lookup_num_tokens, state.request.prediction
+        most = (self.prompt_lookup_num_tokens if asked is None else asked) or (MAX_DRAFTS if prediction else 0)
+        if most and branch.guide is None:
             sequence.lookup = PromptLookup(most, [*state.request.prompt_token_ids[-MAX_NGRAM:], *prediction] if prediction else ())
         state.branches.append(branch)
         self._branches[sequence.arrival] = (state, branch)
@@ -150,8 +151,8 @@ class Engine:
             yield state, [state.prompt_token(position)]
         if work.draws and state.request.max_tokens:
             yield state, [branch] if branch.token_ids else [*state.branches]
-            for i, draft in enumerate(work.drafts, len(branch.token_ids)):
-                yield state, [AfterDraft(branch, i, draft)]
+            for end in range(1, len(work.drafts) + 1):
+                yield state, [AfterDraft(branch, len(branch.token_ids), work.drafts[:end])]
         elif work.draws and state.pool is not None:
             yield state, []
         elif work.draws:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,18 +72,13 @@ class Branch:
         self.guide: Guide | None = request.grammar.start(self.stop_ids) if request.grammar is not None else None
         self._mask = torch.frombuffer(self.guide.mask, dtype=torch.int32) if self.guide else None
 
-    @property
-    def may_draft(self) -> bool:
-        """Whether a draw depends on the tokens before it through the logits alone, so that what follows drafts can be drawn with them."""
-        return self.guide is None and not self._sampling.counts
-
-    def next_row(self, num_drafts: int = 0) -> Row:
-        """What the sampler must know to draw the next token, or the one after so many drafts."""
-        early = len(self.token_ids) + num_drafts < self.request.params.min_tokens
+    def next_row(self, drafts: Tokens[int] = ()) -> Row:
+        """What the sampler must know to draw the next token, or the one after these drafts, of which there are none under a guide."""
+        early = len(self.token_ids) + len(drafts) < self.request.params.min_tokens
         if self.guide is not None:  # which knows best when the sequence may end
             self.guide.early = early
             return Row(self._sampling, len(self.sequence.tokens), mask=self._mask)
-        return Row(self._sampling, len(self.sequence.tokens) + num_drafts, tuple(self.stop_ids) if early else ())
+        return Row(self._sampling.after(drafts), len(self.sequence.tokens) + len(drafts), tuple(self.stop_ids) if early else ())
 
     def push(self, drawn: Sampled) -> TokenEvent:
         """Take a drawn token: what is now certain of the text, and whether the sequence has ended."""
@@ -172,21 +168,21 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class AfterDraft:
-    """The draw behind a draft: it stands if that draft, as token `index` of its branch, was drawn."""
+    """The draw behind `drafts`: it stands if they were drawn, behind the `num_tokens` that its branch had."""
 
     branch: Branch
-    index: int
-    draft: int
+    num_tokens: int
+    drafts: tuple[int, ...]
 
     def next_row(self) -> Row:
         """What the sampler must know to draw it."""
-        return self.branch.next_row(self.index + 1 - len(self.branch.token_ids))
+        return self.branch.next_row(self.drafts)
 
     @property
     def stands(self) -> bool:
-        """Whether all before it, and the draft, were drawn, and the branch goes on."""
+        """Whether they were, and the branch goes on."""
         token_ids = self.branch.token_ids
-        return self.branch.finish_reason is None and len(token_ids) == self.index + 1 and token_ids[-1] == self.draft
+        return self.branch.finish_reason is None and len(token_ids) == self.num_tokens + len(self.drafts) and token_ids[-1] == self.drafts[-1]
 
 
 @dataclass(slots=True)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from quire.config import MAX_DRAFTS
 from quire.errors import InvalidRequestError
 from quire.faces.checked import integer
 from quire.params import SamplingParams
 
 _HONOURED = frozenset((  # here, or by transformers before it hands over
     "input_ids", "attention_mask", "bad_words_ids", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "min_length",
-    "min_new_tokens", "min_p", "num_return_sequences", "output_logits", "output_scores", "pad_token_id", "repetition_penalty", "sequence_bias",
-    "return_dict_in_generate", "stop_strings", "suppress_tokens", "temperature", "top_k", "top_p",
+    "min_new_tokens", "min_p", "num_return_sequences", "output_logits", "output_scores", "pad_token_id", "prompt_lookup_num_tokens",
+    "repetition_penalty", "sequence_bias", "return_dict_in_generate", "stop_strings", "suppress_tokens", "temperature", "top_k", "top_p",
 ))  # fmt: skip
 _NO_EFFECT = frozenset(("transformers_version", "compile_config", "disable_compile", "early_stopping", "length_penalty"))
 _NEUTRAL: dict[str, Any] = {  # of all others, beside None, where it is not False; "hybrid", in checkpoints, is what transformers resets
@@ -54,6 +55,7 @@ def sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
     if biases and penalty != 1.0:
         raise InvalidRequestError("sequence_bias", given, "left out with a repetition_penalty, which transformers applies behind it")
     banned = {*ids_of(config.suppress_tokens), *(i for (i,) in words), *(i for (i,), bias in biases.items() if bias == -math.inf)}
+    lookup = None if config.prompt_lookup_num_tokens is None else integer("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
     drawn = {name: value for name in ("temperature", "top_k", "top_p", "min_p") if (value := getattr(config, name)) is not None}
     return SamplingParams(
         max_tokens=max_tokens,
@@ -64,6 +66,7 @@ def sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
         stop_token_ids=[i for i in eos if 0 <= i < vocab_size],
         ignore_eos=True,
         n=integer("num_return_sequences", config.num_return_sequences),
+        prompt_lookup_num_tokens=None if lookup is None else min(lookup, MAX_DRAFTS),
         return_logits=bool(config.return_dict_in_generate and (config.output_logits or config.output_scores)),
         **(drawn if config.do_sample else {"temperature": 0.0}),
     )

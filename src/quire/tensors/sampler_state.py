@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -101,10 +102,15 @@ class SequenceState:
             for token_id in output_ids:
                 self.append(token_id)
 
-    @property
-    def counts(self) -> bool:
-        """Whether a draw depends on which tokens came before, by a penalty."""
-        return self._index is not None
+    def after(self, token_ids: Sequence[int]) -> SequenceState:
+        """The state as it would be with these appended; this one stays as it is."""
+        if self._index is None:
+            return self
+        other = copy(self)
+        other.penalised_ids, other.output_counts, other._index = self.penalised_ids[:], self.output_counts[:], dict(self._index)
+        for token_id in token_ids:
+            other.append(token_id)
+        return other
 
     def append(self, token_id: int) -> None:
         """The sequence was given one more token."""
