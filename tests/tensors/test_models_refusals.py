@@ -50,7 +50,7 @@ def test_encoder_decoders_and_encoders() -> None:
     with pytest.raises(UnsupportedModelError, match="t5: is an encoder-decoder"):
         load(T5ForConditionalGeneration(T5Config(**small)))
     encoder = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
-    with pytest.raises(UnsupportedModelError, match="not causal"):
+    with pytest.raises(UnsupportedModelError, match=r"^bert: BertSelfAttention \(layer 0\) is not causal$"):
         load(BertLMHeadModel(encoder))
 
 
@@ -163,6 +163,58 @@ def test_only_safetensors(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UnsupportedModelError, match=r"no \.safetensors file but pytorch_model\.bin"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9", "which is a pointer of Git LFS"),
+        ("model.safetensors", b"", r"\(model\.safetensors\)$"),
+        ("model.safetensors.index.json", b"{", r"\(model\.safetensors\.index\.json\)$"),
+    ],
+)
+def test_which_file_of_weights_is_damaged_is_told(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama")
+    if name.endswith(".json"):
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=f"transformers cannot load it: .*{told}"):
+        load(folder)
+
+
+def test_what_transformers_says_in_two_lines_or_one_word_is_told_whole(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, told in (
+        ({"rms_norm_eps": "1e-5"}, "its config.json cannot be read: Validation error for field 'rms_norm_eps': .*float"),
+        ({"hidden_act": "soft"}, "transformers cannot load it: KeyError: 'soft'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UnsupportedModelError, match=told):
+            load(folder)
+
+
+def test_quantized_in_a_way_that_transformers_leaves_out(tmp_path: Path) -> None:
+    """Its codes would be taken for weights, without their scales."""
+    folder = make(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}))
+    with pytest.raises(UnsupportedModelError, match=r"\(llama\): its weights are quantized by 'modelopt', which transformers does not know"):
+        load(folder)
+
+
+def test_a_type_of_which_there_is_no_causal_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UnsupportedModelError, match=r"\(llava\): transformers has no causal language model of this type"):
+        load(str(tmp_path))
+
+
+def test_another_head_over_layers_whose_own_is_tied(tmp_path: Path) -> None:
+    """Nothing is missing, so it would be served as what it is not."""
+    LlamaForSequenceClassification(tiny_model("llama", tie_word_embeddings=True).config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"is a LlamaForSequenceClassification, whose head \(score\.weight\) is no language model's"):
+        load(str(tmp_path))
 
 
 def test_a_checkpoint_that_lacks_weights(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def _refuse_call(module: nn.Module, is_causal: bool | None, attention_mask: torc
 
 
 def _name(module: nn.Module) -> str:
-    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', None)})"
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return f"{f'{kind}: ' if kind else ''}{type(module).__name__} (layer {getattr(module, 'layer_idx', None)})"
 
 
 def _scaled(q: torch.Tensor, forward: Running, scale: QueryScale) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Finding a model and loading it: a hub id, a local folder, or a live model that stays its owner's.
 
-Refused here: a source that is not there, weights that are not safetensors, a checkpoint that lacks some of its weights (transformers would make
-them up), Python code that comes with a checkpoint unless asked for.
+Refused here: a source that is not there, weights that are not safetensors or quantized in a way that transformers does not know, a checkpoint that
+lacks some of its weights (transformers would make them up) or has another head, Python code that comes with a checkpoint unless asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -35,6 +37,7 @@ from quire.tensors.models.turns import turn_of
 _LOADING = threading.Lock()  # transformers replaces methods of all its models for the time of a load; two at once would leave its own in their place
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def load_model(
@@ -78,6 +81,7 @@ def load_model(
     where |= {"local_files_only": True} if folder is not None else {"revision": revision or "main"}
     config = _config(source, folder, where)
     refuse_config(config)
+    _refuse_quantization(source, config)
     if folder is None:
         _refuse_adapter(source, find_adapter_config_file(source, revision=where["revision"]))  # transformers applies one if peft is there
         folder = _snapshot(source, where)
@@ -88,7 +92,7 @@ def load_model(
     stretched = length is not None and max_model_len is not None and max_model_len > length
     if not stretched:
         warn_of_limit(text)
-    model = _weights(source, config, dtype, where)
+    model = _weights(source, folder, config, dtype, where)
     refuse_dtype(model)
     if length is not None and stretched:
         stretch(model, length)
@@ -113,6 +117,14 @@ def _refuse_adapter(source: str, path: str | Path | None) -> None:
             f"{source}: has an adapter ({Path(path).name}), and a checkpoint is served without any: merge it into the weights and save those"
             " (peft's merge_and_unload), or apply it to a live model"
         )
+
+
+def _refuse_quantization(source: str, config: PreTrainedConfig) -> None:
+    """What transformers does not know it leaves out: codes would be taken for weights, without their scales."""
+    given = getattr(config, "quantization_config", None)
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    if isinstance(method, str) and method not in {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}:
+        raise UnsupportedModelError(f"{source} ({config.model_type}): its weights are quantized by {method!r}, which transformers does not know")
 
 
 def _move(model: PreTrainedModel, products: PackingProducts, quantization: str, device: Device) -> None:
@@ -183,7 +195,7 @@ def _unasked_code(source: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{source}: comes with Python code of its own (auto_map), which runs only with trust_remote_code=True")
 
 
-def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
+def _weights(source: str, folder: Path, config: PreTrainedConfig, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
     try:
         with _LOADING:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -199,7 +211,11 @@ def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str,
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _unasked_code(source) from error
-        raise UnsupportedModelError(f"{source} ({config.model_type}): transformers cannot load it: {_first_line(error)}") from error
+        if "Unrecognized configuration class" in str(error):
+            told = "transformers has no causal language model of this type (AutoModelForCausalLM takes others only)"
+        else:
+            told = f"transformers cannot load it: {_first_line(error)}{_damaged(folder)}"
+        raise UnsupportedModelError(f"{source} ({config.model_type}): {told}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     missing = sorted(info.get("missing_keys") or ())
@@ -210,7 +226,10 @@ def _weights(source: str, config: PreTrainedConfig, dtype: str, where: dict[str,
         raise UnsupportedModelError(
             f"{source} ({config.model_type}): the checkpoint has weights of other shapes than its config: {told_misfits(misfits)}"
         )
-    surplus = _without_a_place(model, info.get("unexpected_keys") or ())
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    for other in (name for name in config.architectures or () if unexpected and name.endswith(_OTHER_HEADS)):  # its layers may well have a tied head
+        raise UnsupportedModelError(f"{source} ({config.model_type}): is a {other}, whose head ({unexpected[0]}) is no language model's")
+    surplus = _without_a_place(model, unexpected)
     if surplus:
         what = f"the checkpoint's layers have {len(surplus)} weights that its config has no place for, such as {surplus[0]}"
         warnings.warn(f"{source} ({config.model_type}): {what}; they are left out", stacklevel=2)
@@ -234,6 +253,21 @@ def _snapshot(source: str, where: dict[str, Any]) -> Path:
     if path is None:
         raise ModelNotFoundError(f"{source!r}: the hub cache holds no config.json")
     return Path(path).parent
+
+
+def _damaged(folder: Path) -> str:
+    """Which of the files that hold weights cannot be read, as those who read them do not tell."""
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"))):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                safe_open(path, framework="pt")
+        except Exception:
+            with path.open("rb") as file:
+                pointer = file.read(64).startswith(b"version https://git-lfs")
+            return f" ({path.name}{', which is a pointer of Git LFS to the weights and not these' if pointer else ''})"
+    return ""
 
 
 def _other_weights(folder: Path) -> str:
@@ -263,4 +297,6 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Of its message; with the second, where the first only announces it."""
+    lines = (f"KeyError: {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
