@@ -36,6 +36,7 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"add_cross_attention": True}, "gpt2: has cross-attention"),
     ("doge", {}, "attention mask of its own"),
     ("diffllama", {}, "diffllama: layers 0, 1, 2 run attention more than once"),
+    ("roberta", {"is_decoder": True}, "roberta: .* its own positions do not begin at 0"),
 ]
 
 

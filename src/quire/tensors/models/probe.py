@@ -107,7 +107,7 @@ def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
         raise ProbeMismatchError(
             f"{model.model_type}: packed with others, logits differ by {error:.3g} deviations from those of each sequence alone"
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
-            " or attention takes something that its interface does not pass on"
+            " attention takes something that its interface does not pass on, or its own positions do not begin at 0"
         )
     plain = not model.compiled and (model.lowered is None or bool(model.lowered.plain))
     if strays := model.strays() if model.owned or plain or model.rows is not None else []:
@@ -197,12 +197,14 @@ def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Te
 
 
 def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs: LoweredLayers | None = None) -> list[torch.Tensor]:
-    """Logits [len, V] of each sequence in a forward of its own, by the model as it is; with `programs`, as said above, by our products in part."""
+    """Logits [len, V] of each sequence in a forward of its own, by the model as it is; with `programs`, as said above, by our products in part.
+
+    It is not told positions: those of RoBERTa, for one, begin behind the pad's id.
+    """
 
     def own(ids: torch.Tensor, multiplied: Iterable[nn.Module]) -> torch.Tensor:
         with model.unpatched(multiplied) as alone:
-            positions = torch.arange(len(ids), device=model.where).unsqueeze(0)
-            logits: torch.Tensor = alone(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False).logits[0]
+            logits: torch.Tensor = alone(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
         return logits
 
     longest, one, few = sequences
