@@ -169,7 +169,7 @@ def _sign(x: Any) -> object:
 
 def _exact(x: Any) -> object:
     if isinstance(x, torch.Tensor):
-        return type(x), x.dtype, x.shape, x.stride()
+        return type(x), x.dtype, x.shape, x.stride(), x.device, x.untyped_storage().nbytes() > 0  # for what is refused elsewhere, or freed
     return x if isinstance(x, _ENDS) else getattr(x, "__code__", type(x))
 
 

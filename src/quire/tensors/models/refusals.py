@@ -46,6 +46,8 @@ def refuse_model(model: PreTrainedModel, where: torch.device, *, live: bool) -> 
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != where:
             raise UnsupportedModelError(f"{kind}: {name} is on device {tensor.device}; this engine's is {where} (its option device)")
+        if tensor.numel() and not tensor.untyped_storage().nbytes():  # as FSDP does between its forwards; reading it would end the process
+            raise UnsupportedModelError(f"{kind}: the memory of {name} has been freed (its storage has 0 bytes): gather the weights first")
     refuse_ropes(model, live=live)
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None:
