@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, EngineDeadError, InvalidRequestError, PagedCache, SamplingParams, Slots
+from quire.tensors.models.turns import turn_of
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
 
@@ -132,6 +133,27 @@ def test_a_fork_is_told_that_its_engine_is_elsewhere(llm: LLM, checkpoint: Check
     llm.check_integrity()
     slots.close()
     pages.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_in_the_midst_of_a_forward_leaves_both_the_model_as_it_was() -> None:
+    model, begun = tiny_model("llama"), threading.Event()
+
+    def in_a_forward(*_: object) -> None:
+        if threading.current_thread().name == "quire-engine" and not begun.is_set():
+            begun.set()
+            time.sleep(0.2)
+
+    def child() -> None:
+        assert model.config._attn_implementation == "eager" and not any("forward" in module.__dict__ for module in model.modules())
+        assert turn_of(model).acquire(blocking=False)  # type: ignore[attr-defined]
+
+    model.model.layers[0].mlp.register_forward_hook(in_a_forward)
+    with LLM(model, cache_bytes=2**22) as llm:
+        stream = llm.submit([5, 6, 7], LONG)
+        assert begun.wait(PATIENCE_S)
+        fork(child)
+        stream.cancel()
 
 
 def test_what_is_closed_says_so(checkpoint: Checkpoint) -> None:

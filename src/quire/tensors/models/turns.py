@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -25,7 +26,8 @@ R = TypeVar("R")
 Taker = TypeVar("Taker", bound=TakesTurns)
 
 _turns: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
-_making = threading.Lock()
+_making = threading.RLock()
+_forking = ExitStack()
 
 
 def turn_of(model: nn.Module) -> Turn:
@@ -43,3 +45,18 @@ def in_turn(method: Callable[Concatenate[Taker, P], R]) -> Callable[Concatenate[
             return method(self, *args, **kwargs)
 
     return taking
+
+
+# A fork waits for the forwards that run: in its process their threads are not there to put the model back as it was, and to let go of its turn.
+def _before_fork() -> None:
+    _making.acquire()
+    for turn in list(_turns.values()):
+        _forking.enter_context(turn)
+
+
+def _after_fork() -> None:
+    _forking.close()
+    _making.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
