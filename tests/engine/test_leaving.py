@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -154,6 +156,30 @@ def test_a_fork_in_the_midst_of_a_forward_leaves_both_the_model_as_it_was() -> N
         assert begun.wait(PATIENCE_S)
         fork(child)
         stream.cancel()
+
+
+def test_a_caller_has_no_lock_that_a_ctrl_c_could_leave_taken(checkpoint: Checkpoint) -> None:
+    """One that comes in the Python code of a Condition does, now and then; then the engine waits for that lock, and everybody for the engine."""
+    entered: list[object] = []
+
+    def seen(frame: FrameType, event: str, arg: object) -> None:
+        if frame.f_code is threading.Condition.__enter__.__code__:
+            entered.append(frame.f_back and frame.f_back.f_code)
+
+    llm = LLM(checkpoint("llama"))
+    before = sys.gettrace()
+    sys.settrace(seen)
+    try:
+        llm.generate([[5, 6, 7], [8]], GREEDY)
+        assert [*llm.stream([5, 6], GREEDY)][-1].finish_reason
+        with pytest.raises(TimeoutError):
+            llm.submit([5, 6, 7], LONG, request_id="x").wait(0.01)
+        llm.cancel("x")
+        llm.stats()
+        llm.close()
+    finally:
+        sys.settrace(before)
+    assert not entered
 
 
 def test_what_is_closed_says_so(checkpoint: Checkpoint) -> None:

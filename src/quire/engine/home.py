@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 from quire.errors import EngineDeadError
 
@@ -29,13 +30,52 @@ class Home:
             raise EngineDeadError(f"the engine lives in process {self._process_id}, not in {os.getpid()}, forked from it: make another one here")
 
 
+class Errand(Generic[T]):
+    """What one thread runs for another that waits for it, at any moment of which a Ctrl-C may come: one in the midst of a Future's or a Condition's
+    Python code may leave its lock taken for ever, and the thread that runs errands waiting for it. Locks entered as they are have no such moment."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function, self._begun, self._done = function, threading.Lock(), threading.Lock()
+        self._results: list[T] = []
+        self._failures: list[BaseException] = []
+        self._done.acquire()
+
+    def run(self) -> None:
+        """Do it, unless it has been called off."""
+        if not self._begun.acquire(blocking=False):
+            return
+        try:
+            self._results.append(self._function())
+        except BaseException as error:  # belongs to whoever waits, whatever it is
+            self._failures.append(error)
+        self._done.release()
+
+    def result(self) -> T:
+        """Wait for it: what it returns, or raises."""
+        with self._done:
+            pass
+        if self._failures:
+            raise self._failures[0]
+        return self._results[0]
+
+    def call_off(self) -> bool:
+        """False where it has begun."""
+        return self._begun.acquire(blocking=False)
+
+    def undo(self, undo: Callable[[T], object]) -> None:
+        """Give `undo` what it returned, once it is done."""
+        for result in self._results:
+            undo(result)
+
+
 class OwnThread:
     """One thread for all that is done with an engine: callers may come from any, and the forward must find torch on one of its own (promise 1)."""
 
     def __init__(self, name: str, begin: Callable[[], Any]) -> None:
         """`begin` is called on it first."""
         self.home = Home()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=begin)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._begun = self._thread.submit(begin)
         self._open = True
 
     def run(self, function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
@@ -47,12 +87,18 @@ class OwnThread:
         self.home.check()
         if not self._open:
             raise EngineDeadError("the engine has been closed")
-        future = self._thread.submit(function)
+
+        def run() -> T:
+            self._begun.result()
+            return function()
+
+        errand = Errand(run)
+        self._thread.submit(errand.run)
         try:
-            return future.result()
+            return errand.result()
         except BaseException:
-            if undo is not None and not future.cancel():
-                self.run_later(lambda: _undo(future, undo))
+            if undo is not None and not errand.call_off():
+                self.run_later(lambda: errand.undo(undo))
             raise
 
     def run_later(self, function: Callable[[], object]) -> None:
@@ -65,8 +111,3 @@ class OwnThread:
         self._open = False
         if self.home.is_here:
             self._thread.shutdown()
-
-
-def _undo(future: Future[T], undo: Callable[[T], object]) -> None:
-    if future.exception() is None:
-        undo(future.result())

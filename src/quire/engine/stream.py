@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -44,7 +45,8 @@ class RequestStream:
         self.request_id, self._read = request_id, read
         self._cancel = cancel
         self._wake = wake_later if wake_later is not None else lambda waiter: wake([waiter])
-        self._ready = threading.Condition()
+        self._lock = threading.RLock()
+        self._blocked: list[threading.Lock] = []  # shut ones, of threads that wait for the next event
         self._events: list[TokenEvent] = []
         self._output: RequestOutput | None = None
         self._readers: list[Waiter] = []
@@ -54,14 +56,16 @@ class RequestStream:
         """Called by the engine's thread. Never blocks."""
         if not self._read and event.output is None:
             return
-        with self._ready:
+        with self._lock:
             self._events = _merged(self._events, event)
             if event.output is not None:
                 self._output = event.output
-            self._ready.notify_all()
+            blocked, self._blocked = self._blocked, []
             waiters, self._readers = self._readers, []
             if event.output is not None:
                 waiters += self._at_end
+        for shut in blocked:
+            shut.release()
         for waiter in waiters:
             self._wake(waiter)
 
@@ -78,17 +82,36 @@ class RequestStream:
         """
         if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s <= threading.TIMEOUT_MAX):
             raise InvalidRequestError("timeout_s", timeout_s, f"a number of at most {threading.TIMEOUT_MAX:g}, or None")
-        with self._ready:
-            if not self._ready.wait_for(lambda: self._output is not None, timeout_s):
-                raise TimeoutError(f"request {self.request_id} has not ended within {timeout_s} s")
+        if not self._block(lambda: self._output is not None, timeout_s):
+            raise TimeoutError(f"request {self.request_id} has not ended within {timeout_s} s")
+        with self._lock:
             self._events = []
             assert self._output is not None
             return self._output
 
+    def _block(self, ready: Callable[[], object], timeout_s: float | None = None) -> bool:
+        """Wait until it is `ready`, for so long at most; whether it is.
+
+        A Ctrl-C may come at any moment. In a Condition, which is Python code, one leaves the lock taken now and then, and the engine waits for it.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            shut, left_s = threading.Lock(), -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+            shut.acquire()
+            with self._lock:
+                if ready():
+                    return True
+                if not left_s:
+                    return False
+                self._blocked.append(shut)
+            if not shut.acquire(timeout=left_s):
+                with self._lock:
+                    self._blocked = [other for other in self._blocked if other is not shut]
+
     async def result(self) -> RequestOutput:
         """`wait` for a coroutine: its loop is woken once, at the end."""
         waiter = asyncio.get_running_loop().create_future()
-        with self._ready:
+        with self._lock:
             if self._output is None:
                 self._at_end = [*(other for other in self._at_end if not other.done()), waiter]
             else:
@@ -98,7 +121,7 @@ class RequestStream:
 
     def take(self, waiter: Waiter | None = None) -> list[TokenEvent]:
         """The unread events, if any; if there are none, `waiter` is woken when there are."""
-        with self._ready:
+        with self._lock:
             events, self._events = self._events, []
             self._readers = [reader for reader in self._readers if not reader.done()]  # of an earlier call: another stream had news
             if waiter is not None and not events:
@@ -108,14 +131,14 @@ class RequestStream:
     @property
     def over(self) -> bool:
         """Whether it has ended and nothing of it is unread."""
-        with self._ready:
+        with self._lock:
             return self._output is not None and not self._events
 
     def __iter__(self) -> Iterator[TokenEvent]:
         done = False
         while not done:
-            with self._ready:
-                self._ready.wait_for(lambda: self._events or self._output is not None)
+            self._block(lambda: self._events or self._output is not None)
+            with self._lock:
                 events, self._events = self._events, []
                 done = self._output is not None
             yield from events

@@ -10,11 +10,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
 from quire.engine.engine import Engine
-from quire.engine.home import Home
+from quire.engine.home import Errand, Home
 from quire.engine.state import RequestState
 from quire.engine.stream import RequestStream, Waiter, wake
 from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -36,10 +35,12 @@ class Worker:
         self._max_open = max_open
         self._open: dict[str, Callable[[EngineDeadError], None]] = {}  # how to end a request that the engine itself does not
         self._mail: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
+        self._lock = threading.RLock()  # callers enter it as it is, not through the Condition: see `Errand`
+        self._wake = threading.Condition(self._lock)
         self._readers: list[Waiter] = []  # who wait for what this turn has brought; the engine's thread alone
         self._stopping = False
-        self._ended = threading.Event()
+        self._alive = threading.Lock()  # taken until the thread ends
+        self._alive.acquire()
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self._thread.start()
@@ -57,7 +58,7 @@ class Worker:
 
         def sink(event: TokenEvent) -> None:
             if event.output is not None:
-                with self._wake:
+                with self._lock:
                     self._open.pop(request.request_id, None)
             stream.put(event)
 
@@ -65,7 +66,7 @@ class Worker:
             state = RequestState(request, sink, error=error)
             sink(TokenEvent(request.request_id, 0, finish_reason="error", output=state.output(0, lambda token_id: None)))
 
-        with self._wake:
+        with self._lock:
             self._refuse_if_dead()
             if request.request_id in self._open:
                 raise InvalidRequestError("request_id", request.request_id, "one that no open request has")
@@ -95,7 +96,7 @@ class Worker:
         """End the open request of this id; with `whose` only if it is the one that is lost so: another may have taken the id since."""
         if not self.home.is_here:
             return
-        with self._wake:
+        with self._lock:
             is_open = whose is None or self._open.get(request_id) is whose
             if is_open and not self._stopping and self._death is None:
                 self._mail.append(lambda: self._engine.cancel(request_id))
@@ -107,33 +108,25 @@ class Worker:
         If the wait for it is broken off (Ctrl-C) before it has begun, it is not run.
         """
         self.home.check()
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:  # belongs to the caller, whatever it is
-                future.set_exception(error)
-
-        with self._wake:
+        errand = Errand(function)
+        with self._lock:
             self._refuse_if_dead()
-            self._mail.append(run)
+            self._mail.append(errand.run)
             self._wake.notify()
         try:
-            return future.result()
+            return errand.result()
         except BaseException:
-            future.cancel()
+            errand.call_off()
             raise
 
     def stop(self) -> None:
         """Cancel what is open and end the thread; returns when it has ended."""
-        with self._wake:
+        with self._lock:
             self._stopping = True
             self._wake.notify()
         if self._thread is not threading.current_thread():
-            self._ended.wait()  # a join that Ctrl-C breaks off takes the thread for ended from then on (Python 3.11 and 3.12)
+            with self._alive:  # a join that Ctrl-C breaks off takes the thread for ended from then on (Python 3.11 and 3.12)
+                pass
             self._thread.join()
 
     @property
@@ -155,17 +148,17 @@ class Worker:
             self._drain("cancelled", None)
         except BaseException as death:  # whatever ends the loop must reach those who wait
             log.critical("the engine has failed", exc_info=death, extra={"event": "engine_died"})
-            with self._wake:
+            with self._lock:
                 self._death = death
             error = EngineDeadError(f"the engine has failed: {type(death).__name__}: {death}")
             error.__cause__ = death
             self._drain("error", error)
         finally:
-            self._ended.set()
+            self._alive.release()
 
     def _turn(self) -> bool:
         """Read the mail, then one step. False when it is time to end."""
-        with self._wake:
+        with self._lock:
             while not (self._mail or self._stopping or self._engine.has_work):
                 if not self._wake.wait(IDLE_LOOK_S):
                     break  # an idle engine too gives memory back when others need it
