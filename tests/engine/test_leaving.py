@@ -66,6 +66,12 @@ def test_a_stream_that_is_never_entered_is_cancelled_too(llm: LLM, leave: Callab
     assert stats["num_running"] + stats["num_waiting"] == 0
 
 
+def test_a_stream_keeps_its_engine(checkpoint: Checkpoint) -> None:
+    """Nobody else may hold it: `for event in LLM(...).stream(...)`."""
+    events = [*LLM(checkpoint("llama")).stream([5, 6, 7], SamplingParams(max_tokens=40, ignore_eos=True))]
+    assert events[-1].finish_reason == "length" and sum(len(event.token_ids) for event in events) == 40
+
+
 def test_an_id_is_one_open_request_s_alone(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama")) as llm:
         first = llm.submit([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True), request_id="x")

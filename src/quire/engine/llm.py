@@ -127,7 +127,7 @@ class LLM:
         """Events of one prompt as they come; leaving them early, or unread, cancels it. Arguments and errors as in `generate`; no `best_of`."""
         if isinstance(params, SamplingParams) and params.best_of is not None:
             raise InvalidRequestError("best_of", params.best_of, "None when streaming: which are the best is known at the end")
-        return cancelled_when_left(self.submit(prompt, params, namespace=namespace, priority=priority))
+        return cancelled_when_left(self.submit(prompt, params, namespace=namespace, priority=priority), self)
 
     def embed(
         self,

@@ -148,17 +148,20 @@ class RequestStream:
             yield event
 
 
-def cancelled_when_left(stream: RequestStream) -> Iterator[TokenEvent]:
-    """The stream's events; whoever leaves them before the end, or drops them unread, cancels the request."""
+def cancelled_when_left(stream: RequestStream, owner: object) -> Iterator[TokenEvent]:
+    """The stream's events; whoever leaves them before the end, or drops them unread, cancels the request.
 
-    def events() -> Iterator[TokenEvent | None]:
+    `owner` is kept for as long: an `LLM` that nobody else holds would end, and the request with it.
+    """
+
+    def events(owner: object) -> Iterator[TokenEvent | None]:
         try:
             yield None  # the first `next` is ours: a generator that has not begun is dropped without its `finally`
             yield from stream
         finally:
             stream.cancel()
 
-    begun = events()
+    begun = events(owner)
     next(begun)
     return cast(Iterator[TokenEvent], begun)
 
