@@ -135,12 +135,10 @@ class Engine:
             for one, token in zip(together, tokens, strict=True):
                 if isinstance(one, PromptToken):
                     self._note_score(state, one, token)
-                elif isinstance(one, AfterDraft):
-                    if one.stands:
-                        self._accept(state, one.branch)
-                        self._deliver(state, one.branch, token)
-                else:
+                elif isinstance(one, Branch):
                     self._deliver(state, one, token)
+                elif one.stands:
+                    self._accept(state, one.branch, token)
         self.runner.log.mark("deliver")
 
     def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken | AfterDraft]]]:
@@ -171,12 +169,14 @@ class Engine:
             elif state.answered:
                 self._end_request(request_id, "length", None)
 
-    def _accept(self, state: RequestState, branch: Branch) -> None:
+    def _accept(self, state: RequestState, branch: Branch, behind: Sampled) -> None:
+        """A draft was right: it is in the cache, and what was drawn behind it stands."""
         self.scheduler.accept(branch.sequence)
         self.num_accepted_tokens += 1
         state.accepted_tokens += 1
         state.computed_tokens += 1
         state.rejected_tokens -= 1
+        self._deliver(state, branch, behind)
 
     def _note_score(self, state: RequestState, one: PromptToken, token: Sampled) -> None:
         request_id = state.request.request_id
