@@ -41,7 +41,7 @@ class EngineConfig:
         cache_dir_bytes: the most bytes of files in it, at least the file of one page; `None` takes half of what is free on that disk beside them.
         prefix_sharing: reuse pages of equal prefixes.
         prompt_lookup_num_tokens: the most tokens a step may guess for a sequence from what followed the same tokens before, to draw several at once;
-            0 for none. No bit of the output changes. Not for sequences of a structured form, nor in steps of 16 sequences and more.
+            0 for none. No bit of the output changes. Not in steps of 16 sequences and more.
         max_model_len: the context, at most the checkpoint's own; `None` takes that, of LongRoPE its first part (see tensors/models/ropes.py).
         backend: attention and products by the "native" kernels or by the "reference" in plain torch; "auto" takes native where it loads.
             "triton" is both as they run on an accelerator; on the CPU in Triton's interpreter alone (TRITON_INTERPRET=1): slow, for tests.

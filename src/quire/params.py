@@ -62,9 +62,9 @@ class SamplingParams:
             `min_tokens` and `ignore_eos` say; end-of-sequence and stop tokens are drawn where the text may end, and nowhere else. A text that
             `max_tokens` cut short ends with "length". Together with `allowed_token_ids` only what both allow is drawn, and a stop string may
             end the text early.
-        prompt_lookup_num_tokens: the engine's option of this name, for this request; 0 to 15, and not with `structured`.
+        prompt_lookup_num_tokens: the engine's option of this name, for this request; 0 to 15.
         prediction: text, or its tokens, that much of the output is thought to repeat, such as a file before an edit. Steps guess from it as well, and
-            draw several tokens at once. No bit of the output changes. Not with `structured`.
+            draw several tokens at once. No bit of the output changes.
 
     Raises:
         InvalidRequestError: a value out of its range, naming field, value and limit.
@@ -130,9 +130,6 @@ class SamplingParams:
             _integer("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MAX_DRAFTS)
         if self.prediction is not None and not isinstance(self.prediction, str):
             object.__setattr__(self, "prediction", _ids("prediction", self.prediction))
-        for name in ("prompt_lookup_num_tokens", "prediction"):
-            if getattr(self, name) and self.structured is not None:
-                raise InvalidRequestError(name, getattr(self, name), "None with structured, for which tokens are drawn one by one")
         # Kept as values of one type each that nobody else can change. `logit_bias` stays a dict, which can be pickled: each request takes a copy
         # (engine/intake.py).
         object.__setattr__(self, "stop", _strings(self.stop))

@@ -169,13 +169,41 @@ def test_a_step_that_fails_with_drafts(checkpoint: Checkpoint, knowing: Any, mon
         llm.check_integrity()
 
 
-def test_forms_are_drawn_token_by_token(checkpoint: Checkpoint) -> None:
-    form = replace(GREEDY, structured=StructuredOutput(regex="(ab)+"))
-    with LLM(checkpoint("llama"), prompt_lookup_num_tokens=8) as llm:
-        assert llm.generate([PROMPT], form)[0].error is None and llm.stats()["num_drafted_tokens"] == 0
-    for name, value in (("prompt_lookup_num_tokens", 3), ("prediction", "ab")):
-        with pytest.raises(InvalidRequestError, match=f"{name}=.*must be None with structured"):
-            replace(form, **{name: value})
+SCHEMA = {
+    "type": "object",
+    "properties": {"the_quick_brown_fox": {"type": "integer"}, "jumps": {"enum": ["over", "under"]}},
+    "additionalProperties": False,
+}
+FORMS = [
+    StructuredOutput(json_schema={**SCHEMA, "required": ["the_quick_brown_fox", "jumps"]}),
+    StructuredOutput(regex="the quick brown fox (jumps over the (lazy )?dog|is a fox)( and so on)*"),
+    StructuredOutput(choice=["pack my box", "pack my box with five dozen", "pack my bags with liquor jugs"]),
+    StructuredOutput(regex="(ab|cd)+"),
+]
+
+
+def test_forced_text_comes_several_tokens_a_step(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tokens that a grammar leaves alone to be drawn, and as what may be drawn under it."""
+    folder, rng = checkpoint("llama", torch.bfloat16), random.Random(9)
+    sampled = SamplingParams(max_tokens=60, temperature=1.0, logprobs=2, ignore_eos=True)
+    work = [
+        (
+            PROMPT[:i],
+            replace(sampled, structured=form, seed=i, min_tokens=rng.choice([0, 0, 30]), max_tokens=rng.choice([60, 60, 30]), n=rng.choice([1, 2])),
+        )
+        for i, form in enumerate(FORMS * 3, 3)
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("quire.engine.drafting.Guided.guess", lambda *_: ())
+        expected = alone(folder, work)
+    with LLM(folder, max_sequences=5) as llm:
+        assert together(llm, work) == expected
+        stats = llm.stats()
+        wrong = stats["num_drafted_tokens"] - stats["num_accepted_tokens"]
+        assert stats["num_accepted_tokens"] > 40 and wrong <= 2 * len(work), "the last one may end a text, and nothing comes behind it"
+    with LLM(folder, max_sequences=5, prompt_lookup_num_tokens=8, page_size=4, max_tokens_per_step=19) as llm:
+        assert together(llm, work) == expected
+        assert llm.stats()["num_drafted_tokens"] > llm.stats()["num_accepted_tokens"] > 40
 
 
 def test_a_request_may_ask_for_more_or_none(checkpoint: Checkpoint) -> None:

@@ -128,7 +128,7 @@ class Driver:
         if root is not None:
             seq = TokenSequence(self.num_arrivals, prompt, root)
         seq.num_at_most, seq.pages_at_most = num_tokens, self.cache.pages_to_finish(num_tokens)
-        seq.lookup = PromptLookup(self.drafts) if self.drafts else None
+        seq.drafter = PromptLookup(self.drafts) if self.drafts else None
         client = self.clients[self.num_arrivals] = Client(seq, max_tokens, seed, num_unborn=n - 1)
         self.num_arrivals += n
         self.scheduler.add(seq, priority=priority, num_tokens=len(prompt) + n * max_tokens)
@@ -200,7 +200,7 @@ class Driver:
         born = [client]
         for i in range(1, client.num_unborn + 1):
             sister = Client(seq.fork(seq.arrival + i), client.max_tokens, client.seed + i)
-            sister.seq.lookup = PromptLookup(self.drafts) if self.drafts else None
+            sister.seq.drafter = PromptLookup(self.drafts) if self.drafts else None
             self.clients[sister.seq.arrival] = sister
             born.append(sister)
         client.num_unborn = 0

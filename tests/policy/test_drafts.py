@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.policy.drafts import FIRST_LENGTH, MAX_DRAWN, MAX_NGRAM, MIN_NGRAM, PromptLookup
@@ -24,11 +24,13 @@ def plainly(tokens: list[int], count: int) -> tuple[int, ...]:
     return ()
 
 
+@settings(deadline=None)
 @given(st.lists(token, min_size=1, max_size=30), st.integers(0, 20))
 def test_the_guess_is_what_followed_the_longest_end_last_time(tokens: list[int], room: int) -> None:
     assert PromptLookup(FIRST_LENGTH).guess(tokens, room) == plainly(tokens, min(room, FIRST_LENGTH))
 
 
+@settings(deadline=None)
 @given(st.lists(token, min_size=1, max_size=40), st.data())
 def test_tokens_may_come_in_any_parts(tokens: list[int], data: st.DataObject) -> None:
     lookup, end = PromptLookup(3), 0

@@ -150,7 +150,6 @@ def test_one_reasoning_effort_reaches_the_template(server: Running, monkeypatch:
             {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "[1]"}}]}]}),
         ("store", {"store": True}),
         ("prediction.type", {"prediction": {"type": "text", "content": "x"}}),
-        ("prediction", {"prediction": {"type": "content", "content": "x"}, "response_format": {"type": "json_object"}}),
         ("modalities.0", {"modalities": ["audio"]}),
         ("stream_options.include_everything", {"stream": True, "stream_options": {"include_everything": True}}),
     ],

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from quire.config import MAX_DRAFTS
+from quire.engine.drafting import drafter_of
 from quire.engine.keeper import CacheKeeper
 from quire.engine.masks import MaskThread
 from quire.engine.runner import Runner
 from quire.engine.state import AfterDraft, Branch, PromptToken, RequestState, Sink
 from quire.errors import CacheTooSmallError, NonFiniteLogitsError, NothingToDrawError, RequestFailedError, StepError, TokenizerError
 from quire.outputs import FinishReason, TokenEvent
-from quire.policy.drafts import MAX_NGRAM, PromptLookup
 from quire.policy.lookup import find_miss
 from quire.policy.plan import StepPlan, Work
 from quire.policy.scheduler import Scheduler
@@ -79,10 +78,7 @@ class Engine:
     def _add_branch(self, state: RequestState, sequence: Sequence) -> None:
         model, index = self.runner.model, len(state.branches)
         branch = Branch(state.request, index, sequence, self.tokenizer, model.eos_token_ids, model.vocab_size)
-        asked, prediction = state.request.params.prompt_lookup_num_tokens, state.request.prediction
-        most = (self.prompt_lookup_num_tokens if asked is None else asked) or (MAX_DRAFTS if prediction else 0)
-        if most and branch.guide is None:
-            sequence.lookup = PromptLookup(most, [*state.request.prompt_token_ids[-MAX_NGRAM:], *prediction] if prediction else ())
+        sequence.drafter = drafter_of(branch, self.prompt_lookup_num_tokens)
         state.branches.append(branch)
         self._branches[sequence.arrival] = (state, branch)
 
@@ -115,7 +111,7 @@ class Engine:
         began = time.perf_counter()
         try:
             rows = [[one.next_row() for one in together] for _, together in wanted]
-            self.masks.start([one.guide for _, together in wanted for one in together if isinstance(one, Branch) and one.guide])
+            self.masks.start([one.guide for _, together in wanted for one in together if not isinstance(one, PromptToken) and one.guide])
             drawn, hidden = self.runner.run(plan, rows, before_sampling=self.masks.wait)
         except Exception as error:
             self._fail(plan, error)
@@ -138,7 +134,7 @@ class Engine:
                 elif isinstance(one, Branch):
                     self._deliver(state, one, token)
                 elif one.stands:
-                    self._accept(state, one.branch, token)
+                    self._accept(state, one, token)
         self.runner.log.mark("deliver")
 
     def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken | AfterDraft]]]:
@@ -149,8 +145,10 @@ class Engine:
             yield state, [state.prompt_token(position)]
         if work.draws and state.request.max_tokens:
             yield state, [branch] if branch.token_ids else [*state.branches]
-            for end in range(1, len(work.drafts) + 1):
-                yield state, [AfterDraft(branch, len(branch.token_ids), work.drafts[:end])]
+            guide = branch.guide
+            for i, draft in enumerate(work.drafts, 1):
+                guide = guide.after(draft) if guide is not None else None
+                yield state, [AfterDraft(branch, len(branch.token_ids), work.drafts[:i], guide)]
         elif work.draws and state.pool is not None:
             yield state, []
         elif work.draws:
@@ -169,14 +167,16 @@ class Engine:
             elif state.answered:
                 self._end_request(request_id, "length", None)
 
-    def _accept(self, state: RequestState, branch: Branch, behind: Sampled) -> None:
+    def _accept(self, state: RequestState, one: AfterDraft, token: Sampled) -> None:
         """A draft was right: it is in the cache, and what was drawn behind it stands."""
-        self.scheduler.accept(branch.sequence)
+        if one.guide is not None and one.branch.guide is not None and one.guide.error:
+            one.branch.guide.fail(one.guide.error)
+        self.scheduler.accept(one.branch.sequence)
         self.num_accepted_tokens += 1
         state.accepted_tokens += 1
         state.computed_tokens += 1
         state.rejected_tokens -= 1
-        self._deliver(state, branch, behind)
+        self._deliver(state, one.branch, token)
 
     def _note_score(self, state: RequestState, one: PromptToken, token: Sampled) -> None:
         request_id = state.request.request_id

@@ -70,15 +70,19 @@ class Branch:
             params = replace(params, logprobs=0)  # the best are told by them
         self._sampling = SequenceState(params, (request.seed + index) % 2**64, vocab_size, request.prompt_token_ids)
         self.guide: Guide | None = request.grammar.start(self.stop_ids) if request.grammar is not None else None
-        self._mask = torch.frombuffer(self.guide.mask, dtype=torch.int32) if self.guide else None
 
-    def next_row(self, drafts: Tokens[int] = ()) -> Row:
-        """What the sampler must know to draw the next token, or the one after these drafts, of which there are none under a guide."""
+    def next_row(self) -> Row:
+        """What the sampler must know to draw the next token."""
+        return self.row_after((), self.guide)
+
+    def row_after(self, drafts: Tokens[int], guide: Guide | None) -> Row:
+        """What it must know to draw the one after these drafts, where the branch's guide would be as `guide` is."""
         early = len(self.token_ids) + len(drafts) < self.request.params.min_tokens
-        if self.guide is not None:  # which knows best when the sequence may end
-            self.guide.early = early
-            return Row(self._sampling, len(self.sequence.tokens), mask=self._mask)
-        return Row(self._sampling.after(drafts), len(self.sequence.tokens) + len(drafts), tuple(self.stop_ids) if early else ())
+        scoring, position = self._sampling.after(drafts), len(self.sequence.tokens) + len(drafts)
+        if guide is not None:  # which knows best when the sequence may end
+            guide.early = early
+            return Row(scoring, position, mask=torch.frombuffer(guide.mask, dtype=torch.int32))
+        return Row(scoring, position, tuple(self.stop_ids) if early else ())
 
     def push(self, drawn: Sampled) -> TokenEvent:
         """Take a drawn token: what is now certain of the text, and whether the sequence has ended."""
@@ -173,10 +177,11 @@ class AfterDraft:
     branch: Branch
     num_tokens: int
     drafts: tuple[int, ...]
+    guide: Guide | None
 
     def next_row(self) -> Row:
         """What the sampler must know to draw it."""
-        return self.branch.next_row(self.drafts)
+        return self.branch.row_after(self.drafts, self.guide)
 
     @property
     def stands(self) -> bool:

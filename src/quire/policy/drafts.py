@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as Tokens
+from typing import Protocol
 
 from quire.config import MAX_DRAFTS
 
@@ -20,8 +21,15 @@ FIRST_LENGTH = 4
 MAX_DRAWN = MAX_DRAFTS + 1  # a step with fewer rows of logits may have drafts, up to so many rows: with more, arithmetic is what it waits for
 
 
+class Drafter(Protocol):
+    """What guesses for one sequence."""
+
+    def guess(self, tokens: Tokens[int], room: int) -> tuple[int, ...]:
+        """At most `room` tokens that may come after `tokens`, which are those of the last call and what has come since."""
+
+
 class PromptLookup:
-    """Guesses for one sequence. How many tokens it guesses follows how many were right: twice as many after all were, else one more than were."""
+    """Guesses that what was said before is said again: twice as many tokens after all were right, else one more than were."""
 
     def __init__(self, most: int, before: Tokens[int] = ()) -> None:
         """`most`: of tokens guessed at once, >= 1. `before`: tokens to be looked through as if they came before the sequence's own."""
@@ -31,7 +39,7 @@ class PromptLookup:
         self._guessed: tuple[int, ...] = ()
 
     def guess(self, tokens: Tokens[int], room: int) -> tuple[int, ...]:
-        """At most `room` tokens that may come after `tokens`, which are those of the last call and what has come since."""
+        """See `Drafter`."""
         came = tokens[len(self._text) // 4 - self._num_before :]
         self._learn(came)
         self._text += array("i", came).tobytes()

@@ -188,10 +188,10 @@ class Scheduler:
     def _draft(self, outline: Outline) -> None:
         """Let sequences guess, in rows that the step has left and in pages that nobody is near to needing."""
         drawing = [work.sequence for work in outline.works.values() if work.draws]
-        able = [(seq, seq.lookup) for seq in drawing if seq.lookup is not None and seq.num_known > seq.num_prompt]
+        able = [(seq, seq.drafter) for seq in drawing if seq.drafter is not None and seq.num_known > seq.num_prompt]
         rows = min(MAX_DRAWN - len(outline.works), outline.budget)
-        for i, (seq, lookup) in enumerate(able):
-            drafts = lookup.guess(seq.tokens, min(rows // (len(able) - i), seq.num_at_most - seq.num_known))
+        for i, (seq, drafter) in enumerate(able):
+            drafts = drafter.guess(seq.tokens, min(rows // (len(able) - i), seq.num_at_most - seq.num_known))
             spare = self.cache.pool.num_available - self.cache.pages_wanted(seq, seq.num_known + len(drafts))
             if spare < len(self._running) * len(self.cache.groups):
                 drafts = drafts[: seq.capacity - seq.num_known]

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence as Tokens
 from typing import NamedTuple
 
-from quire.policy.drafts import PromptLookup
+from quire.policy.drafts import Drafter
 from quire.policy.prefix import Hash, PrefixKey, pack
 
 
@@ -31,7 +31,7 @@ class Sequence:
     `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
     have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
     found in whole cached pages when it last started. It will come to `num_at_most` tokens in the cache at most, and may need `pages_at_most` to
-    finish, alone. `lookup`, where it has one, drafts its next tokens. `waits_for` says why it has not started,
+    finish, alone. `drafter`, where it has one, guesses its next tokens. `waits_for` says why it has not started,
     `asked_below` is how many tokens it hit when the tier below was last asked for more; it is asked again when they have become fewer.
     """
 
@@ -42,7 +42,7 @@ class Sequence:
         "capacity",
         "chains",
         "first_page",
-        "lookup",
+        "drafter",
         "namespace",
         "next_tidy",
         "num_at_most",
@@ -87,7 +87,7 @@ class Sequence:
         self.num_committed = 0
         self.num_preemptions = 0
         self.peak_pages = self.pages_at_most = self.num_at_most = 0
-        self.lookup: PromptLookup | None = None
+        self.drafter: Drafter | None = None
         self.scores, self.pooling = scores, pooling
         self.waits_for = ""
         self.asked_below = self.num_prompt

@@ -11,7 +11,7 @@ import json
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -73,6 +73,22 @@ class Guide:
         if not self._failed():
             self.complete = self._matcher.is_stopped()
             self.satisfied = self.complete or self._matcher.is_accepting()
+
+    def after(self, token_id: int) -> Guide:
+        """A guide that is where this one would be, had it accepted this token; if the grammar does not allow it, one that has failed."""
+        ahead = Guide(self._matcher.deep_copy(), len(self.mask), self._grammar_ends, self._ends, self._special_ids)
+        ahead.error = self.error
+        if not ahead.error:
+            ahead.accept(token_id)
+        return ahead
+
+    def forced(self) -> list[int]:
+        """The tokens that come next because one text alone may follow: `mask` will hold just the first of them, then just the second."""
+        return [] if self.error else list(self._matcher.compute_ff_tokens())
+
+    def count_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens, from the first on, may come next one after the other."""
+        return 0 if self.error else int(self._matcher.validate_tokens(list(token_ids)))
 
     def fail(self, error: str) -> None:
         """It cannot go on."""
