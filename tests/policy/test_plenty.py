@@ -108,3 +108,15 @@ def test_what_one_that_gives_way_would_have_computed_others_compute_in_that_step
     plan = driver.step()  # the worst has room and a token of its own in the step, until the best finds no page
     assert plan is not None and worst.seq.num_preemptions == 1
     assert [(work.sequence, work.num_tokens) for work in plan.works] == [(best.seq, 1), (middle.seq, 8 - 1)]
+
+
+@pytest.mark.parametrize("drafts", [0, 15])
+def test_slots_of_the_whole_context_all_run(drafts: int) -> None:
+    """A sequence whose page will hold all it comes to needs no other: with pages kept for it half of the slots never ran."""
+    driver = Driver(numbered(full(64), sliding(64, 20)), 2 * 6, max_sequences=6, drafts=drafts)
+    for _ in range(9):
+        driver.add(tokens(10), 30)
+    driver.step()
+    assert driver.scheduler.num_running == 6
+    driver.run(400)
+    assert driver.scheduler.num_preemptions == 0

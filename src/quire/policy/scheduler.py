@@ -193,7 +193,7 @@ class Scheduler:
         for i, (seq, drafter) in enumerate(able):
             drafts = drafter.guess(seq.tokens, min(rows // (len(able) - i), seq.num_at_most - seq.num_known))
             spare = self.cache.pool.num_available - self.cache.pages_wanted(seq, seq.num_known + len(drafts))
-            if spare < len(self._running) * len(self.cache.groups):
+            if spare < self._pages_soon():
                 drafts = drafts[: seq.capacity - seq.num_known]
             if drafts and self.cache.grow(seq, seq.num_remaining + len(drafts), len(drafts)):
                 rows -= len(drafts)
@@ -240,12 +240,11 @@ class Scheduler:
         return True
 
     def _start_in_free_room(self, seq: Sequence, outline: Outline) -> bool:
-        """Let a waiting sequence run if all it has in hand fits beside one more page for each that runs."""
+        """Let a waiting sequence run if all it has in hand fits beside the next page of each that runs."""
         if len(self._running) >= self._max_sequences:
             seq.waits_for = "sequences"
             return False
-        pool, num_groups = self.cache.pool, len(self.cache.groups)
-        headroom = len(self._running) * num_groups
+        pool, num_groups, headroom = self.cache.pool, len(self.cache.groups), self._pages_soon()
         if headroom and seq.num_preemptions:  # twice the room each time, so that it is not preempted for ever
             headroom += min(2**seq.num_preemptions * num_groups, max(0, seq.pages_at_most - self.cache.pages_wanted(seq, seq.num_known)))
         for partial in (True, False):  # a copied page and its source may be just what is missing
@@ -263,6 +262,10 @@ class Scheduler:
         seq.waits_for = "pages"
         self._no_room_for = (seq.arrival, len(self._running), pool.num_available)
         return False
+
+    def _pages_soon(self) -> int:
+        """The pages that all which run will next come to need, each one of every group; a slot of the whole context is all a sequence needs."""
+        return len(self.cache.groups) * sum([seq.num_at_most > seq.capacity for seq in self._running.values()])
 
     def _no_room_yet(self) -> bool:
         """Whether the first in the queue found no room before and nothing has changed for the better since."""
