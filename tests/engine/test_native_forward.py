@@ -21,7 +21,7 @@ from quire.tensors.native import lib
 from quire.tensors.store import StagedStep
 from tests.engine.conftest import Checkpoint
 from tests.engine.test_chains import bits
-from tests.engine.test_replay import own, replay_of
+from tests.engine.test_replay import REPLAYED, own, replay_of
 from tests.tensors.checkpoints import FAMILIES, tiny_model
 
 # Of those that are replayed, others have norms of which rows of operators do not have torch's bits.
@@ -32,9 +32,12 @@ OTHERS = [("gemma3_text", "none"), ("gemma3_text", "int8"), ("smollm3", "none")]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_which_models_forwards_are_one_call(checkpoint: Checkpoint, family: str, dtype: torch.dtype) -> None:
+def test_which_models_forwards_are_replayed_and_which_of_those_are_one_call(checkpoint: Checkpoint, family: str, dtype: torch.dtype) -> None:
+    """All give what the model's own forward gives, at first and when it is known."""
     with LLM(checkpoint(family, dtype)) as llm, LLM(checkpoint(family, dtype)) as plain:
-        assert bits(llm) == bits(own(plain)) and bits(llm) == bits(plain)
+        first = bits(own(plain))
+        assert bits(llm) == first and bits(llm) == first
+        assert bool(replay_of(llm).calls) == (family in REPLAYED) and not replay_of(plain).calls
         assert (replay_of(llm).native is not None) == (family in NATIVE)
 
 
