@@ -229,7 +229,7 @@ def test_functions_of_a_few_elements_a_token(family: str, changes: dict[str, Any
     assert probe(model).everywhere
     text = ids(1, LONG)
     (alone,) = packed(model, [text])
-    for length in range(1, LONG):
+    for length in range(1, LONG, 3):  # ends in every lane of a vector of 16; of padding to 8 elements 16 of these told for the gate, 5 for the scale
         assert torch.equal(packed(model, [text[:length]])[0], alone[:length]), length
 
 
