@@ -44,8 +44,12 @@ class Pair(NamedTuple):
         return self.ours.generate(**self.batch, max_new_tokens=num_tokens)[:, -num_tokens:].tolist()  # type: ignore[no-any-return]
 
 
+# A layer of each kind: what takes time here is transformers, which computes every layer of every token in Python.
+LAYERS = {"llama": {}, "gemma3_text": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}, "gpt2": {"n_layer": 1}}
+
+
 def made(root: Path, family: str) -> Iterator[Pair]:
-    folder = make(root / family, family)
+    folder = make(root / family, family, **{"num_hidden_layers": 1, **LAYERS[family]})
     tokenizer().save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     words = tokenizer()
