@@ -283,7 +283,8 @@ class Scheduler:
         """Digests of the pages that prompts in this step will complete."""
         coming: set[bytes] = set()
         size = self.cache.unit
-        for seq, num_tokens, _ in works:
+        for work in works:
+            seq, num_tokens = work.sequence, work.num_sure
             if self.cache.shares(seq) and (num_tokens > 1 or seq.num_committed < seq.num_prompt):
                 first, end = seq.num_committed // size, (seq.num_committed + num_tokens) // size
                 coming.update(key.digest for key in seq.chain(size, end, self.cache.hash_bytes)[first + 1 : end + 1])
