@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 
 from quire import LLM, ConfigError, InvalidRequestError, NonFiniteLogitsError, SamplingParams, StepError, StructuredOutput
 from quire.policy.drafts import PromptLookup
-from tests.engine.conftest import Checkpoint
+from tests.engine.conftest import Checkpoint, tokenizer
 from tests.engine.test_transparency import Job, alone, bits, jobs, together
-from tests.tensors.checkpoints import VOCAB
+from tests.tensors.checkpoints import VOCAB, make
 
 PROMPT = [*range(20, 41)]
 GREEDY = SamplingParams(max_tokens=24, temperature=0, logprobs=0, ignore_eos=True)
@@ -243,3 +244,18 @@ def test_a_prediction_is_drafted(checkpoint: Checkpoint) -> None:
             with pytest.raises(InvalidRequestError, match="prediction="):
                 llm.generate([PROMPT], replace(GREEDY, prediction=wrong))
         llm.check_integrity()
+
+
+def test_a_prediction_with_a_token_that_the_model_does_not_have_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A tokenizer may know more tokens than the model: a draft of one failed the step, and all who were in it."""
+    folder = make(tmp_path, "llama", vocab_size=310)
+    knows_more = tokenizer()
+    knows_more.add_tokens(["FOX"])
+    knows_more.save_pretrained(folder)
+    with LLM(folder) as llm:
+        outside = knows_more("FOX").input_ids
+        assert outside == [310]
+        for prediction in ("the FOX", outside):
+            with pytest.raises(InvalidRequestError, match="prediction=310: must be token ids from 0 to 309"):
+                llm.generate([[5, 6]], SamplingParams(prediction=prediction))
+        assert llm.generate([[5, 6]], SamplingParams(prediction="the fox"))[0].error is None

@@ -31,8 +31,9 @@ class Guided:
 
 def drafter_of(branch: Branch, prompt_lookup_num_tokens: int) -> Drafter | None:
     """The branch's own, or None where nobody guesses; the number is the engine's option."""
-    request, asked = branch.request, branch.request.params.prompt_lookup_num_tokens
-    most = (prompt_lookup_num_tokens if asked is None else asked) or (MAX_DRAFTS if request.prediction else 0)
-    before = [*request.prompt_token_ids[-MAX_NGRAM:], *request.prediction] if request.prediction else ()
+    params = branch.request.params
+    asked, prediction = params.prompt_lookup_num_tokens, params.prediction
+    most = (prompt_lookup_num_tokens if asked is None else asked) or (MAX_DRAFTS if prediction else 0)
+    before = [*branch.request.prompt_token_ids[-MAX_NGRAM:], *prediction] if prediction else ()
     lookup = PromptLookup(most, before) if most else None
     return Guided(branch.guide, lookup) if branch.guide is not None else lookup

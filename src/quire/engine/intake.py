@@ -47,6 +47,8 @@ class Intake:
             raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
         if params.pooling is not None and self._built.model.hidden_size is None:
             raise InvalidRequestError("pooling", params.pooling, "None: this model has no plain output layer to take hidden states from")
+        if isinstance(params.prediction, str):
+            params = replace(params, prediction=self._predicted(params.prediction))
         whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))
@@ -54,14 +56,12 @@ class Intake:
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         grammar = self._built.grammars.compile(params.structured) if params.structured is not None else None
         name = request_id if request_id is not None else f"request-{secrets.token_hex(8)}"  # which no caller's own can be
-        return Request(name, text, token_ids, params, max_tokens, seed, *whose, grammar, read, self._prediction(params.prediction))
+        return Request(name, text, token_ids, params, max_tokens, seed, *whose, grammar, read)
 
-    def _prediction(self, given: Prompt | None) -> tuple[int, ...]:
-        if not isinstance(given, str):
-            return tuple(given or ())
+    def _predicted(self, text: str) -> list[int]:
         if self._built.tokenizer is None:
-            raise InvalidRequestError("prediction", given, "a list of token ids: this model came without a tokenizer")
-        return tuple(self._built.tokenizer.encode(given, field="prediction", add_special_tokens=False))
+            raise InvalidRequestError("prediction", text, "a list of token ids: this model came without a tokenizer")
+        return self._built.tokenizer.encode(text, field="prediction", add_special_tokens=False)
 
     def _max_tokens(self, token_ids: tuple[int, ...], params: SamplingParams) -> int:
         """`max_tokens` resolved: of a number that nobody asked for as much as context and pool have room for."""
