@@ -62,7 +62,6 @@ class Client:
     num_drawn: int = 0
     num_computed: int = 0
     num_accepted: int = 0
-    most_tokens: int = 0  # that had room at once, since it started
     num_hit: int = 0
     num_starts: int = 0
     peak_pages: int = 0
@@ -181,6 +180,7 @@ class Driver:
                 self.scheduler.accept(seq)
                 client.num_accepted += 1
                 self._draw(client)
+        self.scheduler.settle(plan)
         return plan
 
     def run(self, max_steps: int, *, check: bool = True) -> None:
@@ -241,13 +241,11 @@ class Driver:
             if client.num_starts <= seq.num_preemptions:
                 assert len(plan.works) == self.scheduler.num_running, "one starts while another that runs waits for room"
                 client.num_starts = seq.num_preemptions + 1
-                client.most_tokens = 0
                 client.num_hit += seq.num_committed
-            client.most_tokens = max(client.most_tokens, end)  # a draft's page stays, though it was wrong
             for group, table in zip(self.groups, seq.tables, strict=True):
                 assert len(table) * group.page_size >= end
                 if group.kind == "full":
-                    assert len(table) <= -(-client.most_tokens // group.page_size), "more pages than tokens need"
+                    assert len(table) == -(-end // group.page_size), "more pages than tokens need"
                     assert -1 not in table
         targets = {copy.target for copy in plan.copies}
         assert len(targets) == len(plan.copies) and targets.isdisjoint(copy.source for copy in plan.copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +58,17 @@ def test_drafts_take_no_page_that_another_is_near_to_needing() -> None:
     clients = [driver.add([0] * 7, 12) for _ in range(2)]
     driver.run(60)
     assert sum(client.num_accepted for client in clients) > 0 and driver.scheduler.num_preemptions == 0
+
+
+def test_wrong_drafts_keep_no_page_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptLookup, "guess", lambda self, tokens, room: (-1,) * min(room, 15))
+    for drafts in (0, 15):
+        driver = Driver(numbered(full(1)), 26, drafts=drafts, sharing=False, vocab=50)
+        for i, max_tokens in enumerate((20, 6)):
+            driver.add([i] * 7, max_tokens)
+        driver.run(60)
+        assert (driver.num_computed > 26 + 12) == bool(drafts)
+        assert driver.num_steps == 21 and driver.scheduler.num_preemptions == 0
 
 
 def test_few_sequences_draft_and_many_do_not() -> None:

@@ -135,6 +135,7 @@ class Engine:
                     self._deliver(state, one, token)
                 elif one.stands:
                     self._accept(state, one, token)
+        self.scheduler.settle(plan)
         self.runner.log.mark("deliver")
 
     def _wanted(self, work: Work) -> Iterator[tuple[RequestState, list[Branch | PromptToken | AfterDraft]]]:

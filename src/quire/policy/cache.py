@@ -159,6 +159,16 @@ class PageCache:
             seq.capacity += self.unit
         return True
 
+    def shrink(self, seq: Sequence) -> None:
+        """Give back the pages behind all that it has in hand, which drafts have left that were wrong."""
+        seq.peak_pages = max(seq.peak_pages, seq.num_pages)
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            behind = table[-(-seq.num_known // group.page_size) :]
+            del table[len(table) - len(behind) :]
+            self.pool.release(behind)
+            seq.num_pages -= len(behind)
+        self._set_capacity(seq)
+
     def pages_wanted(self, seq: Sequence, end: int) -> int:
         """How many more pages `end` committed tokens must have."""
         return sum(need.num_pages for need in self._needs(seq, end, end))

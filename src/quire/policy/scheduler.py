@@ -135,6 +135,12 @@ class Scheduler:
         """The next of the tokens drafted for it in the last plan was drawn and is in hand."""
         self.cache.commit(seq, 1)
 
+    def settle(self, plan: StepPlan) -> None:
+        """All that the step drew is in hand: pages that only wrong drafts needed are anybody's again."""
+        for work in plan.works:
+            if work.drafts:
+                self.cache.shrink(work.sequence)
+
     def abandon(self, plan: StepPlan) -> None:
         """The step failed: nothing of it was committed, and all its sequences end. What they had committed before stays cached."""
         self.cache.copies.done(plan.copies)
