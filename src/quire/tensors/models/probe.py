@@ -199,12 +199,16 @@ def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Te
 def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs: LoweredLayers | None = None) -> list[torch.Tensor]:
     """Logits [len, V] of each sequence in a forward of its own, by the model as it is; with `programs`, as said above, by our products in part.
 
-    It is not told positions: those of RoBERTa, for one, begin behind the pad's id.
+    It is not told positions, unless it cannot do without: those of RoBERTa, for one, begin behind the pad's id.
     """
 
     def own(ids: torch.Tensor, multiplied: Iterable[nn.Module]) -> torch.Tensor:
         with model.unpatched(multiplied) as alone:
-            logits: torch.Tensor = alone(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+            asked = {"input_ids": ids.unsqueeze(0), "use_cache": False}
+            try:
+                logits: torch.Tensor = alone(**asked).logits[0]
+            except TypeError:  # somebody's own code may have to be told
+                logits = alone(**asked, position_ids=torch.arange(len(ids), device=model.where).unsqueeze(0)).logits[0]
         return logits
 
     longest, one, few = sequences
