@@ -63,8 +63,9 @@ class SamplingParams:
             `max_tokens` cut short ends with "length". Together with `allowed_token_ids` only what both allow is drawn, and a stop string may
             end the text early.
         prompt_lookup_num_tokens: the engine's option of this name, for this request; 0 to 15.
-        prediction: text, or its tokens, that much of the output is thought to repeat, such as a file before an edit. Steps guess from it as well, and
-            draw several tokens at once. No bit of the output changes.
+        prediction: text, or its tokens, that much of the output is thought to repeat, such as a file before an edit; no longer than the context.
+            Steps guess from it as well, up to 15 tokens where no `prompt_lookup_num_tokens` above 0 says how many, and draw several at once. No bit
+            of the output changes.
 
     Raises:
         InvalidRequestError: a value out of its range, naming field, value and limit.
@@ -155,10 +156,9 @@ class SamplingParams:
         return self.stop
 
     def token_ids_named(self) -> list[tuple[str, int]]:
-        """(field, id) of every token id these params mention, to be checked against a model's vocabulary."""
+        """(field, id) of every token id that the sampler meets, to be checked against a model's vocabulary."""
         named = [("stop_token_ids", i) for i in self.stop_token_ids or ()]
         named += [("allowed_token_ids", i) for i in self.allowed_token_ids or ()]
-        named += [("prediction", i) for i in self.prediction or ()] if not isinstance(self.prediction, str) else []
         return named + [("logit_bias", i) for i in self.logit_bias or ()]
 
     @property

@@ -18,7 +18,7 @@ class Request:
 
     `namespace` says whose cached pages it may use and add to; requests of higher `priority` go first.
     `grammar` is `params.structured` compiled (text/grammar.py), of which this floor knows no more. `read`: whether anybody reads its events, or only
-    its output. A prediction of the params is tokens here.
+    its output. `prediction` is the params' own as tokens.
     """
 
     request_id: str
@@ -31,6 +31,7 @@ class Request:
     priority: int = 0
     grammar: Any = field(default=None, repr=False, compare=False)
     read: bool = True
+    prediction: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def num_branches(self) -> int:

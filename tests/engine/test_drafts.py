@@ -246,7 +246,7 @@ def test_a_prediction_is_drafted(checkpoint: Checkpoint) -> None:
         llm.check_integrity()
 
 
-def test_a_prediction_with_a_token_that_the_model_does_not_have_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_prediction_that_cannot_be_drafted_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A tokenizer may know more tokens than the model: a draft of one failed the step, and all who were in it."""
     folder = make(tmp_path, "llama", vocab_size=310)
     knows_more = tokenizer()
@@ -259,3 +259,5 @@ def test_a_prediction_with_a_token_that_the_model_does_not_have_is_refused(check
             with pytest.raises(InvalidRequestError, match="prediction=310: must be token ids from 0 to 309"):
                 llm.generate([[5, 6]], SamplingParams(prediction=prediction))
         assert llm.generate([[5, 6]], SamplingParams(prediction="the fox"))[0].error is None
+        with pytest.raises(InvalidRequestError, match="prediction='2049 tokens': must be at most 2048 tokens, the context"):
+            llm.generate([[5, 6]], SamplingParams(prediction=[5] * 2049))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import openai
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.text.tokenizer import TextTokenizer
 from tests.engine.conftest import tokenizer
 from tests.server.conftest import Running, running
 from tests.server.test_completions import events
@@ -105,6 +107,21 @@ def test_a_prediction_changes_the_usage_alone(server: Running) -> None:
         details = told["usage"].pop("completion_tokens_details")
         assert told["choices"] == plain["choices"] and "completion_tokens_details" not in plain["usage"]
         assert details["accepted_prediction_tokens"] > 0 and details["rejected_prediction_tokens"] >= 0
+
+
+def test_a_long_prediction_is_tokenised_beside_the_event_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, encode = [], TextTokenizer.encode
+
+    def noting(self: TextTokenizer, text: str, **more: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return encode(self, text, **more)
+
+    monkeypatch.setattr(TextTokenizer, "encode", noting)
+    for text, status in (("the fox", 200), ("the quick brown fox " * 1000, 400)):
+        threads.clear()
+        answer = server.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 2, "prediction": {"type": "content", "content": text}})
+        assert answer.status_code == status and threads, answer.text
+    assert server.thread not in threads and answer.json()["error"]["param"] == "prediction"
 
 
 def test_values_for_the_template(server: Running) -> None:

@@ -31,8 +31,7 @@ class Guided:
 
 def drafter_of(branch: Branch, prompt_lookup_num_tokens: int) -> Drafter | None:
     """The branch's own, or None where nobody guesses; the number is the engine's option."""
-    params = branch.request.params
-    asked, prediction = params.prompt_lookup_num_tokens, params.prediction
+    asked, prediction = branch.request.params.prompt_lookup_num_tokens, branch.request.prediction
     most = (prompt_lookup_num_tokens if asked is None else asked) or (MAX_DRAFTS if prediction else 0)
     before = [*branch.request.prompt_token_ids[-MAX_NGRAM:], *prediction] if prediction else ()
     lookup = PromptLookup(most, before) if most else None

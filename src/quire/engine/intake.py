@@ -47,8 +47,6 @@ class Intake:
             raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
         if params.pooling is not None and self._built.model.hidden_size is None:
             raise InvalidRequestError("pooling", params.pooling, "None: this model has no plain output layer to take hidden states from")
-        if isinstance(params.prediction, str):
-            params = replace(params, prediction=self._predicted(params.prediction))
         whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))
@@ -56,12 +54,21 @@ class Intake:
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         grammar = self._built.grammars.compile(params.structured) if params.structured is not None else None
         name = request_id if request_id is not None else f"request-{secrets.token_hex(8)}"  # which no caller's own can be
-        return Request(name, text, token_ids, params, max_tokens, seed, *whose, grammar, read)
+        return Request(name, text, token_ids, params, max_tokens, seed, *whose, grammar, read, self._prediction(params.prediction))
 
-    def _predicted(self, text: str) -> list[int]:
-        if self._built.tokenizer is None:
-            raise InvalidRequestError("prediction", text, "a list of token ids: this model came without a tokenizer")
-        return self._built.tokenizer.encode(text, field="prediction", add_special_tokens=False)
+    def _prediction(self, given: Prompt | None) -> tuple[int, ...]:
+        """A prediction's tokens: each one the model's, as it may be drafted, and no more than a prompt could have: every step looks through them."""
+        limits, tokenizer = self._built.limits, self._built.tokenizer
+        if isinstance(given, str):
+            if tokenizer is None:
+                raise InvalidRequestError("prediction", given, "a list of token ids: this model came without a tokenizer")
+            given = tokenizer.encode(given, field="prediction", add_special_tokens=False)
+        token_ids = tuple(given or ())
+        if len(token_ids) > limits.context_len:
+            raise InvalidRequestError("prediction", f"{len(token_ids)} tokens", f"at most {limits.context_len} tokens, the context")
+        if token_ids and max(token_ids) >= limits.vocab_size:
+            raise InvalidRequestError("prediction", max(token_ids), f"token ids from 0 to {limits.vocab_size - 1}")
+        return token_ids
 
     def _max_tokens(self, token_ids: tuple[int, ...], params: SamplingParams) -> int:
         """`max_tokens` resolved: of a number that nobody asked for as much as context and pool have room for."""

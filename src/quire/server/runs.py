@@ -201,6 +201,7 @@ async def _submit(llm: LLM, job: Job, namespace: str, priority: int, request_id:
     def submit() -> RequestStream:
         return llm.submit(job.prompt, job.params, namespace=namespace, priority=priority, request_id=request_id)
 
-    if len(job.prompt) <= MAX_THREADED_CHARS and job.params.structured is None:  # a grammar may take seconds to compile
+    length = len(job.prompt) + len(job.params.prediction or ())
+    if length <= MAX_THREADED_CHARS and job.params.structured is None:  # a grammar may take seconds to compile
         return submit()
     return await asyncio.to_thread(submit)
