@@ -53,6 +53,19 @@ def test_the_length_follows_what_was_right() -> None:
     assert guesses[:4] == [4, 8, 12, 12] and guesses[4] < 12 and guesses[6] <= 2
 
 
+def test_wrong_guesses_become_rare_and_a_right_one_is_believed() -> None:
+    pairs = [token for i in range(200) for token in (i, i + 1, 999)]  # each pair of what comes, and what never does
+    lookup, tokens, guesses = PromptLookup(8, pairs), [0], []
+    for token in range(1, 128):
+        tokens.append(token)
+        guesses.append(lookup.guess(tokens, 8))
+    assert all(guess[0] == 999 for guess in guesses if guess) and 5 <= sum(map(bool, guesses)) <= 10
+    while not (guess := lookup.guess(tokens, 8)):
+        tokens.append(tokens[-1] + 1)
+    tokens += [*guess, 150, 151]
+    assert lookup.guess(tokens, 8), "at once"
+
+
 def test_drafts_take_no_page_that_another_is_near_to_needing() -> None:
     driver = Driver(numbered(full(4), sliding(4, 5)), 14, drafts=15, vocab=1)
     clients = [driver.add([0] * 7, 12) for _ in range(2)]
