@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
 
 from quire.config import MAX_DRAFTS
 from quire.engine.state import Branch
@@ -11,22 +10,28 @@ from quire.policy.drafts import MAX_NGRAM, Drafter, PromptLookup
 from quire.text.grammar import Guide
 
 
-@dataclass(frozen=True, slots=True)
 class Guided:
     """Guesses for a sequence that follows a grammar: forced tokens are right, and of others those that it allows may be."""
 
-    guide: Guide
-    other: Drafter | None
+    def __init__(self, guide: Guide, other: Drafter | None) -> None:
+        self._guide, self._other = guide, other
+        self._forced: list[int] = []
+        self._at = 0  # how many tokens there were then
 
     def guess(self, tokens: Tokens[int], room: int) -> tuple[int, ...]:
         """See `Drafter`."""
         if room < 1:
             return ()
-        forced = self.guide.forced()
-        if forced or self.other is None:
-            return tuple(forced[:room])
-        drafts = self.other.guess(tokens, room)
-        return drafts[: self.guide.count_allowed(drafts)]
+        came = tokens[self._at :]
+        if came == self._forced[: len(came)] and len(came) < len(self._forced):  # a text of thousands of tokens is asked for once
+            self._forced = self._forced[len(came) :]
+        else:
+            self._forced = self._guide.forced()
+        self._at = len(tokens)
+        if self._forced or self._other is None:
+            return tuple(self._forced[:room])
+        drafts = self._other.guess(tokens, room)
+        return drafts[: self._guide.count_allowed(drafts)]
 
 
 def drafter_of(branch: Branch, prompt_lookup_num_tokens: int) -> Drafter | None:
