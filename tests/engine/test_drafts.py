@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from quire import LLM, ConfigError, InvalidRequestError, NonFiniteLogitsError, SamplingParams, StepError, StructuredOutput
+from quire.errors import RequestFailedError
 from quire.policy.drafts import PromptLookup
+from quire.text.grammar import Guide
 from tests.engine.conftest import Checkpoint, tokenizer
 from tests.engine.test_transparency import Job, alone, bits, jobs, together
 from tests.tensors.checkpoints import VOCAB, make
@@ -88,6 +90,7 @@ def test_an_end_among_drafts_is_the_end(checkpoint: Checkpoint, knowing: Any) ->
         stop = llm.tokenizer.decode(token_ids[6:8]) if llm.tokenizer is not None else ""
         ends = [
             replace(GREEDY, stop_token_ids=[token_ids[7]]),
+            replace(GREEDY, stop_token_ids=[token_ids[7]], min_tokens=7),
             replace(GREEDY, stop_token_ids=[token_ids[7]], min_tokens=12),
             replace(GREEDY, stop=[stop]),
             replace(GREEDY, max_tokens=5),
@@ -105,6 +108,18 @@ def test_an_end_among_drafts_is_the_end(checkpoint: Checkpoint, knowing: Any) ->
             drafted = llm.stats()["num_drafted_tokens"] - before
             assert params.max_tokens == GREEDY.max_tokens or drafted <= max(0, params.max_tokens - 2), "one more is drawn behind the last draft"
             llm.check_integrity()
+
+
+def test_a_penalty_counts_drafts(checkpoint: Checkpoint, knowing: Any) -> None:
+    """Of few tokens, so that each is soon drawn again, and how often decides which is next."""
+    penalties = ({"repetition_penalty": 1.5}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.3}, {"frequency_penalty": -0.5})
+    folder, work = checkpoint("llama"), [(PROMPT, replace(GREEDY, allowed_token_ids=[*range(5, 25)], **one)) for one in penalties]
+    expected = alone(folder, work)
+    with LLM(folder, prompt_lookup_num_tokens=15) as llm:
+        for one, result in zip(work, expected, strict=True):
+            knowing(wholes([one], [result]), 0.0)
+            accepted = llm.stats()["num_accepted_tokens"]
+            assert together(llm, [one]) == [result] and llm.stats()["num_accepted_tokens"] > accepted
 
 
 def test_pages_run_out(checkpoint: Checkpoint, knowing: Any) -> None:
@@ -205,6 +220,28 @@ def test_forced_text_comes_several_tokens_a_step(checkpoint: Checkpoint, monkeyp
     with LLM(folder, max_sequences=5, prompt_lookup_num_tokens=8, page_size=4, max_tokens_per_step=19) as llm:
         assert together(llm, work) == expected
         assert llm.stats()["num_drafted_tokens"] > llm.stats()["num_accepted_tokens"] > 40
+
+
+def test_what_a_grammar_forbids_is_not_drafted(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptLookup, "guess", lambda self, tokens, room: (VOCAB - 1,) * room)
+    with LLM(checkpoint("llama"), prompt_lookup_num_tokens=8) as llm:
+        [free, held] = llm.generate([PROMPT] * 2, [GREEDY, replace(GREEDY, structured=StructuredOutput(regex="[a-f]{90}"))])
+        assert free.receipt.rejected_tokens > 0 and held.error is None and held.receipt.rejected_tokens == 0
+
+
+def test_a_mask_that_fails_behind_a_draft_ends_the_request(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    after = Guide.after
+
+    def failing(self: Guide, token_id: int) -> Guide:
+        ahead = after(self, token_id)
+        ahead.fail("injected")
+        return ahead
+
+    monkeypatch.setattr(Guide, "after", failing)
+    with LLM(checkpoint("llama")) as llm:
+        [output] = llm.generate([PROMPT], replace(GREEDY, structured=FORMS[1]))
+        assert isinstance(output.error, RequestFailedError) and "structured: injected" in str(output.error)
+        llm.check_integrity()
 
 
 def test_a_request_may_ask_for_more_or_none(checkpoint: Checkpoint) -> None:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.policy.drafts import FIRST_LENGTH, MAX_DRAWN, MAX_NGRAM, MIN_NGRAM, PromptLookup
-from tests.policy.oracle import Driver, full, numbered, sliding
+from quire.policy.groups import Group
+from tests.policy.oracle import Driver, chunked, full, numbered, sliding
 
 # Some of these repeat one byte, so that tokens are found across tokens, too.
 token = st.sampled_from([0, 1, 2, 0x01010101, 0x0101, 0x010101])
@@ -67,10 +68,32 @@ def test_wrong_guesses_become_rare_and_a_right_one_is_believed() -> None:
 
 
 def test_drafts_take_no_page_that_another_is_near_to_needing() -> None:
-    driver = Driver(numbered(full(4), sliding(4, 5)), 14, drafts=15, vocab=1)
-    clients = [driver.add([0] * 7, 12) for _ in range(2)]
+    """The second ends just before there would be too few; a page that the first takes ahead of its time would cost it its place."""
+    driver = Driver(numbered(full(4)), 6, drafts=15, vocab=1)
+    clients = [driver.add([0] * num_prompt, max_tokens) for num_prompt, max_tokens in ((6, 19), (4, 11))]
     driver.run(60)
     assert sum(client.num_accepted for client in clients) > 0 and driver.scheduler.num_preemptions == 0
+
+
+GROUPS = [
+    [sliding(1, 5)],
+    [sliding(2, 3)],
+    [chunked(2, 6)],
+    [chunked(1, 4)],
+    [full(4), sliding(4, 5)],
+    [full(4), chunked(4, 8)],
+    [full(8), sliding(2, 3)],
+]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=lambda groups: " ".join(f"{one.kind}-{one.page_size}" for one in groups))
+def test_wrong_drafts_move_no_window(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Had they been right, the window would have left pages that are still to be filled."""
+    monkeypatch.setattr(PromptLookup, "guess", lambda self, tokens, room: (-1,) * min(room, 15))
+    driver = Driver(numbered(*groups), 200, drafts=15, sharing=False)
+    for i in range(3):
+        driver.add([0, 1, 0, 1, 0][i:], 40, seed=i)
+    driver.run(400)
 
 
 def test_wrong_drafts_keep_no_page_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
