@@ -61,4 +61,5 @@ class Shape:
 QWEN3 = Shape("qwen3-0.6b", "qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, 40_960, 1e6, 1e-6)
 SMOLLM2 = Shape("smollm2-135m", "llama", 49_152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5)
 GEMMA3 = Shape("gemma-3-270m", "gemma3_text", 262_144, 640, 2048, 18, 4, 1, 256, 32_768, 1e6, 1e-6, window=512, full_every=6)
+LLAMA3 = Shape("llama-3-8b", "llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 5e5, 1e-5)  # but for its head, which is one of its own
 SHAPES = {shape.name: shape for shape in (QWEN3, SMOLLM2, GEMMA3)}

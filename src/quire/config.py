@@ -50,6 +50,8 @@ class EngineConfig:
         num_threads: CPU threads of a step; `None` takes torch's number.
         compile: compile decoder layers with torch's Inductor, which needs a C++ compiler and a minute at the first start with a model. Its output
             keeps every promise, but its bits are not those without it.
+        enforce_eager: run the model's own code in every step. Without it the CPU runs decoder layers as native programs where it can, whose bits are
+            others, and an accelerator steps of few tokens as captured graphs, whose bits are the same.
         trust_remote_code: run Python code that comes with a checkpoint. Off by default.
         revision: of a hub id.
 
@@ -77,6 +79,7 @@ class EngineConfig:
     device: str = "cpu"
     num_threads: int | None = None
     compile: bool = False
+    enforce_eager: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
 
@@ -113,9 +116,11 @@ class EngineConfig:
                 _integer(name, getattr(self, name), high)
         _integer("reserve_bytes", self.reserve_bytes, 2**50, low=0)
         _integer("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, MAX_DRAFTS, low=0)
-        for name in ("prefix_sharing", "compile", "trust_remote_code"):
+        for name in ("prefix_sharing", "compile", "enforce_eager", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: must be True or False")
+        if self.compile and self.enforce_eager:
+            raise ConfigError("enforce_eager=True: must be False with compile=True")
         if self.cache_dir == "" or not isinstance(self.cache_dir, str | PathLike | None):  # "" would be the folder one is in
             raise ConfigError(f"cache_dir={shown(self.cache_dir)}: must be a path or None")
         if self.cache_dir_bytes is not None and self.cache_dir is None:

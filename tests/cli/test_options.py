@@ -67,6 +67,7 @@ ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "trust_remote_code": (True, True),
     "revision": ("main", "main"),
 }
+EAGER_TYPED: dict[str, tuple[Any, Any]] = {"enforce_eager": (True, True)}  # which does not go with compile
 
 
 def options(command: str) -> dict[str, Any]:
@@ -95,10 +96,13 @@ def test_defaults_are_the_dataclass_own(kind: type) -> None:
 
 def test_every_field_is_typed_below() -> None:
     assert {*SAMPLING_TYPED, *PREDICTION_TYPED} == {f.name for f in fields(SamplingParams)} - LIBRARY_ONLY_FIELDS
-    assert {*ENGINE_TYPED} == {f.name for f in fields(EngineConfig)}
+    assert {*ENGINE_TYPED, *EAGER_TYPED} == {f.name for f in fields(EngineConfig)}
 
 
-@pytest.mark.parametrize(("kind", "typed"), [(SamplingParams, SAMPLING_TYPED), (SamplingParams, PREDICTION_TYPED), (EngineConfig, ENGINE_TYPED)])
+@pytest.mark.parametrize(
+    ("kind", "typed"),
+    [(SamplingParams, SAMPLING_TYPED), (SamplingParams, PREDICTION_TYPED), (EngineConfig, ENGINE_TYPED), (EngineConfig, EAGER_TYPED)],
+)
 def test_every_option_reaches_its_field(kind: type, typed: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, quire: Quire) -> None:
     args: list[str] = []
     for name, (text, _) in typed.items():

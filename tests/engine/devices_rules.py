@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from quire import LLM, ConfigError, InvalidRequestError, ProbeMismatchError, SamplingParams, StepError, UnsupportedModelError
-from quire.tensors.device import Accelerator, device_of
+from quire import LLM, ConfigError, InvalidRequestError, ProbeMismatchError, RequestOutput, SamplingParams, StepError, UnsupportedModelError
+from quire.tensors.device import Accelerator, Graphs, device_of
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
 from tests.tensors.fake_device import FAKE, install, on_host
+from tests.tensors.fake_graph import Graph
 
 install()
 
@@ -30,7 +32,7 @@ def served(checkpoint: Checkpoint) -> Iterator[LLM]:
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     FAKE.waits.clear()
-    FAKE.uploads, FAKE.failing = 0, lambda operator: False
+    FAKE.uploads, Graph.num_replays, FAKE.failing = 0, 0, lambda operator: False
     yield
     FAKE.failing = lambda operator: False
 
@@ -43,6 +45,7 @@ def test_a_step_waits_once_and_only_for_what_it_draws(served: LLM, prompts: list
     served.generate(prompts, PARAMS)
     assert served.stats()["num_steps"] == before + num_steps
     assert FAKE.waits == ["synchronize"] * num_draws and FAKE.uploads == 0
+    assert Graph.num_replays == 2 * num_steps, "a graph that computes and one that commits"
 
 
 def test_what_else_a_step_gives_comes_in_the_same_wait(served: LLM) -> None:
@@ -54,7 +57,7 @@ def test_what_else_a_step_gives_comes_in_the_same_wait(served: LLM) -> None:
 def test_scores_states_and_forks_as_on_the_cpu(checkpoint: Checkpoint) -> None:
     params = SamplingParams(max_tokens=4, temperature=0.9, seed=3, n=3, prompt_logprobs=0, pooling="mean", ignore_eos=True, logprobs=2)
     found = []
-    for options in ({"device": "fake", "cache_bytes": 2**20}, {"backend": "reference"}):
+    for options in ({"device": "fake", "cache_bytes": 2**20, "enforce_eager": True}, {"backend": "reference"}):
         with LLM(checkpoint("qwen3", num_hidden_layers=1), page_size=4, **options) as llm:  # type: ignore[arg-type]
             found.append(llm.generate(PROMPTS[2], params)[0])
             llm.check_integrity()
@@ -85,6 +88,33 @@ def test_a_step_that_fails_writes_nothing(served: LLM, kernel: str, at: int) -> 
     assert served.generate(PROMPTS[0], PARAMS)[0].outputs == good
 
 
+def test_captured_steps_have_the_bits_of_those_that_are_not(served: LLM, checkpoint: Checkpoint) -> None:
+    """With drafts, forks, penalties, pages that fill up; to the end of the context, where tables are as long as they come."""
+    penal = SamplingParams(max_tokens=9, temperature=0.0, repetition_penalty=1.1, logprobs=1, ignore_eos=True)
+    params = [penal, SamplingParams(max_tokens=4, temperature=0.9, seed=3, n=3, logprobs=0, ignore_eos=True), PARAMS]
+    prompts = [[7, 8, 9, 7, 8, 9, 7], *PROMPTS[:2]]
+    found: list[list[RequestOutput]] = []
+    for eager in (True, False):
+        options = {"page_size": 4, "max_tokens_per_step": 6, "max_model_len": 17, "cache_bytes": 2**18, "enforce_eager": eager}
+        with LLM(checkpoint("llama", num_hidden_layers=1), device="fake", **options) as llm:  # type: ignore[arg-type]
+            assert llm.info.layers == ("plain" if eager else "plain, steps of up to 6 tokens captured")
+            Graph.num_replays = 0
+            found.append(llm.generate(prompts, params))
+            assert Graph.num_replays == (0 if eager else 2 * llm.stats()["num_steps"])
+            llm.check_integrity()
+        params[0] = replace(penal, prediction=found[0][0].outputs[0].token_ids)
+    assert [output.outputs for output in found[0]] == [output.outputs for output in found[1]]
+    assert found[1][0].receipt.accepted_tokens and found[1][2].outputs[0].finish_reason == "length"
+
+
+def test_a_graph_that_computes_something_else_is_not_taken(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Graphs.capture
+    monkeypatch.setattr(Graphs, "capture", lambda graphs, run: (own(graphs, run)[0], lambda: None))
+    with LLM(checkpoint("llama", num_hidden_layers=1), device="fake", max_tokens_per_step=1, cache_bytes=2**18) as llm:
+        assert llm.info.layers == "plain, no step captured (RuntimeError: a captured step of 1 tokens gave other bits than it gives itself)"
+        assert not llm.generate(PROMPTS[0], PARAMS)[0].error
+
+
 def test_a_live_model_is_served_where_it_is() -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     with LLM(model, backend="reference") as llm:
@@ -95,6 +125,7 @@ def test_a_live_model_is_served_where_it_is() -> None:
     with pytest.raises(UnsupportedModelError, match=r"embed_tokens.weight is on device fake:0; this engine's is cpu"):
         LLM(model)
     with LLM(model, device="fake:0", cache_bytes=2**20) as llm:
+        assert llm.info.layers == "plain", "a captured step would read the weights where they lay"
         own = llm.generate(PROMPTS[0], PARAMS)[0].outputs[0]
         assert own.token_ids == expected.token_ids and own.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
         with torch.no_grad():

@@ -60,11 +60,18 @@ def test_choices_are_refused_by_name(choice: Any) -> None:
         StructuredOutput(choice=choice)
 
 
-@pytest.mark.parametrize("field", ["dtype", "quantization", "backend", "cache_layout", "kv_codec", "page_size", "cache_bytes", "compile"])
+@pytest.mark.parametrize(
+    "field", ["dtype", "quantization", "backend", "cache_layout", "kv_codec", "page_size", "cache_bytes", "compile", "enforce_eager"]
+)
 @pytest.mark.parametrize("value", [np.array([1, 2]), UNTOLD, Unseen()], ids=told)
 def test_options_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field}="):
         EngineConfig(**{field: value})
+
+
+def test_options_that_contradict_each_other_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="enforce_eager=True: must be False with compile=True"):
+        EngineConfig(compile=True, enforce_eager=True)
 
 
 def test_a_pool_that_no_system_has_is_refused_by_name(checkpoint: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 pytest.importorskip("quire.tensors.native")
 
-from quire import LLM
+from quire import LLM, SamplingParams
 from quire.tensors.attention.base import StepInputs, TableInputs
 from quire.tensors.models import native_forward as module
 from quire.tensors.models.native_forward import NativeForward, is_of_position
@@ -28,6 +28,8 @@ from tests.tensors.checkpoints import FAMILIES, tiny_model
 NATIVE = {"llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gemma", "gemma3_text", "smollm3"}
 # Embeddings that are scaled, and layers that take other tables than the ones before, or none.
 OTHERS = [("gemma3_text", "none"), ("gemma3_text", "int8"), ("smollm3", "none")]
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,3 +184,13 @@ def test_a_forward_that_cannot_be_one_call_is_its_calls(checkpoint: Checkpoint, 
     with LLM(checkpoint("llama", torch.bfloat16)) as llm, LLM(checkpoint("llama", torch.bfloat16)) as plain:
         assert bits(llm) == bits(own(plain))
         assert replay_of(llm).native is None and replay_of(llm).calls
+
+
+def test_where_the_model_s_own_code_is_asked_for_there_are_no_programs(checkpoint: Checkpoint) -> None:
+    folder, prompts = checkpoint("llama"), [list(range(5, 5 + count)) for count in (3, 21)]
+    with LLM(folder, enforce_eager=True, max_tokens_per_step=8) as llm:
+        assert llm.info.layers == "plain" and llm._built.model.lowered is None
+        alone = [llm.generate(prompt, GREEDY, namespace="alone")[0].outputs for prompt in prompts]
+        assert [output.outputs for output in llm.generate(prompts, GREEDY)] == alone
+    with LLM(folder) as llm:
+        assert [llm.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in prompts] == [one.token_ids for (one,) in alone]

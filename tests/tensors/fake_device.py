@@ -6,7 +6,9 @@ function here, which runs it on the CPU. Unlike a GPU,
 - it refuses an operator whose tensors lie on two sides, indices included (a CPU tensor without dimensions may be an operand, as torch has it);
 - it counts whatever makes the host wait for it, and whatever is copied there with a wait (`waits`, `uploads`);
 - what is copied to the host without a wait is poison until somebody waits, and memory that is written while it is copied from is found out then;
-- an address may be asked of a tensor only by those who start kernels or compare addresses.
+- an address may be asked of a tensor only by those who start kernels or compare addresses;
+- what a captured graph computes is poison until it is replayed, and whatever no graph can hold is refused in a capture: waits, copies to or from the
+  host, kernels that never ran before.
 
 Like a GPU's, torch's own sums and products on it have an order that depends on how many there are.
 
@@ -23,17 +25,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from quire.tensors.models.exact import VECTOR
 from tests.tensors import quick_interpreter
+from tests.tensors.fake_arithmetic import ordered
+from tests.tensors.fake_graph import Graph
 
 NAME, MEMORY = "fake", 1 << 30
 _CPU, _OTHER = 1, 12  # device types of DLPack: kDLCPU, and kDLExtDev, which is torch's PrivateUse1
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "unique_consecutive", "allclose"}
-_SUMS = {"sum", "mean", "_softmax", "_log_softmax", "logsumexp", "var", "std", "var_mean", "linalg_vector_norm", "norm", "native_layer_norm"}
-_ELEMENTWISE = {"silu", "gelu", "tanh", "sigmoid", "exp", "log", "log1p", "cos", "sin", "rsqrt", "sqrt", "pow", "softplus"}
 _ASKERS = ("quire.tensors.triton_", "quire.tensors.attention.triton", "quire.tensors.models.form", "triton.")
 
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -60,11 +60,16 @@ class Fake:
         self.waits: list[str] = []
         self.uploads = self.num_launches = 0
         self.failing: Callable[[str], bool] = lambda operator: False
+        self.waits_fail = "default"  # torch's mode of synchronizing operations
+        self._graph: Graph | None = None  # being captured
+        self._known: set[str] = set()  # kernels that have run
         self._leaving: list[tuple[torch.Tensor, torch.Tensor]] = []  # memory of the host that is being copied from, and what it held
         self._coming: list[tuple[torch.Tensor, torch.Tensor]] = []  # memory of the host that is being copied to, and what it will hold
 
     def wait(self, what: str) -> None:
         """The host waits until all is done."""
+        if self._graph is not None or self.waits_fail == "error":
+            raise RuntimeError(f"{what}: called a synchronizing operation")
         self.waits.append(what)
         leaving, self._leaving = self._leaving, []
         coming, self._coming = self._coming, []
@@ -104,19 +109,53 @@ class Fake:
         # What stands for a tensor may arrive as a number.
         given = [torch.tensor(x) if want and isinstance(x, (int, float)) else ours(x) for x, want in zip(args, wants, strict=False)]
         named = {key: ours(x) for key, x in kwargs.items()}
-        out = _ordered(name, op, given, named)
+        views = any(returned.alias_info is not None for returned in op._schema.returns)
+        out = ordered(name, op, given, dict(named))
+        if self._graph is not None:
+            self._graph.add_operator(lambda: self._again(name, op, given, named), [] if views else list(_tensors(out)))
         for x in _tensors((given, named)):
             if id(x) in theirs and x.numel() and not theirs[id(x)].numel():
                 theirs[id(x)].data = _as(x, _OTHER)
         # A view of a tensor that is none of inference mode's is none either.
-        views = any(returned.alias_info is not None for returned in op._schema.returns)
         plain = views and not any(x.is_inference() for x in _tensors(args[:1]))
         with torch.inference_mode(torch.is_inference_mode_enabled() and not plain):
             return _each(out, lambda x: theirs[id(x)] if id(x) in theirs else _as(x, _OTHER))
 
+    def _again(self, name: str, op: Any, given: Any, named: Any) -> list[torch.Tensor]:
+        """The results of an operator of a graph."""
+        if self.failing(name):
+            raise RuntimeError(f"the device failed at {name}")
+        return [] if name.startswith("empty") else list(_tensors(ordered(name, op, given, dict(named))))
+
+    def launch(self, kernel: str, start: Callable[[], object]) -> None:
+        """A kernel is started, as `start` does it."""
+        if self.failing(kernel):
+            raise RuntimeError(f"the device failed at {kernel}")
+        if self._graph is not None:
+            if kernel not in self._known:
+                raise RuntimeError(f"{kernel}: loaded in a capture")
+            self._graph.add(start)
+        self._known.add(kernel)
+        self.num_launches += 1
+
+    @contextmanager
+    def capture(self, graph: Graph) -> Iterator[None]:
+        """As `torch.cuda.graph`: what is started inside is `graph`'s."""
+        self.wait("capture")
+        self._graph = graph
+        try:
+            yield
+            graph.poison()
+        finally:
+            self._graph = None
+
     def _copy(self, source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if self._graph is not None and (source.is_cpu or target.is_cpu):
+            raise RuntimeError("a copy from or to the host in a capture")
         if not source.is_cpu and not target.is_cpu:
             on_host(target).copy_(on_host(source))
+            if self._graph is not None:
+                self._graph.add(lambda: on_host(target).copy_(on_host(source)))
         elif source.is_cpu:
             pinned = getattr(source, "pinned_by_fake", False)
             if not (pinned and non_blocking):
@@ -148,40 +187,13 @@ def _each(out: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return change(out) if isinstance(out, torch.Tensor) else out
 
 
-def _ordered(name: str, op: Any, args: Any, kwargs: Any) -> Any:
-    """The operator, and if it adds up floats of a number of rows that is no multiple of three, in the other order. An element has the same bits
-    wherever it lies, as on a GPU, and not as on the CPU, where it may be computed by a vector or behind the last one."""
-    x = next((x for x in _tensors(args)), None)
-    if name in _ELEMENTWISE and x is not None and x.is_floating_point() and not any(_tensors(args[1:])):
-        out = kwargs.pop("out", None)
-        whole = functional.pad(x.reshape(-1), (0, -x.numel() % VECTOR))
-        result = op.overloadpacket(whole, *args[1:], **kwargs)[: x.numel()].view(x.shape)
-        return result if out is None else out.copy_(result)
-    if x is None or not x.is_floating_point() or x.dim() < 2 or x.numel() // max(1, x.shape[-1]) % 3 == 0:
-        return op(*args, **kwargs)
-    if name in ("mm", "bmm"):
-        return op(args[0].flip(-1), args[1].flip(-2), *args[2:], **kwargs)
-    if name in ("addmm", "baddbmm"):
-        return op(args[0], args[1].flip(-1), args[2].flip(-2), *args[3:], **kwargs)
-    if name not in _SUMS or x.shape[-1] < 2:
-        return op(*args, **kwargs)
-    if name == "native_layer_norm":
-        flipped = [y.flip(-1) if isinstance(y, torch.Tensor) else y for y in args]
-        out, *rest = op(*flipped, **kwargs)
-        return out.flip(-1), *rest
-    along = next((arg for arg in args[1:] if type(arg) in (int, list) and arg != []), -1)
-    along = [along] if isinstance(along, int) else along
-    if name in ("_softmax", "_log_softmax"):
-        out = kwargs.pop("out", None)
-        result = op.overloadpacket(x.flip(along), *args[1:], **kwargs).flip(along)
-        return result if out is None else out.copy_(result)
-    return op(x.flip(along), *args[1:], **kwargs)
-
-
 FAKE = Fake()
 
 
 class _Stream:
+    def __init__(self, where: torch.device) -> None:
+        pass
+
     def synchronize(self) -> None:
         FAKE.wait("synchronize")
 
@@ -190,6 +202,19 @@ class _Module:
     """What `torch.cuda` is to a GPU, as far as it is asked."""
 
     current = 0
+    CUDAGraph, Stream = Graph, _Stream
+
+    def graph_pool_handle(self) -> object:
+        return object()
+
+    def graph(self, graph: Graph, *, pool: object, stream: _Stream, capture_error_mode: str) -> Any:
+        return FAKE.capture(graph)
+
+    def get_sync_debug_mode(self) -> str:
+        return FAKE.waits_fail
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        FAKE.waits_fail = mode
 
     def is_available(self) -> bool:
         return True
@@ -211,7 +236,7 @@ class _Module:
         return MEMORY, MEMORY
 
     def current_stream(self, where: torch.device) -> _Stream:
-        return _Stream()
+        return _Stream(where)
 
     def empty_cache(self) -> None:
         pass
@@ -273,9 +298,7 @@ def _let_kernels_run() -> None:
             return there(self, args, kwargs)
         if any(x.is_cpu for x in given):
             raise RuntimeError(f"{self.fn.__name__}: started with tensors of the CPU")
-        if FAKE.failing(self.fn.__name__):
-            raise RuntimeError(f"the device failed at {self.fn.__name__}")
-        FAKE.num_launches += 1
+        FAKE.launch(self.fn.__name__, lambda: self(*args, **kwargs))
         move = lambda x: on_host(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
         return [move(x) for x in args], {name: move(x) for name, x in kwargs.items()}
 

@@ -69,6 +69,7 @@ ENGINE = {
     "device": "Where the model runs: cpu, or an accelerator by torch's name (which none has done yet).",
     "num_threads": "CPU threads of a step.",
     "compile": "Compile decoder layers; slow at the first start, needs a C++ compiler.",
+    "enforce_eager": "Run the model's own code in every step: no native programs, no captured steps.",
     "trust_remote_code": "Run Python code that comes with the checkpoint.",
     "revision": "Of a hub id.",
 }

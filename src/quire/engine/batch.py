@@ -45,13 +45,13 @@ class Batches:
 
     def of(self, plan: StepPlan) -> Batch:
         """The batch of a plan, on the device, until the next one is made."""
-        tensors = self._feed.tensors([*_packed(plan), *(values for group in self._groups for values in _placed(plan, group))])
+        tensors = self._feed.tensors([*packed(plan), *(values for group in self._groups for values in placed(plan, group))])
         if self._batch is None or tensors is not self._tensors:
             self._tensors, self._batch = tensors, _batch(tensors)
         return self._batch
 
 
-def _packed(plan: StepPlan) -> list[array[int]]:
+def packed(plan: StepPlan) -> list[array[int]]:
     """Ids, positions, places of logits and of hidden states; query starts and committed lengths."""
     ids, positions, logits_at, hidden_at = array("q"), array("q"), array("q"), array("q")
     starts, committed = array("i", [0]), array("i")
@@ -69,7 +69,7 @@ def _packed(plan: StepPlan) -> list[array[int]]:
     return [ids, positions, logits_at, hidden_at, starts, committed]
 
 
-def _placed(plan: StepPlan, group: Group) -> list[array[int]]:
+def placed(plan: StepPlan, group: Group) -> list[array[int]]:
     """The page tables of one group, where each begins, and its slots."""
     flat, starts, slots, size = array("i"), array("i", [0]), array("q"), group.page_size
     for work in plan.works:

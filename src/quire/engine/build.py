@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from quire.config import EngineConfig, split_codec
 from quire.engine.cache_dir import check_cache_dir, disk_store
+from quire.engine.captured import CapturedSteps
 from quire.engine.disk_eye import DiskEye
 from quire.engine.engine import Engine
 from quire.engine.fresh import FreshSteps
@@ -47,7 +48,7 @@ class EngineInfo:
 
     Sizes in bytes. A step computes at most `max_tokens_per_step` tokens, whose tensors take about `workspace_bytes`. `max_cached_tokens` is what a
     full pool holds of one long sequence; `bytes_per_token` is before any window has moved on. `hidden_size` is None for a model that
-    gives no embeddings. `layers`: how many decoder layers run as native programs, as compiled code, or plain, and why.
+    gives no embeddings. `layers`: how many decoder layers run as native programs, as compiled code, or plain, and why, and which steps are captured.
     """
 
     model: str
@@ -136,7 +137,7 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         if config.compile:
             with model.turn:
                 model.compile()
-        device.on_a_thread(lambda: _examine(model, kernels, lower=kernels.programs and not config.compile))
+        device.on_a_thread(lambda: _examine(model, kernels, lower=kernels.programs and not config.compile and not config.enforce_eager))
     except BaseException:
         model.close()
         raise
@@ -185,9 +186,12 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
-    runner, reserve_bytes = Runner(model, store, sampler, arrangement.groups), config.reserve_bytes if device.takes_back else 0
+    captured = None if config.enforce_eager else device.on_a_thread(lambda: _captured(model, store, arrangement, context_len, config))
+    runner = Runner(model, store, sampler, arrangement.groups, captured)
+    reserve_bytes = config.reserve_bytes if device.takes_back else 0
     engine = Engine(runner, scheduler, tokenizer, reserve_bytes=reserve_bytes, prompt_lookup_num_tokens=config.prompt_lookup_num_tokens)
-    info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace)
+    layers_told = _layers(model, captured)
+    info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace, layers_told)
     limits, eye = Limits(model.vocab_size, context_len), DiskEye(disk) if disk is not None else None
     return Built(engine, model, tokenizer, limits, info, tier, GrammarCompiler(tokenizer, model.vocab_size), eye)
 
@@ -252,6 +256,7 @@ def _info(
     context_len: int,
     config: EngineConfig,
     workspace: Workspace,
+    layers: str,
 ) -> EngineInfo:
     num_tokens = config.max_tokens_per_step
     num_pages = store.pages.shape[0]
@@ -263,7 +268,7 @@ def _info(
         dtype=str(model.dtype).removeprefix("torch."),
         backend=kernels.name,
         device=str(kernels.device.where),
-        layers=_layers(model),
+        layers=layers,
         num_threads=num_threads,
         context_len=context_len,
         vocab_size=model.vocab_size,
@@ -282,11 +287,20 @@ def _info(
     )
 
 
-def _layers(model: CausalModel) -> str:
+def _captured(model: CausalModel, store: PageStore, arrangement: Arrangement, context_len: int, config: EngineConfig) -> CapturedSteps | None:
+    """Not of a live model, whose weights may be others at the next step."""
+    graphs = store.device.graphs()
+    if graphs is None or model.live:
+        return None
+    limit = min(max(config.max_sequences, MAX_DRAWN), config.max_tokens_per_step)
+    return CapturedSteps(graphs, model, store, arrangement.groups, context_len=context_len, limit=limit)
+
+
+def _layers(model: CausalModel, captured: CapturedSteps | None) -> str:
     if model.compiled:
         return "compiled"
     if model.lowered is None:
-        return "plain"
+        return f"plain, {captured.told}" if captured is not None else "plain"
     why = "; ".join(f"{name} is plain: {reason}" for name, reason in model.lowered.plain.items())
     return f"{model.lowered.num_lowered} of {len(model.layers)} as programs{f' ({why})' if why else ''}"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from quire.engine.batch import Batches
+from quire.engine.captured import CapturedSteps, Forward
 from quire.engine.steps import StepLog
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
@@ -17,12 +18,14 @@ from quire.tensors.store import PageStore, StagedStep
 
 
 class Runner:
-    """A model, the store it attends to and the sampler behind it."""
+    """A model, the store it attends to and the sampler behind it; on an accelerator, small steps may be `captured`."""
 
-    def __init__(self, model: CausalModel, store: PageStore, sampler: Sampler, groups: Sequence[Group]) -> None:
+    def __init__(
+        self, model: CausalModel, store: PageStore, sampler: Sampler, groups: Sequence[Group], captured: CapturedSteps | None = None
+    ) -> None:
         self.model, self.store, self.sampler, self.groups, self.device = model, store, sampler, tuple(groups), store.device
         self.log = StepLog()
-        self._batches = Batches(groups, store.device)
+        self._batches, self._captured = Batches(groups, store.device), captured
 
     def run(
         self, plan: StepPlan, rows: Sequence[Sequence[Row]], before_sampling: Callable[[], None] = lambda: None
@@ -34,11 +37,8 @@ class Runner:
         The rows' masks are read after `before_sampling` has returned; until then somebody else may still be filling them.
         """
         self.store.copy_pages(plan.copies)
-        batch = self._batches.of(plan)
-        step = StagedStep(self.store, batch.inputs, batch.slots)
-        hidden = HiddenRows(batch.hidden_at)
-        logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at, hidden)
-        logits, states = self.device.to_host(logits, hidden.states)
+        logits, states, commit = (self._captured.run(plan) if self._captured is not None else None) or self._forward(plan)
+        logits, states = self.device.to_host(logits, states)
         self.log.mark("forward")
         flat = [row for together in rows for row in together]
         if any(len(together) != 1 for together in rows):
@@ -46,5 +46,12 @@ class Runner:
         before_sampling()
         drawn = iter(self.sampler.sample(logits, flat))
         self.log.mark("sample")
-        step.commit()
+        commit()
         return [[next(drawn) for _ in together] for together in rows], states
+
+    def _forward(self, plan: StepPlan) -> Forward:
+        batch = self._batches.of(plan)
+        step = StagedStep(self.store, batch.inputs, batch.slots)
+        hidden = HiddenRows(batch.hidden_at)
+        logits = self.model.forward(step, batch.input_ids, batch.positions, batch.logits_at, hidden)
+        return logits, hidden.states, step.commit

@@ -3,7 +3,7 @@
 Nothing else in the house asks which it is. What only one of them can do is a method that does nothing on the other, or a field that tells.
 
 An accelerator's kernels run behind the back of the thread that starts them, one after the other on that thread's stream. Two calls here keep what a
-step needs of that: what goes there (`Feed.tensors`) lies in pinned memory that nobody writes again before it has been copied, so nothing is waited
+step needs of that: what goes there (feeds.py) lies in pinned memory that nobody writes again before it has been copied, so nothing is waited
 for; what comes back (`to_host`) is waited for, once for all tensors of a step.
 """
 
@@ -11,31 +11,22 @@ from __future__ import annotations
 
 import mmap
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
 
 from quire.errors import ConfigError
+from quire.tensors.feeds import Feed, InPlace, Sent, SentAgain
 from quire.tensors.host import give_back, give_back_freed, on_one_torch_thread, one_torch_thread_here, room
 from quire.tensors.memory import available_bytes
 
 T = TypeVar("T")
 
 ACCELERATORS: Final = ["cuda"]  # as torch names them; AMD's go by that name, too
-_ALIGNMENT = 16  # bytes: Triton compiles another kernel for a pointer that is less aligned, and a step's tensors shall meet one
-
-
-class Feed(Protocol):
-    """Makes a step's tensors of its numbers, one step after another."""
-
-    def tensors(self, arrays: Sequence[array[int]]) -> tuple[torch.Tensor, ...]:
-        """One tensor for each array, int64 of typecode "q" and int32 of "i", valid until the next call. If each has the length it had in the last
-        call they may be the tuple of that call, written anew."""
-        ...
 
 
 class Device(Protocol):
@@ -85,6 +76,10 @@ class Device(Protocol):
 
     def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """These on the CPU. An accelerator is waited for once, not at all where all are empty."""
+        ...
+
+    def graphs(self) -> Graphs | None:
+        """What captures work here; None where nothing is won by it."""
         ...
 
 
@@ -154,11 +149,14 @@ class Cpu:
 
     def feed(self) -> Feed:
         """See `Device`."""
-        return _InPlace()
+        return InPlace()
 
     def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """They are there."""
         return tensors
+
+    def graphs(self) -> None:
+        """The CPU waits for nobody to start its work."""
 
 
 CPU: Final = Cpu()
@@ -215,7 +213,7 @@ class Accelerator:
 
     def feed(self) -> Feed:
         """See `Device`."""
-        return _Sent(self.where)
+        return Sent(self.where)
 
     def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Device`."""
@@ -224,46 +222,41 @@ class Accelerator:
             self.module.current_stream(self.where).synchronize()
         return copies
 
-
-class _InPlace:
-    """On the CPU a tensor is the array's own memory: decoding goes on for many steps in which nothing but the numbers changes."""
-
-    def __init__(self) -> None:
-        self._arrays: Sequence[array[int]] = ()
-        self._tensors: tuple[torch.Tensor, ...] = ()
-
-    def tensors(self, arrays: Sequence[array[int]]) -> tuple[torch.Tensor, ...]:
-        if not self._arrays or [len(values) for values in arrays] != [len(values) for values in self._arrays]:
-            self._arrays, self._tensors = arrays, tuple(map(_tensor, arrays))
-        else:
-            for kept, values in zip(self._arrays, arrays, strict=True):
-                if values:
-                    kept[:] = values
-        return self._tensors
+    def graphs(self) -> Graphs:
+        """See `Device`."""
+        return Graphs(self.where, self.module)
 
 
-class _Sent:
-    """On an accelerator they are parts of one copy of all arrays.
+class Graphs:
+    """Work of an accelerator, captured to be started as a whole, without the Python that started its kernels one by one.
 
-    Its pinned memory is new in every step: torch takes it back when the tensor is gone, and gives it to nobody before the copy is done.
+    All that is captured here takes its memory from one pool, so what one graph gives is lost when another is started.
     """
 
-    def __init__(self, where: torch.device) -> None:
-        self._where = where
+    def __init__(self, where: torch.device, module: Any) -> None:
+        self._where, self._module, self._pool, self._stream = where, module, module.graph_pool_handle(), module.Stream(where)
 
-    def tensors(self, arrays: Sequence[array[int]]) -> tuple[torch.Tensor, ...]:
-        flat, places = bytearray(), []
-        for values in arrays:
-            places.append((len(flat), len(values) * values.itemsize))
-            flat += memoryview(values).cast("B")
-            flat += bytes(-len(flat) % _ALIGNMENT)
-        sent = torch.frombuffer(flat, dtype=torch.uint8).pin_memory().to(self._where, non_blocking=True)
-        return tuple(sent[at : at + size].view(_dtype(values)) for (at, size), values in zip(places, arrays, strict=True))
+    def feed(self, room: Sequence[array[int]]) -> Feed:
+        """One whose tensors stay where they are; see `SentAgain`."""
+        return SentAgain(self._where, room)
 
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """Inside, what makes the host wait raises RuntimeError: no graph can hold it."""
+        before = self._module.get_sync_debug_mode()
+        self._module.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            self._module.set_sync_debug_mode(before)
 
-def _tensor(values: array[int]) -> torch.Tensor:
-    return torch.frombuffer(values, dtype=_dtype(values)) if values else torch.empty(0, dtype=_dtype(values))
+    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """What `run` gives, of which nothing is computed yet, and what computes it: again at each call, from what lies then where `run` found it.
 
-
-def _dtype(values: array[int]) -> torch.dtype:
-    return torch.int64 if values.typecode == "q" else torch.int32
+        All its kernels must have run before, on tensors of the same shapes: none can be compiled or loaded in a capture.
+        """
+        graph = self._module.CUDAGraph()
+        with self._module.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = run()
+        replay: Callable[[], None] = graph.replay
+        return result, replay

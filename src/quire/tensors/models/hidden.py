@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from quire.tensors.models.calls import with_forward
 from quire.tensors.models.facts import output_embeddings
 
-_NONE = torch.empty(0, 0)
+NO_STATES = torch.empty(0, 0)
 
 
 class HiddenRows:
@@ -21,7 +21,7 @@ class HiddenRows:
 
     def __init__(self, at: torch.Tensor) -> None:
         self.at = at
-        self.states = _NONE
+        self.states = NO_STATES
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:
