@@ -42,7 +42,7 @@ def main() -> None:
     if args.new < 2:
         parser.error(f"argument --new: {args.new}: must be 2 or more, as the first token is no decoding step")
     shape = LLAMA3.shortened(args.layers)
-    path, bandwidth = checkpoint(shape, args.cache), _bandwidth(args.device)
+    path, bandwidth = checkpoint(shape, args.cache, args.device), _bandwidth(args.device)
     print(
         f"accelerator: {_name(args.device)}, torch {torch.__version__}, memory read {bandwidth:.0f} GB/s; {shape.name}, {PROMPT} in, {args.new} out"
     )

@@ -40,8 +40,11 @@ def config_fields(shape: Shape) -> dict[str, Any]:
     return fields
 
 
-def checkpoint(shape: Shape, cache: Path | None = None) -> Path:
-    """The folder of a random checkpoint of `shape` under `cache` (a folder of the system's temporary one), written where there is none yet."""
+def checkpoint(shape: Shape, cache: Path | None = None, device: str = "cpu") -> Path:
+    """The folder of a random checkpoint of `shape` under `cache` (a folder of the system's temporary one), written where there is none yet.
+
+    `device` draws its weights: on the CPU torch draws them one by one, some minutes of billions.
+    """
     cache = cache or Path(tempfile.gettempdir()) / "quire-bench"
     digest = hashlib.sha256(f"{FORMAT} {asdict(shape)}".encode()).hexdigest()[:8]
     folder = cache / f"{shape.name}-{digest}"
@@ -49,14 +52,14 @@ def checkpoint(shape: Shape, cache: Path | None = None) -> Path:
         unfinished = cache / f".{folder.name}-{os.getpid()}"
         unfinished.mkdir(parents=True)
         try:
-            _write(shape, unfinished)
+            _write(shape, unfinished, device)
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _write(shape: Shape, folder: Path) -> None:
+def _write(shape: Shape, folder: Path, device: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -64,7 +67,8 @@ def _write(shape: Shape, folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = CONFIG_MAPPING[shape.model_type](**config_fields(shape))
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        with torch.device(device):
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     _tokenizer(shape.vocab).save_pretrained(folder)
 
 
