@@ -23,7 +23,8 @@ class Receipt:
     committed (again after a preemption), `rejected_tokens` were staged in a step that failed or as drafts that were wrong, `staged_tokens` are both
     together. `accepted_tokens` of the computed ones were drafts that were right, each of which saved a step.
     `drawn_tokens` were drawn, with those of sequences that `best_of` leaves out.
-    `peak_cache_bytes` is the most page memory its tables named at once (shared pages counted whole). Times in seconds: `queued_s` until first
+    `peak_cache_bytes` is the most page memory its tables named at once (a page shared with others counts whole, one that its own sequences share
+    once). Times in seconds: `queued_s` until first
     admission, `prefill_s` from there to the first token, `decode_s` from there to the end. `waited_for` is what kept it from starting:
     "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix), "disk", "logits" (others' prompts were being
     scored), or None if it started at once.

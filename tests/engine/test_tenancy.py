@@ -72,6 +72,19 @@ def test_sisters_apart_from_others_compute_their_prompt_once(checkpoint: Checkpo
         assert llm.stats()["num_cached_pages"] == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_sisters_count_the_pages_they_share_once(checkpoint: Checkpoint, family: str) -> None:
+    with LLM(checkpoint(family), page_size=4) as llm:
+        params = dataclasses.replace(DRAWN, n=5, max_tokens=9)
+        stream = llm.submit(PROMPT * 2, params)
+        alone = llm.generate(PROMPT * 2, dataclasses.replace(params, n=1), namespace="b")[0].receipt.peak_cache_bytes
+        together = stream.wait().receipt.peak_cache_bytes
+        assert alone < together <= alone + 5 * len(llm.info.groups) * (9 // 4 + 2) * llm.info.page_bytes
+    with LLM(checkpoint(family), page_size=4, cache_bytes=alone + llm.info.page_bytes * len(llm.info.groups) * 3) as llm:
+        receipt = llm.generate(PROMPT * 2, params)[0].receipt
+        assert receipt.num_preemptions and receipt.peak_cache_bytes <= llm.info.cache_bytes
+
+
 def test_sisters_end_together_when_cancelled_early(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama"), max_tokens_per_step=4) as llm:
         stream = llm.submit(PROMPT * 3, dataclasses.replace(DRAWN, n=3))

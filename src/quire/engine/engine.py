@@ -272,9 +272,15 @@ class Engine:
         state.sink(event)
 
     def _note_starts(self, plan: StepPlan) -> None:
-        """Note, of requests without a token yet, what they found when they started, and how many tokens of them this step computes."""
+        """Note, of requests without a token yet, what they found when they started, and how many tokens of them this step computes.
+
+        Of those with several sequences, how many pages these have together.
+        """
+        several = {}
         for seq, num_tokens, _ in plan.works:
             state, _ = self._branches[seq.arrival]
+            if state.request.num_branches > 1:
+                several[state.request.request_id] = state
             if state.first_token_s is not None:
                 continue
             if state.started_s is None:
@@ -283,6 +289,8 @@ class Engine:
                 state.waited_for = seq.waits_for or None
                 state.miss = find_miss(self.scheduler.cache, seq, seq.num_committed)
             self.runner.log.note_chunk(state.request.request_id, num_tokens)
+        for state in several.values():
+            state.note_pages()
 
     def stacked(self) -> StackedView:
         """See `LLM.stacked`."""

@@ -206,6 +206,8 @@ class RequestState:
     rejected_tokens: int = 0
     accepted_tokens: int = 0
     waited_for: str | None = None
+    peak_pages: int = 0
+    capacities: list[int] = field(default_factory=list)
     miss: Miss | None = None
     scoring: SequenceState | None = None
     prompt_scores: dict[int, Sampled] = field(default_factory=dict)
@@ -224,6 +226,13 @@ class RequestState:
         """The token to be scored at a position."""
         assert self.scoring is not None
         return PromptToken(self.scoring, position, self.request.prompt_token_ids[position])
+
+    def note_pages(self) -> None:
+        """Note how many pages its branches name together, each counted once; only growth can have made them more."""
+        capacities = [branch.sequence.capacity for branch in self.branches]
+        if capacities != self.capacities:
+            named = set[int]().union(*(table for branch in self.branches for table in branch.sequence.tables)) - {-1}
+            self.capacities, self.peak_pages = capacities, max(self.peak_pages, len(named))
 
     @property
     def ended(self) -> bool:
@@ -248,7 +257,7 @@ class RequestState:
             accepted_tokens=self.accepted_tokens,
             drawn_tokens=sum(len(b.token_ids) for b in self.branches),
             num_preemptions=sum(b.sequence.num_preemptions for b in self.branches),
-            peak_cache_bytes=sum(b.sequence.peak_pages for b in self.branches) * page_bytes,
+            peak_cache_bytes=(self.peak_pages or self.branches[0].sequence.peak_pages) * page_bytes,
             queued_s=started - self.submitted_s,
             prefill_s=first - started,
             decode_s=now - first,
