@@ -24,10 +24,9 @@ class Receipt:
     together. `accepted_tokens` of the computed ones were drafts that were right, each of which saved a step.
     `drawn_tokens` were drawn, with those of sequences that `best_of` leaves out.
     `peak_cache_bytes` is the most page memory its tables named at once (a page shared with others counts whole, one that its own sequences share
-    once). Times in seconds: `queued_s` until first
-    admission, `prefill_s` from there to the first token, `decode_s` from there to the end. `waited_for` is what kept it from starting:
-    "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix), "disk", "logits" (others' prompts were being
-    scored), or None if it started at once.
+    once). Times in seconds: `queued_s` until first admission, `prefill_s` from there to the first token, `decode_s` from there to the end.
+    `waited_for` is what kept it from starting: "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix),
+    "disk", "logits" (others' prompts were being scored), or None if it started at once.
 
     Where the prompt could have hit more than it did, `miss_index` is its first token that was not found, `miss_text` that token's text and
     `miss_reason` "never seen", "evicted" or "other namespace". Doors to callers that must not learn of each other leave the reason out.
@@ -59,8 +58,9 @@ class Receipt:
 class Explanation:
     """What a prompt would find in the cache now, and why not more.
 
-    `cached_tokens` would be reused, `pages_needed` more pages hold the rest of the prompt, and `fits` says whether they can be had now without
-    preempting anybody. `miss_index`, `miss_text` and `reason` are as in `Receipt`, None where nothing is missing.
+    `cached_tokens` would be reused, those that would be read from the disk first among them; `pages_needed` more pages hold the rest of the prompt
+    and what comes from the disk, and `fits` says whether they can be had now without preempting anybody. `miss_index`, `miss_text` and `reason` are
+    as in `Receipt`, None where nothing is missing.
     """
 
     cached_tokens: int

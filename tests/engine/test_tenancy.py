@@ -164,7 +164,7 @@ def test_the_pool_gives_memory_back_and_takes_it_again(checkpoint: Checkpoint) -
         cold = llm.generate(PROMPT, DRAWN)
         whole = llm.stats()["num_pages"]
         small = llm.resize_cache(2**17)
-        assert small <= 2**17 and llm.stats()["num_pages"] < whole // 7 and llm.stats()["num_retired_pages"] > 0
+        assert small == llm.stats()["cache_bytes"] <= 2**17 and llm.stats()["num_pages"] < whole // 7 and llm.stats()["num_retired_pages"] > 0
         with pytest.raises(InvalidRequestError, match=r"pages, the whole cache but for what is pinned or given back"):
             llm.generate([7] * 200, SamplingParams(max_tokens=50))
         assert bits(llm.generate(PROMPT, DRAWN)[0]) == bits(cold[0])

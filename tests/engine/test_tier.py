@@ -59,7 +59,9 @@ def test_a_prompt_whose_last_chunk_has_just_begun_comes_back(checkpoint: Checkpo
 def test_a_namespace_is_found_again_and_no_other(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for namespace, hit in (("a", 0), ("a", 48), ("b", 0)):
         with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path) as llm:
-            assert llm.generate(PROMPTS[0], DRAWN[0], namespace=namespace)[0].receipt.cached_tokens == hit
+            told, found = llm.explain(PROMPTS[0], namespace=namespace), llm.generate(PROMPTS[0], DRAWN[0], namespace=namespace)[0].receipt
+            assert found.cached_tokens == hit
+            assert (told.cached_tokens, told.miss_index, told.reason) == (hit, found.miss_index, found.miss_reason)
 
 
 @pytest.mark.parametrize("codec", [None, "int8"])
@@ -127,6 +129,10 @@ def at_rest(llm: LLM) -> None:
         time.sleep(0.01)
 
 
+def refuse(*_: object) -> bool:
+    return False
+
+
 @pytest.mark.parametrize(("family", "cached"), [("llama", 72), ("gemma3_text", 0)])
 def test_what_comes_takes_no_place_of_what_it_continues(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, cached: int
@@ -143,15 +149,13 @@ def test_what_comes_takes_no_place_of_what_it_continues(
         for prompt in (one, other):
             llm.generate(prompt, greedy)
             at_rest(llm)
-        assert llm.explain(one).cached_tokens == cached
+        with monkeypatch.context() as unread:
+            unread.setattr(Costs, "reading_pays", refuse)
+            assert llm.explain(one).cached_tokens == cached
         outputs = llm.generate(one, greedy)
         assert bits(outputs) == cold and outputs[0].receipt.cached_tokens == 100
         assert llm.stats()["num_fetched_pages"] < 25, "some were fetched in the place of others that were fetched next"
         llm.check_integrity()
-
-
-def refuse(*_: object) -> bool:
-    return False
 
 
 def run_out(*_: object) -> bool:

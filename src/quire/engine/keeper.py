@@ -51,9 +51,10 @@ class CacheKeeper:
         """See `LLM.explain`."""
         seq = self.sequence(prompt, namespace)
         found = find(self._cache, seq)
-        miss = find_miss(self._cache, seq, found.num_tokens)
+        num_tokens = max(found.num_tokens, self._scheduler.tier.foresee(seq))
+        miss = find_miss(self._cache, seq, num_tokens)
         return Explanation(
-            cached_tokens=found.num_tokens,
+            cached_tokens=num_tokens,
             pages_needed=found.pages_needed,
             fits=found.fits,
             miss_index=miss.index if miss else None,

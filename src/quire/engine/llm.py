@@ -176,8 +176,8 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and the state of the pool now, taken between two steps."""
-        info = self.info
-        return {**self._worker.call(self._built.engine.stats), "bytes_per_token": info.bytes_per_token, "cache_bytes": info.cache_bytes}
+        info, stats = self.info, self._worker.call(self._built.engine.stats)
+        return {**stats, "bytes_per_token": info.bytes_per_token, "cache_bytes": stats["num_pages"] * info.page_bytes}
 
     def cache_map(self) -> CacheMap:
         """The state of every page and the way of every open sequence through them, taken between two steps."""

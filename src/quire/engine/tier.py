@@ -49,6 +49,21 @@ class _Page(NamedTuple):
         return page_content_id(self.key, self.group_id)
 
 
+class _Needed(NamedTuple):
+    """The pages of a hit that stored ones would lengthen by `num_tokens`, heads first, each with its place in the pool or -1."""
+
+    pages: list[tuple[_Page, int]]
+    num_tokens: int
+
+    @property
+    def missing(self) -> list[_Page]:
+        return [page for page, place in self.pages if place < 0]
+
+    @property
+    def there(self) -> list[int]:
+        return [place for _, place in self.pages if place >= 0]
+
+
 @dataclass(slots=True)
 class _Fetch:
     """Pages on their way up. `places[i]` is the page of the pool that `pages[i]` is read into; which of them were, and the seconds it took, come.
@@ -127,24 +142,38 @@ class DiskTier:
         _, have = self._cache.finder.longest(seq, seq.num_known - 1)
         if have >= seq.asked_below:
             return False
-        needed, num_tokens = self._needed(seq, have)
-        missing, there = [page for page, place in needed if place < 0], [place for _, place in needed if place >= 0]
-        pool = self._cache.pool
-        if len(missing) > pool.num_available - sum(pool.references(page_id) == 0 for page_id in there):
+        needed = self._needed(seq, have)
+        if not self._has_room(needed):
             return False
         seq.asked_below = have
-        if not missing or not self.costs.reading_pays(len(missing), num_tokens):
+        if not self._pays(needed):
             return False
-        pool.set_aside(there)
+        missing, pool = needed.missing, self._cache.pool
+        pool.set_aside(needed.there)
         places = pool.take_aside(len(missing))
         future = _submit(self._reader, self._read, missing, places)
         coming = iter(places)
-        self._fetches[seq.arrival] = _Fetch(missing, places, [place if place >= 0 else next(coming) for _, place in needed], future)
+        self._fetches[seq.arrival] = _Fetch(missing, places, [place if place >= 0 else next(coming) for _, place in needed.pages], future)
         future.add_done_callback(lambda _: self._news.set())
         return True
 
-    def _needed(self, seq: Sequence, have: int) -> tuple[list[tuple[_Page, int]], int]:
-        """(the pages of a hit that stored ones would lengthen, heads first, with their place in the pool or -1; by how many tokens from `have`)."""
+    def foresee(self, seq: Sequence) -> int:
+        if not self._disk.usable or seq.own_root:
+            return 0
+        _, have = self._cache.finder.longest(seq, seq.num_known - 1)
+        needed = self._needed(seq, have)
+        return have + needed.num_tokens if self._has_room(needed) and self._pays(needed) else 0
+
+    def _has_room(self, needed: _Needed) -> bool:
+        pool = self._cache.pool
+        return len(needed.missing) <= pool.num_available - sum(pool.references(page_id) == 0 for page_id in needed.there)
+
+    def _pays(self, needed: _Needed) -> bool:
+        num_missing = len(needed.missing)
+        return num_missing > 0 and self.costs.reading_pays(num_missing, needed.num_tokens)
+
+    def _needed(self, seq: Sequence, have: int) -> _Needed:
+        """What a hit longer than `have` tokens takes."""
         cache, limit = self._cache, seq.num_known - 1
         length = limit - limit % cache.unit
         for size, group_ids in cache.ids_by_size.items():
@@ -156,7 +185,7 @@ class DiskTier:
                 end = (first + self._disk.contains(ids)) * size
                 length = min(length, end - end % cache.unit)
         if length <= have:
-            return [], 0
+            return _Needed([], 0)
         pages = []
         for group in cache.groups:
             chain = seq.chain(group.page_size, length // group.page_size, cache.hash_bytes)
@@ -166,7 +195,7 @@ class DiskTier:
                 place = found.pages[group.group_id] if found is not None else -1
                 pages.append((i * group.page_size, _Page(chain[i + 1], group.group_id), place))
         pages.sort(key=lambda page: page[0])
-        return [(page, place) for _, page, place in pages], length - have
+        return _Needed([(page, place) for _, page, place in pages], length - have)
 
     def _read(self, pages: Seq[_Page], places: Seq[int]) -> tuple[list[bool], float]:
         began = time.perf_counter()

@@ -19,6 +19,10 @@ class Tier(Protocol):
         """Bring what is known of a waiting sequence's prefix into the cache; True while that is under way."""
         ...
 
+    def foresee(self, seq: Sequence) -> int:
+        """How many tokens a sequence would find if `fetch` were asked for it now, 0 where that would bring nothing."""
+        ...
+
     def offer(self, seq: Sequence) -> None:
         """A sequence is about to let its pages go; those that are complete may be stored."""
         ...
@@ -51,6 +55,9 @@ class NoTier:
 
     def fetch(self, seq: Sequence) -> bool:
         return False
+
+    def foresee(self, seq: Sequence) -> int:
+        return 0
 
     def offer(self, seq: Sequence) -> None:
         pass
