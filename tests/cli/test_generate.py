@@ -56,6 +56,7 @@ def test_json(quire: Quire, model: str, expected: list[RequestOutput]) -> None:
         assert line["logprobs"] == done.logprobs and done.top_logprobs is not None
         assert line["top_logprobs"] == [[t._asdict() for t in top] for top in done.top_logprobs]
         assert line["receipt"]["prompt_tokens"] == output.receipt.prompt_tokens > 0
+        assert line["receipt"]["staged_tokens"] == output.receipt.staged_tokens >= len(done.token_ids)
 
 
 def test_json_of_a_scored_prompt(quire: Quire, model: str) -> None:

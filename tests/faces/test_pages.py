@@ -95,7 +95,7 @@ def test_the_seeds_worked_example() -> None:
         ({"input_ids": torch.tensor([5, 6])}, "input_ids"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "input_ids"),
         ({"input_ids": torch.tensor([[5.0], [6.0]])}, "integers"),
-        ({"input_ids": torch.tensor([[5], [10**6]])}, "ids from 0"),
+        ({"input_ids": torch.tensor([[5], [10**6]])}, "input_ids=1000000: must be ids from 0"),
         ({"page_table": torch.tensor([[0, 1]])}, "a row for each"),
         ({"page_table": torch.tensor([[0], [2]])}, "row 0: .*2 pages from 0 to 9 for 5 tokens"),
         ({"page_table": torch.tensor([[0, 10], [2, 3]])}, "row 0"),

@@ -170,7 +170,7 @@ def test_new_weights_are_noticed_and_the_model_is_left_as_it_was() -> None:
         ({"max_generated_tokens": 0}, "max_generated_tokens=0"),
         ({"top_k": 0}, "top_k=0"),
         ({"temperature": -1.0}, "temperature"),
-        ({"stop_tokens": [VOCAB]}, "stop_token_ids"),
+        ({"stop_tokens": [VOCAB]}, f"stop_tokens={VOCAB}: must be token ids from 0 to {VOCAB - 1}"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"seeds": 5}, "seeds=5"),
         ({"seeds": [1]}, "one for each of the 4 prompts"),

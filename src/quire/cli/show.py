@@ -134,7 +134,7 @@ def record(lane: Lane) -> dict[str, Any]:
         "finish_reason": done.finish_reason,
         "stop_reason": done.stop_reason,
         "error": None if lane.output.error is None else f"{type(lane.output.error).__name__}: {lane.output.error}",
-        "receipt": asdict(lane.output.receipt),
+        "receipt": asdict(lane.output.receipt) | {"staged_tokens": lane.output.receipt.staged_tokens},
     }
     if done.logprobs is not None:
         told["logprobs"] = [_finite(x) for x in done.logprobs]

@@ -162,9 +162,10 @@ class PagedCache:
             raise InvalidRequestError(
                 "cache_lens", lens.tolist(), f"{num_rows} numbers from 0 to {self._model.context_len - num_new}, the context less {num_new}"
             )
-        ids = input_ids.long()  # torch finds no least of uint16, 32 and 64
-        if int(ids.min()) < 0 or int(ids.max()) >= self._model.vocab_size:
-            raise InvalidRequestError("input_ids", "an id outside", f"ids from 0 to {self._model.vocab_size - 1}")
+        ids = input_ids.long()  # torch compares no uint16, 32 and 64
+        outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
+        if len(outside):
+            raise InvalidRequestError("input_ids", int(outside[0]), f"ids from 0 to {self._model.vocab_size - 1}")
         tables, written = [], set[int]()
         for b, (row, length) in enumerate(zip(page_table.tolist(), lens.tolist(), strict=True)):
             first, end = length // self.page_size, -(-(length + num_new) // self.page_size)

@@ -86,6 +86,9 @@ def generate(
     )
     each = [replace(params, seed=seed) for seed in _seeds(len(rows.spans), rng, seeds)]
     with _engine(model, options) as llm:
+        for token_id in params.stop_token_ids or ():
+            if token_id >= llm.info.vocab_size:
+                raise InvalidRequestError("stop_tokens", token_id, f"token ids from 0 to {llm.info.vocab_size - 1}")
         outputs = [output.raise_for_error() for output in llm.generate(rows.token_ids(), each)]
     samples = [one for output in outputs for one in output.outputs]
     longest = max(len(one.token_ids) for one in samples)
