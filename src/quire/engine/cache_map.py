@@ -151,7 +151,7 @@ def page_content(engine: Engine, page_id: int, namespace: str) -> PageContent:
     if place is None and key is not None and num_before is not None:
         group_id = key.pages.index(page_id)
         place = group_id, num_before * cache.groups[group_id].page_size, unpack(key.tokens)
-    num_holders = cache.pool.references(page_id) - cache.pool.num_aside(page_id)
+    num_holders = cache.pool.references(page_id) - cache.pool.references_aside(page_id)
     return PageContent(page_id, STATES[state & STATE_BITS], bool(state & PIN_MARK), num_holders, tuple(dict.fromkeys(request_ids)), *(place or ()))
 
 

@@ -225,7 +225,8 @@ class PageCache:
             if other < 0:
                 self.index.complete(found, g, page_id)
             else:
-                if not self.pool.num_aside(page_id):  # a pin would be left with a page that nobody finds; it stays under the part it was pinned for
+                # A pin would be left with a page that nobody finds; it stays under the part it was pinned for.
+                if not self.pool.references_aside(page_id):
                     self.index.forget([page_id])
                 self.pool.retain([other])
                 self.pool.release([page_id])
@@ -288,11 +289,11 @@ class PageCache:
     def reset(self) -> None:
         """Forget every cached page: what the model would compute has changed. Nobody may hold a page."""
         assert not self.pool.num_held, "reset with pages held would let old values be indexed later"
-        self.pool.drop_cached()
+        self.pool.drop(list(self.pool.cached_pages()))
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if any invariant of the pool, the index or a table does not hold. Callable at any time."""
-        holders = self.pool.holders_aside()
+        holders = [self.pool.references_aside(page_id) for page_id in range(self.pool.num_pages)]
         for seq in self._open.values():
             name = f"sequence {seq.arrival}"
             if seq.num_committed > seq.capacity or seq.num_committed > seq.num_known:

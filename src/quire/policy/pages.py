@@ -123,12 +123,6 @@ class PagePool:
         """The pages nobody holds whose contents may still be hit, next to leave first."""
         return self._cached.keys()
 
-    def drop_cached(self) -> None:
-        """Make every cached page free."""
-        self._contents.forget(self._cached)
-        self._free.extend(self._cached)
-        self._cached.clear()
-
     def drop(self, page_ids: Sequence[int]) -> None:
         """These pages stand for nothing any more; those that are cached become free."""
         self._contents.forget(page_ids)
@@ -158,13 +152,9 @@ class PagePool:
         self._aside -= Counter(page_ids)
         self.release(page_ids)
 
-    def num_aside(self, page_id: int) -> int:
-        """How many have set the page aside."""
+    def references_aside(self, page_id: int) -> int:
+        """How many of those who hold the page have set it aside."""
         return self._aside[page_id]
-
-    def holders_aside(self) -> list[int]:
-        """Of each page, how many have set it aside."""
-        return [self._aside[page_id] for page_id in range(self.num_pages)]
 
     def states(self, pinned: Container[int]) -> bytes:
         """Of each page its place in STATES, with PIN_MARK where it is `pinned`: held by one sequence or shared by several, else pinned, or moving to
