@@ -39,7 +39,7 @@ def draw(backend: str, logits: Tensor, rows: Sequence[Row], num_threads: int = 2
 
 
 def row(vocab_size: int, prompt: Sequence[int] = (), output: Sequence[int] = (), seed: int = 0, banned: Sequence[int] = (), **params: object) -> Row:
-    state = SequenceState(SamplingParams(**params), seed, vocab_size, prompt, output)
+    state = SequenceState(SamplingParams(**params), seed, vocab_size, prompt).after(output)
     return Row(state, len(prompt) + len(output), banned)
 
 
@@ -61,7 +61,7 @@ def random_rows(rng: random.Random, vocab_size: int, num_rows: int) -> list[Row]
             allowed_token_ids=rng.choice([None, None, ids(30)]),
             logprobs=rng.choice([None, 0, 3, 20]),
         )
-        state = SequenceState(params, rng.randrange(2**64), vocab_size, ids(40), ids(40))
+        state = SequenceState(params, rng.randrange(2**64), vocab_size, ids(40)).after(ids(40))
         rows.append(Row(state, rng.randrange(2**31), rng.choice([(), ids(2)]), mask=rng.choice([None, None, random_mask(rng, vocab_size)])))
     return rows
 
@@ -183,7 +183,7 @@ def test_penalties_follow_the_formula(backend: str) -> None:
     for i in {*prompt, *output}:
         expected[i] = expected[i] / 1.25 if expected[i] > 0 else expected[i] * 1.25
         expected[i] -= 0.5 * (counts[i] > 0) - 0.375 * counts[i]
-    state = SequenceState(params, 0, 12, prompt, output)
+    state = SequenceState(params, 0, 12, prompt).after(output)
     assert edited_logits(logits[0], Row(state, 9)).tolist() == pytest.approx(expected, abs=1e-6)
     for i in range(1, 12):
         for nudge in (-1e-4, 1e-4):
@@ -215,11 +215,11 @@ def test_state_grown_token_by_token_is_the_state_made_at_once(backend: str) -> N
     grown, output, rng = SequenceState(params, 3, 50, [1, 2, 3]), [], random.Random(11)
     for position in range(3, 60):
         logits = random_logits(rng, 1, 50)
-        made = SequenceState(params, 3, 50, [1, 2, 3], output)
+        made = SequenceState(params, 3, 50, [1, 2, 3]).after(output)
         assert draw(backend, logits, [Row(grown, position)]) == draw(backend, logits, [Row(made, position)])
         output.append(rng.randrange(10))
         grown.append(output[-1])
-    assert not SequenceState(SamplingParams(), 0, 50, [1], [2]).penalised_ids  # nothing is counted that nobody needs
+    assert not SequenceState(SamplingParams(), 0, 50, [1]).after([2]).penalised_ids  # nothing is counted that nobody needs
 
 
 def test_extreme_numbers_stay_finite(backend: str) -> None:

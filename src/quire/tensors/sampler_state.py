@@ -54,10 +54,10 @@ class SequenceState:
         params: validated sampling parameters.
         seed: in [0, 2**64), with the sequence's index already added.
         vocab_size: V, the width of the logits.
-        prompt_ids, output_ids: the tokens so far; output_ids is not empty when a sequence is resumed from somewhere else.
+        prompt_ids: the tokens it begins with.
 
     Raises:
-        InvalidRequestError: a token id outside the vocabulary, in params or among the tokens so far (where a penalty needs them).
+        InvalidRequestError: a token id outside the vocabulary, in params or in the prompt (where a penalty needs it).
         ValueError: the seed is out of range.
     """
 
@@ -78,7 +78,7 @@ class SequenceState:
         "vocab_size",
     )
 
-    def __init__(self, params: SamplingParams, seed: int, vocab_size: int, prompt_ids: Sequence[int] = (), output_ids: Sequence[int] = ()) -> None:
+    def __init__(self, params: SamplingParams, seed: int, vocab_size: int, prompt_ids: Sequence[int] = ()) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed}: must be from 0 to 2**64 - 1")
         for field, token_id in params.token_ids_named():
@@ -99,8 +99,6 @@ class SequenceState:
             self._index = {}
             for token_id in prompt_ids if repeats else ():
                 self._place(token_id, "prompt")
-            for token_id in output_ids:
-                self.append(token_id)
 
     def after(self, token_ids: Sequence[int]) -> SequenceState:
         """The state as it would be with these appended; this one stays as it is."""
