@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ PLAIN = (bool, int, float, str, type(None))
 OF_TORCH = frozenset(nn.Module().__dict__)  # our forwards run in eval mode, so the training flag says nothing
 
 Weights = tuple[tuple[dict[str, Any], str], ...]
+Change = tuple[dict[str, Any], str, Any]  # an object's __dict__, a name in it, its value for a while
+_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +121,20 @@ def holding(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[list[nn.Modu
 
 
 @contextmanager
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a call of `module` runs `forward`; after it what it ran before, even if that was put in place in this way."""
-    state = module.__dict__
-    before = state.get("forward")
-    state["forward"] = forward
+def changed(changes: Sequence[Change]) -> Iterator[None]:
+    """Inside, everything is as `changes` say; outside, also after an exception, as it was before."""
+    before: list[Any] = []
     try:
+        for state, name, value in changes:
+            before.append(state.get(name, _ABSENT))
+            state[name] = value
         yield
     finally:
-        del state["forward"]
-        if before is not None:
-            state["forward"] = before
+        for (state, name, _), value in zip(changes, before, strict=False):  # fewer were changed if the change itself failed
+            if value is _ABSENT:
+                state.pop(name, None)
+            else:
+                state[name] = value
 
 
 def layer_ids(layer: nn.Module) -> set[int]:

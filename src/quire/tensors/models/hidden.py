@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quire.tensors.models.calls import with_forward
+from quire.tensors.models.calls import changed
 from quire.tensors.models.facts import output_embeddings
 
 NO_STATES = torch.empty(0, 0)
@@ -44,5 +44,5 @@ def kept(layer: nn.Linear, hidden: HiddenRows, rows: torch.Tensor | slice, logit
         hidden.states = states[0, rows].contiguous()
         return forward(states[:, logits])
 
-    with with_forward(layer, keeping):
+    with changed([(layer.__dict__, "forward", keeping)]):
         yield

@@ -12,7 +12,7 @@ own forward, and so does one whose code is its owner's or wrapped, outside of wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quire.tensors.models.calls import holding, is_foreign, is_wrapped, put_together, take_apart, with_forward
+from quire.tensors.models.calls import changed, holding, is_foreign, is_wrapped, put_together, take_apart
 from quire.tensors.models.chain import Chains
 from quire.tensors.models.hook import current
 from quire.tensors.models.lowered_layer import LoweredLayer
@@ -132,9 +132,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def watching(self, parts: Sequence[nn.Module], *, live: bool) -> Iterator[None]:
         """Inside, calls of these modules are seen."""
-        with ExitStack() as stack, self:
-            for module in parts:
-                stack.enter_context(with_forward(module, self._seen(module, module.forward, live)))
+        with changed([(module.__dict__, "forward", self._seen(module, module.forward, live)) for module in parts]), self:
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,13 +21,12 @@ from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
 from quire.tensors.attention.base import Products, RowReductions
-from quire.tensors.models.calls import is_foreign
+from quire.tensors.models.calls import Change, changed, is_foreign
 from quire.tensors.models.exact import VECTOR, ExactMode, in_whole_vectors
 from quire.tensors.models.hook import NAME, QueryScale
 from quire.tensors.packed import PackedWeight
 
 Forward = Callable[..., Any]
-Change = tuple[dict[str, Any], str, Any]  # an object's __dict__, a name in it, its value for a while
 
 _EXACT = {"linear", "relu", "relu2", "relu6", "leaky_relu", "prelu"}  # invariant as they are
 # Elementwise activations that are more than a comparison and a product. nn.Softmax, nn.GLU, nn.PReLU are not elementwise and not here.
@@ -77,7 +76,7 @@ class Surgery:
     def installed(self) -> Iterator[None]:
         """Everything in place inside, everything as before outside."""
         found: list[tuple[dict[str, Any], Forward]] = []
-        with _changed(self._settings), self._in_eval_mode():
+        with changed(self._settings), self._in_eval_mode():
             try:
                 # Hundreds of modules, twice a forward: __dict__ skips nn.Module.__setattr__, which would cost more than all the rest here.
                 for state, forward in self._forwards:
@@ -103,7 +102,7 @@ class Surgery:
                 changes.append((module.__dict__, "forward", _linear(module, self._products)))
             elif is_plain(module, Conv1D):
                 changes.append((module.__dict__, "forward", _conv1d(module, self._products)))
-        with _changed(changes), self._in_eval_mode():
+        with changed(changes), self._in_eval_mode():
             yield
 
     @contextmanager
@@ -123,25 +122,6 @@ class Surgery:
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not getattr(module, "use_rope", True):
             self.query_scales[int(attention.layer_idx)] = QueryScale(float(attention.floor_scale), float(attention.attn_scale))
             self._settings.append((module.__dict__, "attn_temperature_tuning", False))
-
-
-_ABSENT = object()
-
-
-@contextmanager
-def _changed(changes: list[Change]) -> Iterator[None]:
-    before: list[Any] = []
-    try:
-        for state, name, value in changes:
-            before.append(state.get(name, _ABSENT))
-            state[name] = value
-        yield
-    finally:
-        for (state, name, _), value in zip(changes, before, strict=False):  # fewer were changed if the change itself failed
-            if value is _ABSENT:
-                state.pop(name, None)
-            else:
-                state[name] = value
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from quire.tensors.models.calls import Call, Weights, put_together, same_skeleton, take_apart, weights_of
+from quire.tensors.models.calls import Call, Weights, changed, put_together, same_skeleton, take_apart, weights_of
 from quire.tensors.models.hook import Running, running
 from quire.tensors.models.opaque import OpaqueStep
 from quire.tensors.models.surgery import Surgery
@@ -76,7 +76,8 @@ def trace(layer: nn.Module, few: Call, more: Call, surgery: Surgery) -> Traced:
     def flat(given: list[torch.Tensor], positions: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         forward = Running(step, positions, surgery.mode, surgery.query_scales, surgery.chunks, positions)
         args, kwargs = put_together(few.skeleton, iter(inputs))
-        with running(forward), surgery.installed(), _replaced(weights, given):
+        replaced = [(part, name, _in_place_of(part[name], x)) for (part, name), x in zip(weights, given, strict=True)]
+        with running(forward), surgery.installed(), changed(replaced):
             outputs: list[torch.Tensor] = []
             results.append(take_apart(layer.forward(*args, **kwargs), outputs))
         return outputs
@@ -106,23 +107,9 @@ def _token_axes(tensor: torch.Tensor, other: torch.Tensor) -> tuple[int, ...]:
     return tuple(axis for axis in range(tensor.dim()) if tensor.shape[axis] != other.shape[axis])
 
 
-class _replaced:
-    """Other tensors in the place of a layer's weights, or of the bytes of packed ones, for the time of a trace."""
-
-    def __init__(self, weights: Weights, given: list[torch.Tensor]) -> None:
-        self._weights, self._given = weights, given
-        self._before = [part[name] for part, name in weights]
-
-    def __enter__(self) -> None:
-        pairs = zip(self._before, self._given, strict=True)
-        self._put([before.with_packed(given) if isinstance(before, PackedWeight) else given for before, given in pairs])
-
-    def __exit__(self, *_: object) -> None:
-        self._put(self._before)
-
-    def _put(self, tensors: list[torch.Tensor]) -> None:
-        for (part, name), tensor in zip(self._weights, tensors, strict=True):
-            part[name] = tensor
+def _in_place_of(weight: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The weight a trace sees: the given tensor, or a packed weight with these bytes."""
+    return weight.with_packed(given) if isinstance(weight, PackedWeight) else given
 
 
 def _check(graph: GraphModule, env: ShapeEnv, num_tokens: Any) -> None:
