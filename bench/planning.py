@@ -40,13 +40,13 @@ def run(groups: tuple[Group, ...], num_sequences: int, num_steps: int, *, evicti
     arrival = 0
     if evicting:
         while cache.pool.num_free > len(groups) * PROMPT // PAGE:
-            scheduler.add(Sequence(arrival, [rng.randrange(50_000) for _ in range(PROMPT)], cache.root))
+            scheduler.add(Sequence(arrival, [rng.randrange(50_000) for _ in range(PROMPT)], cache.namespaces.root("")))
             plan = scheduler.plan()
             assert plan is not None
             scheduler.commit(plan)
             scheduler.finish(plan.works[0].sequence)
             arrival += 1
-    sequences = [Sequence(arrival + i, [rng.randrange(50_000) for _ in range(PROMPT)], cache.root) for i in range(num_sequences)]
+    sequences = [Sequence(arrival + i, [rng.randrange(50_000) for _ in range(PROMPT)], cache.namespaces.root("")) for i in range(num_sequences)]
     for seq in sequences:
         scheduler.add(seq)
     times = []

@@ -309,7 +309,7 @@ class Driver:
 
 def key_of(driver: Driver, tokens: Sequence[int], page_size: int) -> list[PrefixKey]:
     """The keys of the complete pages of `tokens`, root first."""
-    keys = [driver.cache.root]
+    keys = [driver.cache.namespaces.root("")]
     for i in range(0, len(tokens) - page_size + 1, page_size):
         keys.append(PrefixKey(keys[-1], pack(tokens[i : i + page_size]), driver.cache.hash_bytes))
     return keys

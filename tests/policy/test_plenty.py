@@ -65,7 +65,7 @@ def test_half_of_what_is_to_spare_keeps_pages_for_later_hits(groups: tuple[Group
     needed = [entries - group.first_kept(num_tokens, B) for group in groups]
     for spare in (0, 1, 2, 7, 20, 2 * entries + 1, 1000):
         cache = PageCache(groups, sum(needed) + spare, sharing=sharing)
-        seq = Sequence(0, tokens(num_tokens + 1), cache.root)
+        seq = Sequence(0, tokens(num_tokens + 1), cache.namespaces.root(""))
         cache.match(seq)
         assert cache.grow(seq, num_tokens)
         optional, kept = spare // 2 if sharing else 0, dict[tuple[int, int], int]()
@@ -79,13 +79,15 @@ def test_half_of_what_is_to_spare_keeps_pages_for_later_hits(groups: tuple[Group
             assert [page_id < 0 for page_id in table] == [True] * missing + [False] * (entries - missing)
         cache.check_integrity()
     cache = PageCache(groups, sum(needed) - 1, sharing=sharing)
-    cache.match(seq := Sequence(0, tokens(num_tokens + 1), cache.root))
+    cache.match(seq := Sequence(0, tokens(num_tokens + 1), cache.namespaces.root("")))
     assert not cache.grow(seq, num_tokens) and cache.pool.num_available == sum(needed) - 1
 
 
 def test_an_outline_gets_back_what_it_gave_to_one_that_gives_way() -> None:
     outline = Outline(100)
-    scoring, plain, never = (Sequence(arrival, tokens(60), PageCache(numbered(full(B)), 1).root, scores=arrival == 0) for arrival in range(3))
+    scoring, plain, never = (
+        Sequence(arrival, tokens(60), PageCache(numbered(full(B)), 1).namespaces.root(""), scores=arrival == 0) for arrival in range(3)
+    )
     outline.put(scoring, 40)
     assert (outline.budget, outline.scores_left) == (60, MAX_SCORED - 40)
     outline.put(plain, 25)

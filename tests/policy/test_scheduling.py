@@ -140,7 +140,7 @@ def test_what_can_never_fit_is_a_bug_by_the_time_it_is_planned() -> None:
     """The engine refuses such a request; a scheduler that is given one says so instead of looping."""
     cache = PageCache(FULL, 3)
     scheduler = Scheduler(cache, max_tokens_per_step=64, max_sequences=4)
-    scheduler.add(Sequence(0, tokens(13), cache.root))
+    scheduler.add(Sequence(0, tokens(13), cache.namespaces.root("")))
     with pytest.raises(IntegrityError, match="no progress"):
         scheduler.plan()
 

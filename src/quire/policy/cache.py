@@ -40,11 +40,6 @@ class PageCache:
         self._windowed = [groups for groups in self._alike if groups.first.kind != "full"]
         self._tidy_every = min(g.page_size for g in self.groups)
 
-    @property
-    def root(self) -> PrefixKey:
-        """The key that chains of the default namespace start from."""
-        return self.namespaces.root("")
-
     def shares(self, seq: Sequence) -> bool:
         """Whether its pages may be hit, and it may hit pages."""
         return self.sharing or seq.own_root

@@ -10,7 +10,6 @@ bridge key leads to its own namespace, so that what follows is private again:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 
 from quire.policy.prefix import Hash, PrefixKey
@@ -73,10 +72,9 @@ class Namespaces:
             length += unit
         return length
 
-    def others(self, root: PrefixKey) -> Iterator[PrefixKey]:
+    def others(self, root: PrefixKey) -> list[PrefixKey]:
         """Roots of the namespaces seen last, without the given one."""
-        others = [other for other in reversed(self._roots.values()) if other is not root]
-        yield from others[:MAX_OTHERS]
+        return [other for other in reversed(self._roots.values()) if other is not root][:MAX_OTHERS]
 
     def _make(self, name: bytes) -> PrefixKey:
         return PrefixKey(None, self._identity + b"/" + name, self._hash_bytes)

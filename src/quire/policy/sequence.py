@@ -22,17 +22,22 @@ class Rank(NamedTuple):
 
 
 class Sequence:
-    """What the policy knows of a sequence: `tokens` in hand, the first `num_committed` of them in the cache.
+    """What the policy knows of a sequence.
 
-    `arrival` names it; `rank` orders it among others. `chain(B)[j + 1]` is the prefix key of its page j of B tokens, `chain(B)[0]` the root.
-    The first `num_shared` tokens are in the region that all namespaces share, under `shared_root`; what follows is under `root`.
-    `own_root`: nobody but its sisters has its root, so its pages are forgotten with the last of them. `scores`: the logprobs of its prompt's tokens
-    are wanted. `pooling`: the final hidden states of its prompt are wanted, of all tokens ("mean") or of the last one ("last").
-    `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `capacity` is how many tokens the tables
-    have room for. Complete pages of the first `num_indexed` tokens are indexed; below `next_tidy` a commit only counts. `num_hit` tokens were
-    found in whole cached pages when it last started. It will come to `num_at_most` tokens in the cache at most, and may need `pages_at_most` to
-    finish, alone. `drafter`, where it has one, guesses its next tokens. `waits_for` says why it has not started,
-    `asked_below` is how many tokens it hit when the tier below was last asked for more; it is asked again when they have become fewer.
+    Attributes:
+        arrival: its name. rank: its order among others. waits_for: why it has not started.
+        tokens: all in hand; the first `num_prompt` are its prompt, the first `num_committed` are in the cache.
+        tables: `tables[g][j]` is the page of group g for positions [j * B, (j + 1) * B), -1 where there is none. `first_page[g]`: those before it
+            have left the window. `num_pages` of them are pages, `peak_pages` the most there were, and `capacity` tokens have room in them.
+        num_hit: tokens that it found in whole cached pages when it last started.
+        num_indexed: tokens whose complete pages others can find. next_tidy: until it has so many tokens in the cache, a commit only counts.
+        num_at_most: tokens it may come to have in the cache. pages_at_most: pages it may need to finish, alone.
+        root, shared_root, num_shared: where its chain of prefix keys begins; its first `num_shared` tokens, which all namespaces share, lie under
+            `shared_root`, what follows under `root`. own_root: nobody but its sisters has its root, so its pages are forgotten with the last of them.
+        chains, bridges: of each page size, its keys made so far, and the one that leads from the shared part to its own (see namespaces.py).
+        scores: the logprobs of its prompt's tokens are wanted. pooling: so are the final hidden states of its prompt, of all tokens ("mean") or of
+            the last one ("last"). drafter: guesses its next tokens.
+        asked_below: tokens it hit when the tier below was last asked for more; it is asked again when they have become fewer.
     """
 
     __slots__ = (
@@ -41,8 +46,8 @@ class Sequence:
         "bridges",
         "capacity",
         "chains",
-        "first_page",
         "drafter",
+        "first_page",
         "namespace",
         "next_tidy",
         "num_at_most",
@@ -122,7 +127,7 @@ class Sequence:
         return len(self.tokens) - self.num_committed
 
     def chain(self, page_size: int, num_pages: int, hash_bytes: Hash) -> list[PrefixKey]:
-        """The keys of its first `num_pages` complete pages, behind the root; made once."""
+        """The root, and behind it the keys of its complete pages, `num_pages` of them or more: that of page j is at j + 1. Each is made once."""
         chain = self.chains.get(page_size)
         if chain is None:
             chain = self.chains[page_size] = [self.shared_root]
