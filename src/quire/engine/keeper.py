@@ -35,6 +35,11 @@ class CacheKeeper:
         """Pages that one request may have, at most: neither given back to the system nor pinned."""
         return self._cache.pool.num_usable - self._pins.num_pages
 
+    @property
+    def _least_pages(self) -> int:
+        """Pages that the pool must keep: with fewer an open request might never end."""
+        return max(len(self._cache.groups), self._scheduler.pages_at_most + self._pins.num_pages)
+
     def sequence(
         self, prompt: Seq[int], namespace: str, *, arrival: int = -1, own_root: str = "", scores: bool = False, pooling: str | None = None
     ) -> Sequence:
@@ -99,7 +104,7 @@ class CacheKeeper:
             raise InvalidRequestError("cache_bytes", cache_bytes, f"as the pool was made: {self._store.device.where} takes no memory back from it")
         pool, page_bytes = self._cache.pool, self._store.page_bytes
         wanted = cache_bytes // page_bytes
-        least = max(len(self._cache.groups), self._scheduler.pages_at_most + self._pins.num_pages)
+        least = self._least_pages
         if not least <= wanted <= pool.num_pages:
             limits = f"from {least * page_bytes}, what open requests and pins may need, to {pool.num_pages * page_bytes}, what the pool was made for"
             raise InvalidRequestError("cache_bytes", cache_bytes, limits)
@@ -129,8 +134,7 @@ class CacheKeeper:
         self._next_look_s = now + LOOK_EVERY_S
         pool, spare = self._cache.pool, available_bytes() - self._reserve_bytes
         if spare < 0:
-            least = max(len(self._cache.groups), self._scheduler.pages_at_most + self._pins.num_pages)
-            wanted = min(-(spare // self._store.page_bytes), pool.num_usable - least)
+            wanted = min(-(spare // self._store.page_bytes), pool.num_usable - self._least_pages)
             if wanted > 0:
                 self._store.give_back(pool.retire(wanted))
         elif spare > self._reserve_bytes and pool.num_usable < self._most_pages:
