@@ -22,13 +22,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from quire.engine.kernels import Kernels
-    from quire.tensors.models.model import CausalModel
+from quire.engine.kernels import Kernels
+from quire.tensors.models.model import CausalModel
 
 MAX_KEPT = 256  # files, of some twenty bytes
 
