@@ -90,7 +90,7 @@ def sanitised() -> dict[str, str]:
 
 def test_attention_under_address_sanitizer(sanitised: dict[str, str]) -> None:
     """A debug build: scratch starts as NaN, a page id out of range raises, and no access leaves its tensor."""
-    check = "import quire.tensors.native as native; assert native.debug and native.isas() == ['plain'], native.loaded_from(); print('ready')"
+    check = "import quire.tensors.native as native; assert native.lib.debug and native.isas() == ['plain'], native.loaded_from(); print('ready')"
     files = ["tests/tensors/test_native_attention.py", "tests/tensors/test_native_attention_bits.py"]
     tests = [*files, "-q", "-x", "-s", "-p", "no:cacheprovider", "-k", SANITISED_TESTS]
     done = run([sys.executable, "-c", f"{check}; import pytest, sys; sys.exit(pytest.main({tests}))"], **sanitised)

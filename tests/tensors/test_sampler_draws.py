@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.params import SamplingParams
-from quire.tensors import sampler_native
+from quire.tensors import native
 from quire.tensors.sampler import Row, Sampler, SequenceState
 from quire.tensors.sampler_reference import edited_logits, gumbel, masses, noise_words, surviving_ids, threefry2x32
 
@@ -166,14 +166,22 @@ def test_threefry_known_answers(counter: tuple[int, int], key: tuple[int, int], 
     assert (int(first), int(second)) == words
 
 
+def native_noise(seed: int, position: int, num_tokens: int) -> Tensor:
+    """The noise bits of tokens 0 .. num_tokens - 1 as the kernels compute them, int64 [num_tokens] in [0, 2**32)."""
+    padded = math.ceil(num_tokens / 32) * 32
+    words = torch.empty(padded, dtype=torch.int32)
+    native.lib.sample_noise(seed, position, padded, words.data_ptr())
+    return words[:num_tokens].to(torch.int64) & 0xFFFFFFFF
+
+
 def test_native_noise_is_the_references() -> None:
-    assert sampler_native.noise_words(0, 0, 32)[[0, 16]].tolist() == [0x6B200159, 0x99BA4EFE]
+    assert native_noise(0, 0, 32)[[0, 16]].tolist() == [0x6B200159, 0x99BA4EFE]
     for seed, position in ((0, 0), (1, 2), (2**64 - 1, 2**31 - 1), (0x0370734413198A2E, 5)):
-        assert torch.equal(sampler_native.noise_words(seed, position, 5000), noise_words(seed, position, torch.arange(5000)))
+        assert torch.equal(native_noise(seed, position, 5000), noise_words(seed, position, torch.arange(5000)))
 
 
 def uniforms(seed: int, position: int, num: int = 200_000) -> Tensor:
-    return (sampler_native.noise_words(seed, position, num).double() + 0.5) / 2**32
+    return (native_noise(seed, position, num).double() + 0.5) / 2**32
 
 
 def test_noise_looks_uniform_and_independent() -> None:
@@ -181,7 +189,7 @@ def test_noise_looks_uniform_and_independent() -> None:
     u, sigma = uniforms(11, 3), 1 / math.sqrt(200_000)
     assert abs(float(u.mean()) - 0.5) < 4 * sigma * math.sqrt(1 / 12)
     assert abs(float(u.var()) - 1 / 12) < 4 * sigma * math.sqrt(1 / 180)
-    bits = sampler_native.noise_words(11, 3, num)
+    bits = native_noise(11, 3, num)
     assert all(abs(float((bits >> i & 1).double().mean()) - 0.5) < 4 * sigma / 2 for i in range(32))
     buckets = torch.bincount((u * 256).long(), minlength=256).double()
     assert float(((buckets - num / 256) ** 2 / (num / 256)).sum()) < chi_square_limit(255)

@@ -12,8 +12,6 @@ from quire.tensors import native_library
 DTYPE_CODES: Final[dict[torch.dtype, int]] = {getattr(torch, name): number for name, number in native_library.DTYPE_NUMBERS.items()}
 """The dtypes the kernels read and write, and the numbers they know them by."""
 lib: Final[Any] = native_library.lib
-debug: Final[bool] = lib.debug
-"""Whether this build checks page ids, lengths and offsets on every call."""
 
 
 def isas() -> list[str]:

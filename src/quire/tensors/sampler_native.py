@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from array import array
 from collections.abc import Sequence
@@ -96,11 +95,3 @@ def _sampled(result: tuple[int, int, float, list[tuple[int, float]]], num_top: i
     if num_top is None:
         return Sampled(token_id)
     return Sampled(token_id, logprob, [TopLogprob(*t) for t in top] if num_top > 0 else None)
-
-
-def noise_words(seed: int, position: int, num_tokens: int) -> Tensor:
-    """The noise bits of tokens 0 .. num_tokens - 1 as the kernels compute them, int64 [num_tokens] in [0, 2**32); for tests."""
-    padded = math.ceil(num_tokens / 32) * 32
-    words = torch.empty(padded, dtype=torch.int32)
-    native.lib.sample_noise(seed, position, padded, words.data_ptr())
-    return words[:num_tokens].to(torch.int64) & 0xFFFFFFFF
