@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
     from quire.tensors.models.recording import Recorder
 
-_FEW, _MORE = 3, 5  # tokens of the forwards in which strays are looked for
 MAX_PASSED = 16  # codes of a live model that are known to have passed the probe
 
 
@@ -104,12 +103,10 @@ class CausalModel:
     def _shapes(self, model: PreTrainedModel) -> tuple[int, tuple[LayerGeometry, ...]]:
         """(vocabulary, geometry of every layer), from a forward of one token."""
         dry = DryRun()
-        zero = torch.zeros(1, dtype=torch.long, device=self.where)
-        token = zero + ordinary_tokens(model.config, 64)[0]
         self._logits_multiple = 1
         try:
             with self.with_products(NoProducts()):
-                vocab_size = self.forward(dry, token, zero, zero).shape[1]
+                vocab_size = self.forward_of(dry, num_tokens=1, num_rows=1).shape[1]
         except QuireError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -225,6 +222,12 @@ class CausalModel:
             logits = logits[logits_at]
         return logits[:num_rows].contiguous()
 
+    def forward_of(self, step: AttentionStep, num_tokens: int, num_rows: int) -> torch.Tensor:
+        """A forward of one sequence of so many tokens, where it does not matter which: logits [num_rows, V] behind the first of them."""
+        places = torch.arange(num_tokens, device=self.where)
+        token = ordinary_tokens(self.transformers_model.config, 64)[0]
+        return self.forward(step, torch.full_like(places, token), places, places[:num_rows])
+
     def compile(self) -> None:
         """Compile the decoder layers; every forward from now on runs the compiled ones. Takes a minute the first time, seconds from torch's cache.
 
@@ -235,12 +238,7 @@ class CausalModel:
 
         model, surgery = self._open()
         self.everywhere = False  # compiled layers are as they are traced
-        token = ordinary_tokens(model.config, 64)[0]
-
-        def run(step: AttentionStep, num_tokens: int) -> None:
-            self.forward(step, torch.full((num_tokens,), token), torch.arange(num_tokens), torch.zeros(1, dtype=torch.long))
-
-        code = compile_layers(model, surgery, run, live=self.live, geometry=self.layers)
+        code = compile_layers(model, surgery, partial(self.forward_of, num_rows=1), live=self.live, geometry=self.layers)
         self._tokens_multiple = GRANULE
         self.compiled, self.identity = True, f"{self.identity} {code}"
 
@@ -263,12 +261,10 @@ class CausalModel:
         model, _ = self._open()
         products = self._products
         assert isinstance(products, NativeProducts)
-        token = ordinary_tokens(model.config, 64)[0]
 
         def record(recorder: Recorder, num_tokens: int) -> None:
             with self.with_products(RecordingProducts(recorder, products), whole_vectors=False), recorder.watching():
-                ids, nowhere = torch.full((num_tokens,), token), torch.empty(0, dtype=torch.long)
-                self.forward(RecordingStep(recorder), ids, torch.arange(num_tokens), nowhere)
+                self.forward_of(RecordingStep(recorder), num_tokens, num_rows=0)
 
         self.lowered = lower_layers(model, products, record, live=self.live, geometry=self.layers)
 
@@ -295,14 +291,11 @@ class CausalModel:
 
     def strays(self) -> list[tuple[str, str]]:
         """Products, and with `rows` sums, that depend on the tokens and that torch computes: (operator, class of the module); see strays.py."""
-        token = ordinary_tokens(self.transformers_model.config, 64)[0]
-        seen = []
-        for num_tokens in (_FEW, _MORE):
-            watch, places = Strays(sums=self.rows is not None), torch.arange(num_tokens, device=self.where)
+        few, more = (Strays(sums=self.rows is not None) for _ in range(2))
+        for watch, num_tokens in ((few, 3), (more, 5)):
             with self.with_products(OverlookedProducts(self._products, watch)), watch:
-                self.forward(NoAttention(), torch.full_like(places, token), places, places)
-            seen.append(watch)
-        return differing(*seen)
+                self.forward_of(NoAttention(), num_tokens, num_rows=num_tokens)
+        return differing(few, more)
 
     @contextmanager
     def with_products(

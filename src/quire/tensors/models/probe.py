@@ -57,7 +57,6 @@ LONGEST_WINDOW = 128  # longer ones cost more than a probe should
 class ProbeReport:
     """What the probe found. `max_error` and `tolerance` are in standard deviations; `everywhere`: exact mode had to cover the whole forward."""
 
-    num_tokens: int
     max_error: float
     tolerance: float
     everywhere: bool
@@ -87,9 +86,30 @@ def failures_told(model: CausalModel) -> Iterator[None]:
 
 
 def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
-    sequences = _sequences(model)
+    """The four questions, in order."""
+    sequences, everywhere = _sequences(model), model.everywhere
     programs = model.lowered if not model.owned else None
     packed = _packed(model, make_step, sequences)
+    error, tolerance = _check_close(model, sequences, packed, programs)
+    _check_strays(model)
+    with programs.first_of_each() if programs is not None else nullcontext():
+        _check_curves(model)
+        if model.everywhere != everywhere or (programs is not None and programs.alike):
+            packed = _packed(model, make_step, sequences)
+        exact = _exact(model, make_step, sequences, packed)
+    if not exact:
+        everywhere = model.everywhere
+        model.everywhere = True
+        if everywhere or not _exact(model, make_step, sequences, _packed(model, make_step, sequences)):
+            raise UnsupportedModelError(f"{model.model_type}: the bits of a token's logits depend on what else is in the batch, even in exact mode")
+    model.passed()
+    return ProbeReport(error, tolerance, model.everywhere)
+
+
+def _check_close(
+    model: CausalModel, sequences: Sequence[torch.Tensor], packed: Sequence[torch.Tensor], programs: LoweredLayers | None
+) -> tuple[float, float]:
+    """(largest error, how large it may be) of the packed logits. Raises ProbeMismatchError."""
     tolerance = TOLERANCE[model.dtype]
     own = _own_logits(model, sequences, programs)
     errors = _errors(packed, own)
@@ -109,11 +129,16 @@ def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
             f" (at most {tolerance:g} for {str(model.dtype).removeprefix('torch.')} weights): tokens reach each other by another way than attention,"
             " attention takes something that its interface does not pass on, or its own positions do not begin at 0"
         )
+    return error, tolerance
+
+
+def _check_strays(model: CausalModel) -> None:
+    """Have the whole forward in exact mode if torch multiplies tokens anywhere. Raises UnsupportedModelError if it still does."""
     plain = not model.compiled and (model.lowered is None or bool(model.lowered.plain))
-    if strays := model.strays() if model.owned or plain or model.rows is not None else []:
-        model.everywhere = not model.compiled  # compiled layers are as they were traced
-        strays = model.strays() if model.everywhere else strays
-        packed = _packed(model, make_step, sequences)
+    strays = model.strays() if model.owned or plain or model.rows is not None else []
+    if strays and not model.compiled:  # compiled layers are as they were traced
+        model.everywhere = True
+        strays = model.strays()
     if strays:
         done, sums = "multiplied", ""
         if model.rows is not None:
@@ -125,23 +150,17 @@ def _probe(model: CausalModel, make_step: MakeStep) -> ProbeReport:
             f" served are linear, matmul (@), mm, bmm, mv, inner, addmm, baddbmm, einsum of two operands{sums};"
             " not in place, without out=, uncompiled"
         )
-    with programs.first_of_each() if programs is not None else nullcontext():
-        if not model.everywhere and not model.compiled and _curves(model):
-            model.everywhere = True
-            packed = _packed(model, make_step, sequences)
-            if told := "; ".join(f"{owner} calls {operator}" for operator, owner in _curves(model)[:4]):
-                raise UnsupportedModelError(
-                    f"{model.model_type}: elementwise functions whose bits depend on how many elements there are ({told}) are called in spellings"
-                    " that exact mode does not know"
-                )
-        exact = _exact(model, make_step, sequences, _packed(model, make_step, sequences) if programs and programs.alike else packed)
-    if not exact:
-        everywhere = model.everywhere
+
+
+def _check_curves(model: CausalModel) -> None:
+    """Have the whole forward in exact mode if elementwise functions get rests of vectors. Raises UnsupportedModelError if they still do."""
+    if not model.everywhere and not model.compiled and _curves(model):
         model.everywhere = True
-        if everywhere or not _exact(model, make_step, sequences, _packed(model, make_step, sequences)):
-            raise UnsupportedModelError(f"{model.model_type}: the bits of a token's logits depend on what else is in the batch, even in exact mode")
-    model.passed()
-    return ProbeReport(sum(map(len, sequences)), error, tolerance, model.everywhere)
+        if told := "; ".join(f"{owner} calls {operator}" for operator, owner in _curves(model)[:4]):
+            raise UnsupportedModelError(
+                f"{model.model_type}: elementwise functions whose bits depend on how many elements there are ({told}) are called in spellings"
+                " that exact mode does not know"
+            )
 
 
 def probe_again(model: CausalModel) -> None:
@@ -175,14 +194,12 @@ def _packed(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.T
 
 
 def _curves(model: CausalModel) -> list[tuple[str, str]]:
-    token = ordinary_tokens(model.transformers_model.config, 64)[0]
-    seen = []
-    for num_tokens in (3, 5):  # of one element a token, or several: no whole vectors
-        watch, places = Remainders(), torch.arange(num_tokens, device=model.where)
+    """(operator, class of the module) of elementwise functions that are given rests of vectors."""
+    few, more = Remainders(), Remainders()
+    for watch, num_tokens in ((few, 3), (more, 5)):  # of one element a token, or several: no whole vectors
         with watch:
-            model.forward(NoAttention(), torch.full_like(places, token), places, places)
-        seen.append(watch)
-    return differing(*seen)
+            model.forward_of(NoAttention(), num_tokens, num_rows=num_tokens)
+    return differing(few, more)
 
 
 def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> bool:

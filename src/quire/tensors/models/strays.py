@@ -8,7 +8,7 @@ probe's logits, and would in those of a later step. A curve differs in the last 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,12 +54,11 @@ _EXACT_POWERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)  # made of products,
 Stray = tuple[str, str, tuple[tuple[int, ...], ...]]  # operator, class of the module that runs it, its operands' shapes
 
 
-class Strays(TorchDispatchMode):
-    """Notes in `found` every product that reaches torch while it is on and that it has not been told to overlook; with `sums` sums of floats, too."""
+class Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While on, notes in `found` what of the operators that reach torch is looked for."""
 
-    def __init__(self, *, sums: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sums = _SUMS if sums else frozenset()
         self.found: list[Stray] = []
         self._overlooking = False
 
@@ -71,15 +70,15 @@ class Strays(TorchDispatchMode):
             made = func.decompose(*args, **kwargs)
         if made is not NotImplemented:
             return made
-        name = func.overloadpacket.__name__
-        if name in _PRODUCTS:
-            at = _PRODUCTS[name]
-            if at is None or args[at].shape[-1] > 1:
-                shapes = tuple(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))
-                self.found.append((name, _running_module(), shapes))
-        if name in self._sums and args[0].is_floating_point() and args[0].numel() > 1:
-            self.found.append((name, _running_module(), (tuple(args[0].shape),)))
+        self._look(func.overloadpacket.__name__, args)
         return func(*args, **kwargs)
+
+    def _look(self, name: str, args: tuple[Any, ...]) -> None:
+        """Note the operator of this name, if it is looked for."""
+        raise NotImplementedError
+
+    def _note(self, name: str, operands: Iterable[Any]) -> None:
+        self.found.append((name, _running_module(), tuple(tuple(x.shape) for x in operands if isinstance(x, torch.Tensor))))
 
     @contextmanager
     def overlooking(self) -> Iterator[None]:
@@ -91,25 +90,30 @@ class Strays(TorchDispatchMode):
             self._overlooking = before
 
 
-class Remainders(TorchDispatchMode):
-    """Notes in `found` every elementwise function that is given something else than whole vectors while this is on (see exact.py)."""
+class Strays(Finder):  # type: ignore[no-untyped-call]
+    """Looks for products; with `sums` for sums of floats, too."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[Stray] = []
+    def __init__(self, *, sums: bool) -> None:
+        super().__init__()
+        self._sums = _SUMS if sums else frozenset()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with self:  # under inference_mode, what is made of smaller operators arrives whole
-            made = func.decompose(*args, **kwargs)
-        if made is not NotImplemented:
-            return made
-        name = func.overloadpacket.__name__
-        if name in _CURVES and not (name in ("pow", "pow_") and isinstance(args[1], int | float) and args[1] in _EXACT_POWERS):
-            given = [x for x in args if isinstance(x, torch.Tensor)]
-            if any(x.is_floating_point() and not is_whole(x) for x in given):
-                self.found.append((name, _running_module(), tuple(tuple(x.shape) for x in given)))
-        return func(*args, **kwargs)
+    def _look(self, name: str, args: tuple[Any, ...]) -> None:
+        if name in _PRODUCTS:
+            at = _PRODUCTS[name]
+            if at is None or args[at].shape[-1] > 1:
+                self._note(name, args)
+        if name in self._sums and args[0].is_floating_point() and args[0].numel() > 1:
+            self._note(name, args[:1])
+
+
+class Remainders(Finder):  # type: ignore[no-untyped-call]
+    """Looks for elementwise functions that are given something else than whole vectors (see exact.py)."""
+
+    def _look(self, name: str, args: tuple[Any, ...]) -> None:
+        if name not in _CURVES or (name in ("pow", "pow_") and isinstance(args[1], int | float) and args[1] in _EXACT_POWERS):
+            return
+        if any(isinstance(x, torch.Tensor) and x.is_floating_point() and not is_whole(x) for x in args):
+            self._note(name, args)
 
 
 class OverlookedProducts:
@@ -129,7 +133,7 @@ class OverlookedProducts:
             return self._products.matmul(x, weight, bias)
 
 
-def differing(few: Strays | Remainders, more: Strays | Remainders) -> list[tuple[str, str]]:
+def differing(few: Finder, more: Finder) -> list[tuple[str, str]]:
     """(operator, class of the module) of those found whose shapes, or whose number, are others for another number of tokens, each once."""
     if len(few.found) == len(more.found):
         strays = [b for a, b in zip(few.found, more.found, strict=True) if a != b]
