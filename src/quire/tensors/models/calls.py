@@ -28,6 +28,13 @@ class Call:
     skeleton: Any
     tensors: tuple[torch.Tensor, ...]
 
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The call with these arguments."""
+        tensors: list[torch.Tensor] = []
+        skeleton = take_apart((args, kwargs), tensors)
+        return cls(skeleton, tuple(tensor.detach() for tensor in tensors))
+
     @property
     def shapes(self) -> tuple[object, ...]:
         """What a trace of it depends on."""

@@ -110,9 +110,7 @@ def _record(layers: Sequence[nn.Module], run: Callable[[], object]) -> dict[nn.M
     calls: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors: list[torch.Tensor] = []
-        skeleton = take_apart((args, kwargs), tensors)
-        calls[layer].append(Call(skeleton, tuple(tensor.detach() for tensor in tensors)))
+        calls[layer].append(Call.of(args, kwargs))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:

@@ -16,7 +16,7 @@ import torch
 from quire.tensors.attention.base import Mask
 from quire.tensors.models.calls import same_skeleton
 from quire.tensors.models.recording import Done, Recording, Seen, UnlowerableError
-from quire.tensors.models.rowplan import Attend, Multiply, Operand, Plan, Work
+from quire.tensors.models.rowplan import Attend, Multiply, Operand, Plan, RowOp
 from quire.tensors.models.rowviews import Rows, RowView, collapsed, contiguous, with_dimension
 from quire.tensors.native import DTYPE_CODES
 from quire.tensors.native_products import format_code
@@ -60,8 +60,8 @@ class _Lowering:
         self._dtypes: list[torch.dtype] = []
         self._weights: dict[int, int] = {}  # number of a weight -> its value
         self._inputs: dict[int, int] = {}
-        self._steps: list[Work | Multiply] = []
-        self._before: list[Work | Multiply] = []
+        self._steps: list[RowOp | Multiply] = []
+        self._before: list[RowOp | Multiply] = []
         self._attend: Attend | None = None
 
     def plan(self) -> Plan:
@@ -135,7 +135,7 @@ class _Lowering:
         """`along`: how many of the last dimensions stay as they are."""
         shape, steps = collapsed(out.shape if not along else operands[0].shape, [out.step, *(x.step for x in operands)], along)
         views = [Operand(x.value, x.at, step) for x, step in zip((out, *operands), steps, strict=True)]
-        self._steps.append(Work(op, dtype, shape, views[0], tuple(views[1:]), scalar))
+        self._steps.append(RowOp(op, dtype, shape, views[0], tuple(views[1:]), scalar))
 
     def _broadcast(self, view: RowView, shape: tuple[int, ...], axis: int) -> RowView:
         if view.axis not in (0, axis) or (axis and not view.axis and len(view.shape) >= axis and view.shape[-axis] != 1):

@@ -25,14 +25,14 @@ from quire.tensors.models.lowered_layer import LoweredLayer
 from quire.tensors.models.lowering import lower
 from quire.tensors.models.program import Program, assemble
 from quire.tensors.models.recording import Recorder, Recording, RecordingProducts, UnlowerableError
-from quire.tensors.models.rowplan import Work
+from quire.tensors.models.rowplan import RowOp
 from quire.tensors.models.surgery import Surgery, is_rotary
 from quire.tensors.native import DTYPE_CODES, lib
 from quire.tensors.native_products import format_code
 from quire.tensors.packed import bytes_of, form_of
 
 if TYPE_CHECKING:
-    from quire.tensors.models.replay import Call
+    from quire.tensors.models.replay import ModuleCall
 
 Stage = tuple[Chain | LoweredLayer, list[int]]  # layers, and what each of their inputs is: -1 the hidden states, else the number of a table
 
@@ -47,7 +47,13 @@ class NativeForward:
     runs, which must outlive it; `logits`: how many, and of what dtype."""
 
     def __init__(
-        self, native: Any, ropes: Sequence[Call], hidden: torch.Tensor, held: Sequence[object], logits: tuple[int, torch.dtype], num_threads: int
+        self,
+        native: Any,
+        ropes: Sequence[ModuleCall],
+        hidden: torch.Tensor,
+        held: Sequence[object],
+        logits: tuple[int, torch.dtype],
+        num_threads: int,
     ) -> None:
         self._native, self._ropes, self._hidden, self._held, self._num_threads = native, ropes, hidden, held, num_threads
         self._num_logits, self._dtype = logits
@@ -72,7 +78,7 @@ class NativeForward:
         return tables_of(self._ropes, self._hidden, positions)
 
 
-def tables_of(ropes: Sequence[Call], hidden: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+def tables_of(ropes: Sequence[ModuleCall], hidden: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
     """What rope gives for positions int64 [T]: tables [1, T, D], contiguous. `hidden`: of the dtype that they are to have."""
     tables: list[torch.Tensor] = []
     with torch.inference_mode():
@@ -82,10 +88,10 @@ def tables_of(ropes: Sequence[Call], hidden: torch.Tensor, positions: torch.Tens
         return [table.contiguous() for table in tables]
 
 
-def native_forward(calls: Sequence[Call], num_threads: int) -> NativeForward | None:
+def native_forward(calls: Sequence[ModuleCall], num_threads: int) -> NativeForward | None:
     """The forward that makes these calls; None where they are others than it can be made of.
 
-    The first three values are ids, positions and the rows wanted; others are what calls gave, as `Call` tells.
+    The first three values are ids, positions and the rows wanted; others are what calls gave, as `ModuleCall` tells.
     """
     ids, positions, wanted = range(3)
     places = [number for number, call in enumerate(calls) if isinstance(call.run, Chain | LoweredLayer)]
@@ -112,7 +118,7 @@ def native_forward(calls: Sequence[Call], num_threads: int) -> NativeForward | N
         return None
 
 
-def _stages(layers: Sequence[Call], hidden: int, tables: Sequence[int]) -> tuple[list[Stage], int]:
+def _stages(layers: Sequence[ModuleCall], hidden: int, tables: Sequence[int]) -> tuple[list[Stage], int]:
     """The stages of these calls, and the place of what the last one gives; no stages where they are anything else."""
     stages: list[Stage] = []
     for call in layers:
@@ -127,7 +133,9 @@ def _stages(layers: Sequence[Call], hidden: int, tables: Sequence[int]) -> tuple
     return stages, hidden
 
 
-def _made(embedding: nn.Embedding, ropes: Sequence[Call], stages: Sequence[Stage], tail: nn.Sequential, num_threads: int) -> NativeForward | None:
+def _made(
+    embedding: nn.Embedding, ropes: Sequence[ModuleCall], stages: Sequence[Stage], tail: nn.Sequential, num_threads: int
+) -> NativeForward | None:
     weight = embedding.weight
     form = form_of(weight)
     if weight.dtype not in DTYPE_CODES or not (form is not None or weight.is_contiguous()):
@@ -169,7 +177,7 @@ class _Part(NamedTuple):
 def _part(module: nn.Module, hidden: torch.Tensor) -> _Part:
     """Raises UnlowerableError where it cannot be that, bit for bit."""
     plan = lower(*(_recorded(module, hidden, count) for count in (_FEW, _MORE)), attends=False)
-    if any(isinstance(work, Work) and work.op in _NEARLY for work in plan.after):  # a step that runs the modules themselves gives the same bits
+    if any(isinstance(work, RowOp) and work.op in _NEARLY for work in plan.after):  # a step that runs the modules themselves gives the same bits
         raise UnlowerableError("rows of it are not torch's, bit for bit")
     if [number for _, number in plan.inputs] != [0] or len(plan.outputs) != 1 or len(plan.outputs[0][1]) != 1:
         raise UnlowerableError("it takes or gives something else than rows")

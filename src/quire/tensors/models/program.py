@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from quire.tensors.models.recording import UnlowerableError
-from quire.tensors.models.rowplan import Multiply, Operand, Plan, Work
+from quire.tensors.models.rowplan import Multiply, Operand, Plan, RowOp
 from quire.tensors.native import DTYPE_CODES, lib
 
 # csrc/rows_args.h: RowOp, by number.
@@ -28,7 +28,7 @@ _CODES = {name: code for code, name in enumerate(_OPS)}
 _INSTRUCTION, _BUFFER, _STEP = struct.Struct("=6if16i"), struct.Struct("=3q"), struct.Struct("=13q")
 _LINE = 64  # bytes
 
-Stretch = list[Work]
+Stretch = list[RowOp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +94,25 @@ def _dtype(plan: Plan, value: int) -> int:
     return DTYPE_CODES.get(plan.dtypes[value], 0)
 
 
-def _without_copies(steps: Sequence[Work | Multiply], read: Counter[int]) -> list[Work | Multiply]:
+def _without_copies(steps: Sequence[RowOp | Multiply], read: Counter[int]) -> list[RowOp | Multiply]:
     """The steps, where an operator whose result is only copied, rounded or not, writes the copy itself: the same numbers with one pass less."""
-    kept: list[Work | Multiply] = []
+    kept: list[RowOp | Multiply] = []
     made: dict[int, int] = {}  # value -> place of the operator that makes it, all of it and nothing else
     for step in steps:
-        if isinstance(step, Work) and step.op == "copy":
+        if isinstance(step, RowOp) and step.op == "copy":
             at = made.get(step.operands[0].value)
             maker = kept[at] if at is not None and read[step.operands[0].value] == 1 else None
-            joined = _joined(maker, step) if isinstance(maker, Work) else None
+            joined = _joined(maker, step) if isinstance(maker, RowOp) else None
             if at is not None and joined is not None:
                 kept[at] = joined
                 continue
-        if isinstance(step, Work):
+        if isinstance(step, RowOp):
             made[step.out.value] = len(kept)
         kept.append(step)
     return kept
 
 
-def _joined(maker: Work, copy: Work) -> Work | None:
+def _joined(maker: RowOp, copy: RowOp) -> RowOp | None:
     """An operator that writes where its result is copied to; None where that is not the same."""
     (source,) = copy.operands
     flat = (0, 0, 1)
@@ -126,7 +126,7 @@ def _joined(maker: Work, copy: Work) -> Work | None:
     return None
 
 
-def _scheduled(steps: Sequence[Work | Multiply]) -> list[Work | Multiply]:
+def _scheduled(steps: Sequence[RowOp | Multiply]) -> list[RowOp | Multiply]:
     """The steps in an order in which products come as soon as they can, so that few stretches of operators lie between them."""
     unwritten = Counter(step.out if isinstance(step, Multiply) else step.out.value for step in steps)
     pending, ordered = list(steps), []
@@ -138,7 +138,7 @@ def _scheduled(steps: Sequence[Work | Multiply]) -> list[Work | Multiply]:
     return ordered
 
 
-def _stretches(steps: Iterable[Work | Multiply]) -> list[Stretch | Multiply]:
+def _stretches(steps: Iterable[RowOp | Multiply]) -> list[Stretch | Multiply]:
     found: list[Stretch | Multiply] = []
     for step in steps:
         if isinstance(step, Multiply):
@@ -164,7 +164,7 @@ def _outside(step: Stretch | Multiply) -> set[int]:
 def _instructions(stretch: Stretch, plan: Plan, numbers: dict[int, int]) -> tuple[list[bytes], int]:
     """A stretch as packed instructions, and how many floats of scratch it takes."""
     last_write = {work.out.value: i for i, work in enumerate(stretch)}
-    order: list[Work | tuple[str, int]] = []
+    order: list[RowOp | tuple[str, int]] = []
     loaded: set[int] = set()
     for i, work in enumerate(stretch):
         for value in work.reads:
@@ -194,7 +194,7 @@ def _instructions(stretch: Stretch, plan: Plan, numbers: dict[int, int]) -> tupl
     return made, floats
 
 
-def _is_exact(work: Work, plan: Plan) -> bool:
+def _is_exact(work: RowOp, plan: Plan) -> bool:
     """Whether its results are numbers of its dtype before they are rounded."""
     same = plan.dtypes[work.operands[0].value] == work.dtype
     return same and (work.op in ("copy", "relu") or (work.op == "mul_scalar" and abs(work.scalar) == 1.0))

@@ -180,9 +180,7 @@ class Recorder(TorchDispatchMode):
             self._current.attended.append(layer_idx)
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors: list[torch.Tensor] = []
-        skeleton = take_apart((args, kwargs), tensors)
-        recording = Recording(Call(skeleton, tuple(tensor.detach() for tensor in tensors)))
+        recording = Recording(Call.of(args, kwargs))
         recording.begin(layer)
         if layer in self.recordings:
             recording.problem = "it is called more than once in a forward"

@@ -40,7 +40,7 @@ class Forward(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ModuleCall:
     """What is called; its arguments without their tensors, and the places of these among all values: the inputs, then what calls gave.
 
     gives: the places of what it gives. module: the one that is called, None of the rows wanted and of a chain.
@@ -63,7 +63,7 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], surgery: Surgery, chains: Chains, num_threads: int, *, live: bool) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[ModuleCall] = []
         self.native: NativeForward | None = None
         self._num_threads, self._most_watched = num_threads, _FIRST_WATCHED
         self._surgery, self._chains, self._live = surgery, chains, live
@@ -120,12 +120,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._values: list[Any] = [inputs.get(name) for name in _INPUTS]  # held, so that no other tensor gets the id of one of them
         self._places = {id(x): place for place, x in enumerate(self._values) if x is not None}
-        self._calls: list[Call] = []
+        self._calls: list[ModuleCall] = []
         self._within = False
         self._other = False  # whether anything was seen that cannot be replayed
         self._begun: tuple[Any, tuple[int, ...]] | None = None  # arguments of the first layer of a chain in progress
 
-    def calls_for(self, logits: torch.Tensor) -> list[Call]:
+    def calls_for(self, logits: torch.Tensor) -> list[ModuleCall]:
         """All calls, if the last one gave the logits; otherwise none."""
         return self._calls if not self._other and self._places.get(id(logits)) == len(self._values) - 1 else []
 
@@ -181,7 +181,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, run: Callable[..., Any], skeleton: Any, places: tuple[int, ...], result: Any, module: nn.Module | None = None) -> None:
         given: list[torch.Tensor] = []
         self._other |= not _is_constant(take_apart(result, given))
-        self._calls.append(Call(run, skeleton, places, range(len(self._values), len(self._values) + len(given)), module))
+        self._calls.append(ModuleCall(run, skeleton, places, range(len(self._values), len(self._values) + len(given)), module))
         for x in given:
             self._places[id(x)] = len(self._values)
             self._values.append(x)

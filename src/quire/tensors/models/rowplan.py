@@ -22,7 +22,7 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RowOp:
     """One operator (csrc/rows_args.h) over `shape` elements of a row, whose result is rounded to `dtype`."""
 
     op: str
@@ -76,9 +76,9 @@ class Plan:
     the layer's weights and its call's tensors; `outputs`: values and shapes of what it returns, with the dimension of tokens in front.
     """
 
-    before: tuple[Work | Multiply, ...]
+    before: tuple[RowOp | Multiply, ...]
     attend: Attend | None
-    after: tuple[Work | Multiply, ...]
+    after: tuple[RowOp | Multiply, ...]
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[int, ...]
     weights: tuple[tuple[int, int], ...]
