@@ -79,6 +79,11 @@ class Mask:
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
 
+    def first_visible(self, position: int) -> int:
+        """The lowest position a query at `position` sees."""
+        first = max(0, position - self.window + 1) if self.window else 0
+        return max(first, position - position % self.chunk) if self.chunk else first
+
 
 class ProgramStep(Protocol):
     """A step as layers that are native programs attend in it; they stage keys and values there themselves. `handle` is theirs to know."""

@@ -36,8 +36,8 @@ class ReferenceAttention:
             pages_of = table.page_ids[page_starts[s] : page_starts[s + 1]].tolist()
             for t in range(starts[s], starts[s + 1]):
                 position = committed + t - starts[s]
-                first = _first_visible(position, mask)
-                old_k, old_v = _committed(pages, place, pages_of, first, min(committed, position + 1))
+                first = mask.first_visible(position)
+                old_k, old_v = _committed(pages, place, pages_of, first, committed)
                 staged = slice(starts[s] + max(0, first - committed), t + 1)
                 out[t] = _one(q[t], torch.cat([old_k, k[staged]]), torch.cat([old_v, v[staged]]), mask)
         return out
@@ -48,12 +48,6 @@ class ReferenceAttention:
         keys, values = page_rows(pages, place)
         keys[page, :, offset] = k[kept].contiguous().view(torch.uint8)
         values[page, :, offset] = v[kept].contiguous().view(torch.uint8)
-
-
-def _first_visible(position: int, mask: Mask) -> int:
-    if mask.window:
-        return max(0, position - mask.window + 1)
-    return position - position % mask.chunk if mask.chunk else 0
 
 
 def _committed(pages: torch.Tensor, place: LayerPlace, table: list[int], first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

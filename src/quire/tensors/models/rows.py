@@ -33,15 +33,10 @@ class RowByRow:
         start = 0
         for length in self._lengths:
             for position in range(length):
-                seen = slice(start + _first_visible(position, mask), start + position + 1)
+                seen = slice(start + mask.first_visible(position), start + position + 1)
                 rows.append(_row(queries[start + position], keys[seen], values[seen], sinks, mask))
             start += length
         return torch.stack(rows).view(q.shape[0], q.shape[1], v.shape[2]).to(q.dtype)
-
-
-def _first_visible(position: int, mask: Mask) -> int:
-    first = max(0, position - mask.window + 1) if mask.window else 0
-    return max(first, position // mask.chunk * mask.chunk) if mask.chunk else first
 
 
 def _row(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None, mask: Mask) -> torch.Tensor:
