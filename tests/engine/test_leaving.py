@@ -81,6 +81,28 @@ def test_an_id_is_one_open_request_s_alone(checkpoint: Checkpoint) -> None:
         assert llm.submit([5, 6, 7], SamplingParams(max_tokens=1), request_id="x").wait(60).error is None
 
 
+@pytest.mark.parametrize("how", ["cancelled", "error"])
+def test_half_a_character_that_is_left_is_no_stop_string(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """It comes out as U+FFFD, and with more to come it might have become a whole one; what was broken off must not say that it is complete."""
+    with LLM(checkpoint("llama")) as llm:
+        half = llm._built.engine.tokenizer.hf.convert_tokens_to_ids("\u00f0")  # type: ignore[union-attr]  # byte F0 in a ByteLevel vocabulary
+        sampler, calls = llm._built.engine.runner.sampler, list[int]()
+        sample = sampler.sample
+
+        def leave(logits: Any, rows: Any) -> Any:
+            calls.append(len(rows))
+            if len(calls) == 2 and how == "error":
+                raise RuntimeError("injected")
+            if len(calls) == 2:
+                llm.cancel("left")
+            return sample(logits, rows)
+
+        monkeypatch.setattr(sampler, "sample", leave)
+        params = SamplingParams(max_tokens=100, allowed_token_ids=[half], stop="\ufffd")
+        [one] = llm.submit([5, 6, 7], params, request_id="left").wait(60).outputs
+        assert (one.finish_reason, one.stop_reason, set(one.text)) == (how, None, {"\ufffd"})
+
+
 def test_a_stream_that_has_ended_cancels_nobody_else(llm: LLM) -> None:
     first = llm.submit([5, 6, 7], SamplingParams(max_tokens=1), request_id="x")
     first.wait(60)

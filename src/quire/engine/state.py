@@ -153,16 +153,17 @@ class Branch:
             self.failure, self._detokenizer = error, None
             return ""
 
-    def _push_text(self, text: str) -> str:
-        found = self._stops.push(text, may_stop=len(self.token_ids) >= self.request.params.min_tokens)
+    def _push_text(self, text: str, may_stop: bool = True) -> str:
+        found = self._stops.push(text, may_stop=may_stop and len(self.token_ids) >= self.request.params.min_tokens)
         if found.stop is not None:
             self.finish_reason, self.stop_reason = "stop", found.stop
         self._text.append(found.text)
         return found.text
 
     def _end(self, reason: FinishReason, stop_reason: int | None) -> str:
-        text = self._push_text(self._decoded(last=True))
-        if self.finish_reason is None:  # the last half character may have completed a stop string
+        # The last half character may complete a stop string; what ends from outside might yet have made a whole one of it.
+        text = self._push_text(self._decoded(last=True), may_stop=reason in ("stop", "length"))
+        if self.finish_reason is None:
             self.finish_reason, self.stop_reason = reason, stop_reason
             held = self._stops.flush()
             self._text.append(held)
