@@ -168,6 +168,17 @@ def test_what_nothing_can_follow_ends_or_fails_alone(llm: LLM) -> None:
     assert fine.error is None and checked(fine.outputs[0], NUMBERS)
 
 
+def test_an_end_that_is_not_drawn_is_told_as_it_is(llm: LLM) -> None:
+    """Its last character may be half of one, for all a stream can tell: only at the end is it the stop string."""
+    assert llm.tokenizer is not None
+    own = llm.tokenizer.convert_tokens_to_ids(["\u00ef", "\u00bf", "\u00bd"])  # bytes of U+FFFD in a ByteLevel vocabulary
+    held = StructuredOutput(regex="\ufffda?")
+    *_, last = llm.stream([5], SamplingParams(allowed_token_ids=own, structured=held, stop="\ufffd", ignore_eos=True))
+    assert last.output is not None
+    [one] = last.output.outputs
+    assert (last.finish_reason, last.stop_reason) == (one.finish_reason, one.stop_reason) == ("stop", "\ufffd")
+
+
 def test_refusals_are_raised_before_anything_is_queued(llm: LLM) -> None:
     before = llm.stats()
     for bad in ({"regex": "(a"}, {"grammar": "start: nothing"}, {"json_schema": {"enum": []}}, {"json_schema": {"$ref": "#"}}):

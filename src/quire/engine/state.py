@@ -120,7 +120,8 @@ class Branch:
 
     def end(self, reason: FinishReason) -> TokenEvent:
         """End it from outside (cancelled, error); what was held back of its text comes out."""
-        return TokenEvent(self.request.request_id, self.index, text=self._end(reason, None), finish_reason=reason)
+        text = self._end(reason, None)
+        return TokenEvent(self.request.request_id, self.index, text=text, finish_reason=self.finish_reason, stop_reason=self.stop_reason)
 
     def completion(self) -> Completion:
         """What it came to."""
