@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from quire import LLM, Completion, InvalidRequestError, RequestFailedError, SamplingParams, StructuredOutput
+from quire import LLM, Completion, EngineDeadError, InvalidRequestError, RequestFailedError, SamplingParams, StructuredOutput
 from quire.engine import masks
 from quire.text.grammar import Guide
+from quire.text.grammar_process import GrammarProcess
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
 
@@ -177,6 +179,33 @@ def test_an_end_that_is_not_drawn_is_told_as_it_is(llm: LLM) -> None:
     assert last.output is not None
     [one] = last.output.outputs
     assert (last.finish_reason, last.stop_reason) == (one.finish_reason, one.stop_reason) == ("stop", "\ufffd")
+
+
+def test_a_grammar_that_is_tried_when_the_engine_is_closed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said to be closed, not that the grammar is wrong, and no process is left behind, nor started later."""
+    llm, errors = LLM(checkpoint("llama")), list[BaseException]()
+    ask, asked, grammars = GrammarProcess._ask, threading.Event(), llm._built.grammars
+
+    def slowly(*given: Any) -> str | None:
+        asked.set()
+        while not grammars._closed:
+            time.sleep(0.01)
+        return ask(*given)
+
+    def submit() -> None:
+        try:
+            llm.submit([5], SamplingParams(structured=NUMBERS))
+        except Exception as error:
+            errors.append(error)
+
+    monkeypatch.setattr(GrammarProcess, "_ask", slowly)
+    thread = threading.Thread(target=submit)
+    thread.start()
+    assert asked.wait(60)
+    llm.close()
+    thread.join()
+    submit()
+    assert [type(error) for error in errors] == [EngineDeadError] * 2 and grammars._process is not None and grammars._process._process is None
 
 
 def test_refusals_are_raised_before_anything_is_queued(llm: LLM) -> None:

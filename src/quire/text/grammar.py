@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from quire.errors import InvalidRequestError, QueueFullError
+from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.structured import StructuredOutput
 from quire.text.grammar_process import GrammarProcess
 from quire.text.tokenizer import TextTokenizer
@@ -143,6 +143,7 @@ class GrammarCompiler:
         self._looking, self._compiling = threading.Lock(), threading.Lock()
         self._ll: Any = None
         self._process: GrammarProcess | None = None
+        self._closed = False
 
     def compile(self, asked: StructuredOutput) -> Grammar:
         """The grammar, from the cache or made now; the caller waits.
@@ -150,6 +151,7 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: there is no tokenizer or no llguidance, or the grammar is invalid, unsatisfiable or too costly.
             QueueFullError: others' grammars are still being compiled.
+            EngineDeadError: `close` has been called.
         """
         found = self._look(asked)
         if found is None:
@@ -176,9 +178,13 @@ class GrammarCompiler:
             self._prepare(None)
 
     def close(self) -> None:
-        """End the process that tries grammars."""
+        """End the process that tries grammars; none is started any more."""
+        self._closed = True
         if self._process is not None:
-            self._process.close()
+            self._process.kill()  # whoever waits for its answer has none, and lets go
+        with self._compiling:
+            if self._process is not None:
+                self._process.close()
 
     def _look(self, asked: StructuredOutput) -> Grammar | str | None:
         with self._looking:
@@ -190,7 +196,9 @@ class GrammarCompiler:
     def _make(self, asked: StructuredOutput) -> Grammar | str:
         self._prepare(asked)
         assert self._process is not None and self._tokenizer is not None
-        error = self._process.check(*asked.source)
+        error = "" if self._closed else self._process.check(*asked.source)
+        if self._closed:  # meanwhile: what was killed has said nothing about the grammar
+            raise EngineDeadError("the engine has been closed")
         if error:
             return _short(error)
         try:

@@ -42,6 +42,12 @@ class GrammarProcess:
         self.close()
         return f"it takes longer than {self._seconds:g} seconds to compile" if killed else "it is too deep or too large to compile"
 
+    def kill(self) -> None:
+        """Have the process answer nothing more. May be called from any thread."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process, whatever it is doing."""
         process, self._process = self._process, None
