@@ -64,7 +64,7 @@ class LLM:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model that is served, nothing of ours on it between two steps."""
+        """The transformers model that is served, nothing of ours on it between steps. Hooks on it are heeded of a live model alone."""
         return self._built.model.transformers_model
 
     @property
