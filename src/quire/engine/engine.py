@@ -117,14 +117,8 @@ class Engine:
             self._fail(plan, error)
             return
         self.scheduler.commit(plan)
-        for seq, num_tokens, drafts in plan.works:
-            state = self._branches[seq.arrival][0]
-            state.computed_tokens += num_tokens - len(drafts)
-            state.rejected_tokens += len(drafts)  # until they are accepted
-            self.num_drafted_tokens += len(drafts)
         self.scheduler.tier.note_step(plan.num_tokens, time.perf_counter() - began)
-        self.num_steps += 1
-        self.num_computed_tokens += plan.num_tokens
+        self._note_computed(plan)
         self.runner.log.mark("commit")
         self._pool(pooled, hidden)
         for (state, together), tokens in zip(wanted, drawn, strict=True):
@@ -291,6 +285,15 @@ class Engine:
             self.runner.log.note_chunk(state.request.request_id, num_tokens)
         for state in several.values():
             state.note_pages()
+
+    def _note_computed(self, plan: StepPlan) -> None:
+        self.num_steps += 1
+        self.num_computed_tokens += plan.num_tokens
+        for seq, num_tokens, drafts in plan.works:
+            state = self._branches[seq.arrival][0]
+            state.computed_tokens += num_tokens - len(drafts)
+            state.rejected_tokens += len(drafts)  # until they are accepted
+            self.num_drafted_tokens += len(drafts)
 
     def stacked(self) -> StackedView:
         """See `LLM.stacked`."""

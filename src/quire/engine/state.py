@@ -259,7 +259,7 @@ class RequestState:
             accepted_tokens=self.accepted_tokens,
             drawn_tokens=sum(len(b.token_ids) for b in self.branches),
             num_preemptions=sum(b.sequence.num_preemptions for b in self.branches),
-            peak_cache_bytes=(self.peak_pages or self.branches[0].sequence.peak_pages) * page_bytes,
+            peak_cache_bytes=max([self.peak_pages, *(b.sequence.peak_pages for b in self.branches)]) * page_bytes,
             queued_s=started - self.submitted_s,
             prefill_s=first - started,
             decode_s=now - first,
