@@ -94,16 +94,19 @@ def test_captured_steps_have_the_bits_of_those_that_are_not(served: LLM, checkpo
     params = [penal, SamplingParams(max_tokens=4, temperature=0.9, seed=3, n=3, logprobs=0, ignore_eos=True), PARAMS]
     prompts = [[7, 8, 9, 7, 8, 9, 7], *PROMPTS[:2]]
     found: list[list[RequestOutput]] = []
+    means: list[torch.Tensor | None] = []
     for eager in (True, False):
-        options = {"page_size": 4, "max_tokens_per_step": 6, "max_model_len": 17, "cache_bytes": 2**18, "enforce_eager": eager}
+        options = {"page_size": 2, "max_tokens_per_step": 6, "max_model_len": 17, "cache_bytes": 2**18, "enforce_eager": eager}
         with LLM(checkpoint("llama", num_hidden_layers=1), device="fake", **options) as llm:  # type: ignore[arg-type]
             assert llm.info.layers == ("plain" if eager else "plain, steps of up to 6 tokens captured")
             Graph.num_replays = 0
             found.append(llm.generate(prompts, params))
             assert Graph.num_replays == (0 if eager else 2 * llm.stats()["num_steps"])
+            means.append(llm.generate(PROMPTS[2], SamplingParams(max_tokens=1, pooling="mean"))[0].embedding)
             llm.check_integrity()
         params[0] = replace(penal, prediction=found[0][0].outputs[0].token_ids)
     assert [output.outputs for output in found[0]] == [output.outputs for output in found[1]]
+    assert means[0] is not None and means[1] is not None and torch.equal(means[0], means[1])
     assert found[1][0].receipt.accepted_tokens and found[1][2].outputs[0].finish_reason == "length"
 
 
