@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from quire import LLM, SamplingParams
 from quire.tensors.models.exact import VECTOR
-from tests.engine.test_own_modules import PROMPTS, H, alone, bits, promised
+from tests.engine.test_own_modules import PROMPTS, H, alone, anew, bits
 from tests.tensors.checkpoints import tiny_model
 
 # What lies before the last layer's attention, so that cached pages would tell.
@@ -242,7 +242,7 @@ def test_an_open_engine_gives_what_a_fresh_one_does(change: Change) -> None:
         next(changing, None)
         drawn_now = drawn(llm)
         fresh: list[list[object]] = []  # whose prompt logprobs leave nothing in its cache
-        assert alone(llm) == bits(llm, PROMPTS) == promised(model, lambda other: fresh.append(drawn(other, hits=False))) != before
+        assert alone(llm) == bits(llm, PROMPTS) == anew(model, lambda other: fresh.append(drawn(other, hits=False))) != before
         assert drawn(llm, hits=True) == drawn_now == fresh[0] != drawn_before
 
 
@@ -289,7 +289,7 @@ def test_a_softcap_put_into_the_config_later() -> None:
     with LLM(model, page_size=16, cache_bytes=2**24) as llm:
         before = bits(llm, PROMPTS)
         model.config.final_logit_softcapping = 30.0
-        assert alone(llm) == bits(llm, PROMPTS) == promised(model) != before
+        assert alone(llm) == bits(llm, PROMPTS) == anew(model) != before
         assert llm._built.model._logits_multiple == VECTOR
 
 
@@ -305,4 +305,4 @@ def test_what_a_closure_switches_on_leaves_no_trace_and_is_exact_all_the_same(la
         before = bits(llm, PROMPTS)
         state["on"] = True
         llm.reset_cache()
-        assert alone(llm) == bits(llm, PROMPTS) == promised(model) != before
+        assert alone(llm) == bits(llm, PROMPTS) == anew(model) != before
