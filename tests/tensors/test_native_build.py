@@ -13,9 +13,9 @@ import pytest
 native = pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITISED_TESTS = (
-    "any_head_size or wrong_arguments or nothing_to_do or block_of_rows or large_scores or (splitting and (2-int8 or 16-bf16)) or (options and 7)"
-    " or (company and not fp32)"
+SANITISED_TESTS = (  # of more heads than a block has rows the fewest: 192 in plain kernels
+    "any_head_size or wrong_arguments or nothing_to_do or (block_of_rows and 200) or large_scores or (splitting and (2-int8 or 16-bf16))"
+    " or (options and 7) or (company and not fp32)"
 )
 
 
