@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -21,8 +22,9 @@ from quire.server.traces import TraceFile
 from tests.server.conftest import KEY, Running
 
 
+@functools.cache
 def document() -> dict[str, Any]:
-    """The document, which no model is needed for."""
+    """The document, which no model is needed for. It takes a second, that only whoever runs a test of it is to wait for."""
 
     def never() -> Any:
         raise AssertionError("nothing is loaded")
@@ -30,7 +32,6 @@ def document() -> dict[str, Any]:
     return create_app(Serving(ServerSettings(model="tiny"), never)).openapi()
 
 
-DOCUMENT = document()
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 ASKED: list[tuple[str, dict[str, Any], type[BaseModel], type[BaseModel]]] = [
     ("/v1/completions", {"prompt": "x"}, Completion, CompletionChunk),
@@ -46,10 +47,10 @@ ASKED: list[tuple[str, dict[str, Any], type[BaseModel], type[BaseModel]]] = [
 
 
 def test_every_answer_is_declared() -> None:
-    names = {ref.rsplit("/", 1)[1] for ref in re.findall(r'"\$ref": "([^"]+)"', json.dumps(DOCUMENT))}
-    assert names <= set(DOCUMENT["components"]["schemas"]), "no name leads nowhere"
-    assert not [name for name in DOCUMENT["components"]["schemas"] if "__" in name], "no two models have one name"
-    for path, operations in DOCUMENT["paths"].items():
+    names = {ref.rsplit("/", 1)[1] for ref in re.findall(r'"\$ref": "([^"]+)"', json.dumps(document()))}
+    assert names <= set(document()["components"]["schemas"]), "no name leads nowhere"
+    assert not [name for name in document()["components"]["schemas"] if "__" in name], "no two models have one name"
+    for path, operations in document()["paths"].items():
         for method, operation in operations.items():
             assert set(operation["responses"]) == {"200", "4XX", "5XX"}, (method, path)
             for status, told in operation["responses"].items():
@@ -64,7 +65,7 @@ def test_answers_are_as_declared(server: Running, path: str, body: dict[str, Any
     answer = server.post(path, body)
     assert answer.status_code == 200
     whole.model_validate_json(answer.content, strict=True)
-    assert DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{whole.__name__}")
+    assert document()["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{whole.__name__}")
     usage = {"stream_options": {"include_usage": True}} if event is not ResponseEvent else {}
     stream = server.post(path, body | {"stream": True} | usage)
     if "prompt_logprobs" in body:

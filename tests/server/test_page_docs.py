@@ -11,7 +11,7 @@ import pytest
 from quire.server.page import STATIC
 from tests.server.browser import browser, open_page, shots, site, until
 from tests.server.conftest import KEY, Running
-from tests.server.test_openapi import DOCUMENT
+from tests.server.test_openapi import document
 
 __all__ = ["browser", "open_page", "shots", "site"]
 
@@ -40,9 +40,9 @@ def test_it_lists_every_address_and_object(open_page: Any, site: Running, shots:
     page.press("#key", "Enter")
     until(page, "document.querySelectorAll('.entry').length > 0")
     page.complaints.clear()  # Chromium reports the 401s itself
-    operations = {f"{method}:{path}" for path, told in DOCUMENT["paths"].items() for method in told}
+    operations = {f"{method}:{path}" for path, told in document()["paths"].items() for method in told}
     shown = page.eval_on_selector_all(".entry", "all => all.map((one) => one.id)")
-    assert len(shown) == len(set(shown)) and set(shown) == operations | set(DOCUMENT["components"]["schemas"])
+    assert len(shown) == len(set(shown)) and set(shown) == operations | set(document()["components"]["schemas"])
     links = page.eval_on_selector_all(".kind a", "all => all.map((one) => one.hash.slice(1))")
     assert set(links) <= set(shown)
     assert all(url.startswith(site.url) for url in asked) and not re.search(r"undefined|NaN|\[object", page.inner_text("main"))
@@ -51,7 +51,7 @@ def test_it_lists_every_address_and_object(open_page: Any, site: Running, shots:
     fields = page.eval_on_selector_all(
         "[id='post:/v1/completions'] table:first-of-type td:first-child code", "all => all.map((one) => one.textContent)"
     )
-    assert set(DOCUMENT["components"]["schemas"]["CompletionRequest"]["properties"]) <= set(fields)
+    assert set(document()["components"]["schemas"]["CompletionRequest"]["properties"]) <= set(fields)
     kinds = page.inner_text("[id='post:/v1/completions'] .inside")
     assert "integer (≥ -2^63, < 2^64) or null" in kinds and "2,147" not in kinds and "object of numbers" in kinds
     page.screenshot(path=shots / f"docs_open_{scheme}.png")

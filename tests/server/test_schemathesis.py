@@ -20,7 +20,7 @@ from schemathesis.specs.openapi import checks
 from quire import LLM
 from quire.server.limits import MAX_LABEL_CHARS
 from tests.server.conftest import KEY, Running, running
-from tests.server.test_openapi import DOCUMENT
+from tests.server.test_openapi import document
 
 SOAK = settings.get_current_profile_name() == "soak"
 CHECKS = [
@@ -36,7 +36,7 @@ CHECKS = [
 ]
 MOST_CHOICES = 3
 
-schema = schemathesis.openapi.from_dict(DOCUMENT)
+schema = schemathesis.openapi.from_dict(document())
 schema.config.generation.update(modes=list(GenerationMode))
 schema.config.phases.coverage.enabled = SOAK
 
