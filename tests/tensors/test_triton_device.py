@@ -120,7 +120,7 @@ def compile_attention() -> None:
 
     launch("bfloat16", Geometry(32, 8, 128, 128))
     launch("float16", Geometry(8, 2, 80, 64, torch.float16, window=100, softcap=30.0, sinks=True))
-    launch("float32", Geometry(8, 8, 64, 64, torch.float32, chunk=100), ("sm_90",))
+    launch("float32", Geometry(8, 8, 32, 32, torch.float32, chunk=100), ("sm_90",))
     launch("bfloat16, large heads", Geometry(8, 4, 256, 256), ("sm_90",))
 
 

@@ -186,7 +186,7 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     tier = DiskTier(cache, store, disk) if disk is not None else None
     scheduler = Scheduler(cache, max_tokens_per_step=config.max_tokens_per_step, max_sequences=config.max_sequences, tier=tier)
     sampler = Sampler(model.vocab_size, kernels.sampler, num_threads)
-    captured = None if config.enforce_eager else device.on_a_thread(lambda: _captured(model, store, arrangement, context_len, config))
+    captured = _captured(model, store, arrangement, context_len, config)
     runner = Runner(model, store, sampler, arrangement.groups, captured)
     reserve_bytes = config.reserve_bytes if device.takes_back else 0
     engine = Engine(runner, scheduler, tokenizer, reserve_bytes=reserve_bytes, prompt_lookup_num_tokens=config.prompt_lookup_num_tokens)
@@ -289,11 +289,11 @@ def _info(
 
 def _captured(model: CausalModel, store: PageStore, arrangement: Arrangement, context_len: int, config: EngineConfig) -> CapturedSteps | None:
     """Not of a live model, whose weights may be others at the next step."""
-    graphs = store.device.graphs()
-    if graphs is None or model.live:
+    graphs = None if config.enforce_eager or model.live else store.device.graphs()
+    if graphs is None:
         return None
     limit = min(max(config.max_sequences, MAX_DRAWN), config.max_tokens_per_step)
-    return CapturedSteps(graphs, model, store, arrangement.groups, context_len=context_len, limit=limit)
+    return store.device.on_a_thread(lambda: CapturedSteps(graphs, model, store, arrangement.groups, context_len=context_len, limit=limit))
 
 
 def _layers(model: CausalModel, captured: CapturedSteps | None) -> str:

@@ -54,7 +54,8 @@ class CapturedSteps:
 
     def __init__(self, graphs: Graphs, model: CausalModel, store: PageStore, groups: Sequence[Group], *, context_len: int, limit: int) -> None:
         """Call it on the thread of `Device.on_a_thread`. Where a step cannot be captured (experts, whose code asks which tokens they get; no memory),
-        it runs as without, and `told` tells the reason."""
+        it runs as without, and `told` tells the reason.
+        """
         self._graphs, self._model, self._store, self._groups = graphs, model, store, tuple(groups)
         self._table_len = sum(-(-context_len // group.page_size) for group in groups)
         self._captured: list[_Graph] = []
@@ -106,7 +107,7 @@ class CapturedSteps:
 
     def _fresh(self, lengths: Sequence[int], first: int) -> list[array[int]]:
         """Numbers of new sequences that have no page and get none, of the tokens from the first one on."""
-        tokens, num = ordinary_tokens(self._model.transformers_model.config, self._model.vocab_size), sum(lengths)
+        tokens, num = ordinary_tokens(self._model.transformers_model.config, min(self._model.vocab_size, 2 * MAX_SIZE)), sum(lengths)
         ids = array("q", (tokens[(first + i) % len(tokens)] for i in range(num)))
         positions = array("q", (i for count in lengths for i in range(count)))
         starts, committed = array("i", accumulate(lengths, initial=0)), array("i", [0] * len(lengths))
