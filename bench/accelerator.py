@@ -1,7 +1,8 @@
 """Llama 3 8B's shape on an accelerator: seconds a step of one stream and of many, beside transformers' `generate_batch` and what memory allows.
 
 A step's limit is reading the weights once, and the keys and values that its tokens see, at the bandwidth measured in the same run. Random weights in
-bf16, greedy, exact lengths; what is told is the whole of a run (`seconds`), and a decoding step: what more tokens took, over their number.
+bf16, greedy, exact lengths; what is told is the whole of a call (`seconds`), in which `generate_batch` captures its graphs anew, and a decoding
+step: what more tokens took, over their number.
 Quire runs with captured steps and, as `eager`, without. No accelerator has run this yet (docs/devices.md). Ends with one JSON line.
 """
 
@@ -101,8 +102,8 @@ def _measure(name: str, generate: Generate, batches: list[int], new: int, limit:
         first, seconds = (statistics.median(times[1:]) for times in taken.values())  # the first round compiles
         step = (seconds - first) / (new - 1)
         results[str(batch)] = {"seconds": seconds, "step_s": step, "limit_s": limit[batch], "spread": [min(taken[new][1:]), max(taken[new][1:])]}
-        share = f"{limit[batch] / step:.0%} of what memory allows" if step > 0 else "within noise"
-        print(f"  {name:<15} {batch:4d} streams {seconds:7.2f} s, {batch * new / seconds:7.0f} tokens/s; a step {step * 1e3:7.2f} ms, {share}")
+        told = f"{step * 1e3:.2f} ms, {batch / step:.0f} tokens/s, {limit[batch] / step:.0%} of what memory allows" if step > 0 else "within noise"
+        print(f"  {name:<15} {batch:4d} streams {seconds:7.2f} s; a step {told}")
     return results
 
 

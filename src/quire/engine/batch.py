@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import torch
 
@@ -82,6 +82,13 @@ def placed(plan: StepPlan, group: Group) -> list[array[int]]:
             slots.extend(range(first, first + count) if page >= 0 else repeat(-1, count))
             at += count
     return [flat, starts, slots]
+
+
+def fresh(lengths: Sequence[int]) -> tuple[array[int], ...]:
+    """Of new sequences of these lengths, which have no page and get none: query starts and committed lengths; page tables of any group, where each
+    begins, and its slots."""
+    none, nowhere = array("i", [0] * (len(lengths) + 1)), array("q", [-1] * sum(lengths))
+    return array("i", accumulate(lengths, initial=0)), none[1:], array("i"), none, nowhere
 
 
 def _batch(tensors: Sequence[torch.Tensor]) -> Batch:

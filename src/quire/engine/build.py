@@ -137,7 +137,7 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         if config.compile:
             with model.turn:
                 model.compile()
-        device.on_a_thread(lambda: _examine(model, kernels, lower=kernels.programs and not config.compile and not config.enforce_eager))
+        device.on_a_thread(lambda: _examine(model, kernels, lower=kernels.programs and not (config.compile or config.enforce_eager)))
     except BaseException:
         model.close()
         raise
@@ -190,8 +190,7 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     runner = Runner(model, store, sampler, arrangement.groups, captured)
     reserve_bytes = config.reserve_bytes if device.takes_back else 0
     engine = Engine(runner, scheduler, tokenizer, reserve_bytes=reserve_bytes, prompt_lookup_num_tokens=config.prompt_lookup_num_tokens)
-    layers_told = _layers(model, captured)
-    info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace, layers_told)
+    info = _info(model, arrangement, store, kernels, num_threads, context_len, config, workspace, _layers(model, captured))
     limits, eye = Limits(model.vocab_size, context_len), DiskEye(disk) if disk is not None else None
     return Built(engine, model, tokenizer, limits, info, tier, GrammarCompiler(tokenizer, model.vocab_size), eye)
 

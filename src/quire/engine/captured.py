@@ -17,11 +17,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, repeat
+from itertools import repeat
 
 import torch
 
-from quire.engine.batch import Batch, packed, placed
+from quire.engine.batch import Batch, fresh, packed, placed
 from quire.policy.groups import Group
 from quire.policy.plan import StepPlan
 from quire.tensors.attention.base import StepInputs, TableInputs
@@ -110,9 +110,8 @@ class CapturedSteps:
         tokens, num = ordinary_tokens(self._model.transformers_model.config, min(self._model.vocab_size, 2 * MAX_SIZE)), sum(lengths)
         ids = array("q", (tokens[(first + i) % len(tokens)] for i in range(num)))
         positions = array("q", (i for count in lengths for i in range(count)))
-        starts, committed = array("i", accumulate(lengths, initial=0)), array("i", [0] * len(lengths))
-        nowhere = [array("i"), array("i", [0] * (len(lengths) + 1)), array("q", [-1] * num)]
-        return _padded([ids, positions, array("q", range(num)), starts, committed], [list(nowhere) for _ in self._groups], num)
+        starts, committed, *nowhere = fresh(lengths)
+        return _padded([ids, positions, array("q", range(num)), starts, committed], [nowhere] * len(self._groups), num)
 
     def _room(self, size: int) -> list[array[int]]:
         """Arrays of the lengths that `_padded` gives, but for page ids, of which so many sequences have no more."""

@@ -6,10 +6,9 @@ for the device at hand no test has seen; so there it is asked, too, and compiled
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from itertools import accumulate
 
+from quire.engine.batch import fresh
 from quire.engine.kernels import Kernels
 from quire.policy.groups import arrange
 from quire.tensors.attention.base import StepInputs, TableInputs
@@ -30,7 +29,6 @@ class FreshSteps:
         self._feed = kernels.device.feed()
 
     def __call__(self, lengths: Sequence[int]) -> StagedStep:
-        numbers = (array("i", accumulate(lengths, initial=0)), array("i", [0] * len(lengths)), array("i", [0] * (len(lengths) + 1)), array("i"))
-        starts, committed, page_start, page_ids, slots = self._feed.tensors([*numbers, array("q", [-1] * sum(lengths))])
+        starts, committed, page_ids, page_start, slots = self._feed.tensors(fresh(lengths))
         tables = (TableInputs(page_ids, page_start),) * self._num_groups
         return StagedStep(self._store, StepInputs(starts, committed, tables), (slots,) * self._num_groups)

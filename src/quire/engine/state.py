@@ -208,8 +208,8 @@ class RequestState:
     rejected_tokens: int = 0
     accepted_tokens: int = 0
     waited_for: str | None = None
-    peak_pages: int = 0
-    capacities: list[int] = field(default_factory=list)
+    peak_pages: int = 0  # of several branches, which may share pages; one that is alone knows its own
+    capacities: list[int] = field(default_factory=list)  # of the branches when their pages were last counted
     miss: Miss | None = None
     scoring: SequenceState | None = None
     prompt_scores: dict[int, Sampled] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 
 from quire.errors import ConfigError
-from quire.tensors.feeds import Feed, InPlace, Sent, SentAgain
+from quire.tensors.feeds import CopyFeed, Feed, FixedFeed, HostFeed
 from quire.tensors.host import give_back, give_back_freed, on_one_torch_thread, one_torch_thread_here, room
 from quire.tensors.memory import available_bytes
 
@@ -149,7 +149,7 @@ class Cpu:
 
     def feed(self) -> Feed:
         """See `Device`."""
-        return InPlace()
+        return HostFeed()
 
     def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """They are there."""
@@ -213,7 +213,7 @@ class Accelerator:
 
     def feed(self) -> Feed:
         """See `Device`."""
-        return Sent(self.where)
+        return CopyFeed(self.where)
 
     def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Device`."""
@@ -237,8 +237,8 @@ class Graphs:
         self._where, self._module, self._pool, self._stream = where, module, module.graph_pool_handle(), module.Stream(where)
 
     def feed(self, room: Sequence[array[int]]) -> Feed:
-        """One whose tensors stay where they are; see `SentAgain`."""
-        return SentAgain(self._where, room)
+        """One whose tensors stay where they are; see `FixedFeed`."""
+        return FixedFeed(self._where, room)
 
     @contextmanager
     def without_waiting(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ class Feed(Protocol):
         ...
 
 
-class InPlace:
+class HostFeed:
     """On the CPU a tensor is the array's own memory: decoding goes on for many steps in which nothing but the numbers changes."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class InPlace:
         return self._tensors
 
 
-class Sent:
+class CopyFeed:
     """On an accelerator they are parts of one copy of all arrays."""
 
     def __init__(self, where: torch.device) -> None:
@@ -49,7 +49,7 @@ class Sent:
         return _parts(_pinned(arrays).to(self._where, non_blocking=True), arrays)
 
 
-class SentAgain:
+class FixedFeed:
     """On an accelerator, always to the same place, where a captured graph reads them."""
 
     def __init__(self, where: torch.device, room: Sequence[array[int]]) -> None:

@@ -8,7 +8,7 @@ probe's logits, and would in those of a later step. A curve differs in the last 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,10 +55,11 @@ Stray = tuple[str, str, tuple[tuple[int, ...], ...]]  # operator, class of the m
 
 
 class Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While on, notes in `found` what of the operators that reach torch is looked for."""
+    """While on, notes in `found` the operators that reach torch of which `wanted`, given name and arguments, returns any operands."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._wanted = wanted
         self.found: list[Stray] = []
         self._overlooking = False
 
@@ -70,15 +71,10 @@ class Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = func.decompose(*args, **kwargs)
         if made is not NotImplemented:
             return made
-        self._look(func.overloadpacket.__name__, args)
+        name = func.overloadpacket.__name__
+        if operands := self._wanted(name, args):
+            self.found.append((name, _running_module(), tuple(tuple(x.shape) for x in operands if isinstance(x, torch.Tensor))))
         return func(*args, **kwargs)
-
-    def _look(self, name: str, args: tuple[Any, ...]) -> None:
-        """Note the operator of this name, if it is looked for."""
-        raise NotImplementedError
-
-    def _note(self, name: str, operands: Iterable[Any]) -> None:
-        self.found.append((name, _running_module(), tuple(tuple(x.shape) for x in operands if isinstance(x, torch.Tensor))))
 
     @contextmanager
     def overlooking(self) -> Iterator[None]:
@@ -90,36 +86,32 @@ class Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._overlooking = before
 
 
-class Strays(Finder):  # type: ignore[no-untyped-call]
-    """Looks for products; with `sums` for sums of floats, too."""
-
-    def __init__(self, *, sums: bool) -> None:
-        super().__init__()
-        self._sums = _SUMS if sums else frozenset()
-
-    def _look(self, name: str, args: tuple[Any, ...]) -> None:
-        if name in _PRODUCTS:
-            at = _PRODUCTS[name]
-            if at is None or args[at].shape[-1] > 1:
-                self._note(name, args)
-        if name in self._sums and args[0].is_floating_point() and args[0].numel() > 1:
-            self._note(name, args[:1])
+def products(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands of a product."""
+    if name not in _PRODUCTS:
+        return ()
+    at = _PRODUCTS[name]
+    return args if at is None or args[at].shape[-1] > 1 else ()
 
 
-class Remainders(Finder):  # type: ignore[no-untyped-call]
-    """Looks for elementwise functions that are given something else than whole vectors (see exact.py)."""
+def products_and_sums(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands of a product, or of a sum of floats."""
+    if name in _SUMS and args[0].is_floating_point() and args[0].numel() > 1:
+        return args[:1]
+    return products(name, args)
 
-    def _look(self, name: str, args: tuple[Any, ...]) -> None:
-        if name not in _CURVES or (name in ("pow", "pow_") and isinstance(args[1], int | float) and args[1] in _EXACT_POWERS):
-            return
-        if any(isinstance(x, torch.Tensor) and x.is_floating_point() and not is_whole(x) for x in args):
-            self._note(name, args)
+
+def remainders(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands of an elementwise function that is given something else than whole vectors (see exact.py)."""
+    if name not in _CURVES or (name in ("pow", "pow_") and isinstance(args[1], int | float) and args[1] in _EXACT_POWERS):
+        return ()
+    return args if any(isinstance(x, torch.Tensor) and x.is_floating_point() and not is_whole(x) for x in args) else ()
 
 
 class OverlookedProducts:
     """`Products` whose own use of torch is their own affair."""
 
-    def __init__(self, products: Products, strays: Strays) -> None:
+    def __init__(self, products: Products, strays: Finder) -> None:
         self._products, self._strays = products, strays
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
