@@ -28,7 +28,7 @@ from quire.tensors.models.hidden import HiddenRows, kept, output_layer, width
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
 from quire.tensors.models.refusals import refuse_model
-from quire.tensors.models.strays import Finder, OverlookedProducts, differing, products, products_and_sums
+from quire.tensors.models.strays import Finder, OverlookedProducts, differing, of_products, of_products_and_sums
 from quire.tensors.models.surgery import Surgery, without_autocast
 from quire.tensors.models.turns import in_turn, turn_of
 
@@ -291,7 +291,7 @@ class CausalModel:
 
     def strays(self) -> list[tuple[str, str]]:
         """Products, and with `rows` sums, that depend on the tokens and that torch computes: (operator, class of the module); see strays.py."""
-        few, more = (Finder(products if self.rows is None else products_and_sums) for _ in range(2))
+        few, more = (Finder(of_products if self.rows is None else of_products_and_sums) for _ in range(2))
         for watch, num_tokens in ((few, 3), (more, 5)):
             with self.with_products(OverlookedProducts(self._products, watch)), watch:
                 self.forward_of(NoAttention(), num_tokens, num_rows=num_tokens)

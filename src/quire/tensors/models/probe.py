@@ -40,7 +40,7 @@ from quire.tensors.models.hidden import output_layer
 from quire.tensors.models.hook import AttentionStep
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.rows import RowByRow
-from quire.tensors.models.strays import Finder, differing, remainders
+from quire.tensors.models.strays import Finder, differing, of_remainders
 
 if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
@@ -195,7 +195,7 @@ def _packed(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.T
 
 def _curves(model: CausalModel) -> list[tuple[str, str]]:
     """(operator, class of the module) of elementwise functions that are given rests of vectors."""
-    few, more = Finder(remainders), Finder(remainders)
+    few, more = Finder(of_remainders), Finder(of_remainders)
     for watch, num_tokens in ((few, 3), (more, 5)):  # of one element a token, or several: no whole vectors
         with watch:
             model.forward_of(NoAttention(), num_tokens, num_rows=num_tokens)

@@ -86,7 +86,7 @@ class Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._overlooking = before
 
 
-def products(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def of_products(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The operands of a product."""
     if name not in _PRODUCTS:
         return ()
@@ -94,14 +94,14 @@ def products(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args if at is None or args[at].shape[-1] > 1 else ()
 
 
-def products_and_sums(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def of_products_and_sums(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The operands of a product, or of a sum of floats."""
     if name in _SUMS and args[0].is_floating_point() and args[0].numel() > 1:
         return args[:1]
-    return products(name, args)
+    return of_products(name, args)
 
 
-def remainders(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def of_remainders(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The operands of an elementwise function that is given something else than whole vectors (see exact.py)."""
     if name not in _CURVES or (name in ("pow", "pow_") and isinstance(args[1], int | float) and args[1] in _EXACT_POWERS):
         return ()
