@@ -7,24 +7,9 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 
 from quire.text.grammar import Guide
+from quire.text.task import Task
 
-MASK_SECONDS = 1.0  # for one mask; they take well under a millisecond
-
-
-class _Job:
-    """One guide's mask, wanted for this step."""
-
-    def __init__(self, guide: Guide) -> None:
-        self.guide, self.done, self._claim = guide, threading.Event(), threading.Lock()
-
-    def run(self) -> None:
-        if not self._claim.acquire(blocking=False):  # a thread that was left behind came back and has it
-            return
-        try:
-            self.guide.fill()
-        except Exception as error:
-            self.guide.fail(f"{type(error).__name__}: {error}")
-        self.done.set()
+MASK_SECONDS = 1.0  # of processor time for one mask; they take well under a millisecond
 
 
 class MaskThread:
@@ -34,23 +19,26 @@ class MaskThread:
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[_Job | None] | None = None
-        self._jobs: list[_Job] = []
+        self._queue: SimpleQueue[Task[None] | None] | None = None
+        self._guides: list[Guide] = []
+        self._tasks: list[Task[None]] = []
 
     def start(self, guides: Sequence[Guide]) -> None:
         """Begin to fill the guides' masks; nothing else may be asked of them before `wait`."""
-        self._jobs = [_Job(guide) for guide in guides]
-        if self._jobs:
-            self._put(self._jobs)
+        self._guides, self._tasks = list(guides), [Task(guide.fill) for guide in guides]
+        if self._tasks:
+            self._put(self._tasks)
 
     def wait(self) -> None:
         """Return when every mask asked for is there, or its guide has failed."""
-        for i, job in enumerate(self._jobs):
-            if not job.done.wait(MASK_SECONDS):
-                job.guide.fail(f"a mask took longer than {MASK_SECONDS:g} seconds")
+        for i, (guide, task) in enumerate(zip(self._guides, self._tasks, strict=True)):
+            if not task.wait(MASK_SECONDS):
+                guide.fail(f"a mask took longer than {MASK_SECONDS:g} seconds")
                 self.close()
-                self._put(self._jobs[i + 1 :])
-        self._jobs = []
+                self._put(self._tasks[i + 1 :])
+            elif task.error is not None:
+                guide.fail(f"{type(task.error).__name__}: {task.error}")
+        self._guides, self._tasks = [], []
 
     def close(self) -> None:
         """End the thread, once it is through with what it does."""
@@ -58,14 +46,14 @@ class MaskThread:
             self._queue.put(None)
             self._queue = None
 
-    def _put(self, jobs: Sequence[_Job]) -> None:
+    def _put(self, tasks: Sequence[Task[None]]) -> None:
         if self._queue is None:
             self._queue = SimpleQueue()
             threading.Thread(target=_work, args=(self._queue,), name="quire-masks", daemon=True).start()
-        for job in jobs:
-            self._queue.put(job)
+        for task in tasks:
+            self._queue.put(task)
 
 
-def _work(queue: SimpleQueue[_Job | None]) -> None:
-    while (job := queue.get()) is not None:
-        job.run()
+def _work(queue: SimpleQueue[Task[None] | None]) -> None:
+    while (task := queue.get()) is not None:
+        task.run()

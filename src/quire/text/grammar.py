@@ -12,15 +12,15 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from quire.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.structured import StructuredOutput
 from quire.text.grammar_process import GrammarProcess
+from quire.text.task import Task
 from quire.text.tokenizer import TextTokenizer
 
-COMPILE_SECONDS = 5.0
+COMPILE_SECONDS = 5.0  # of processor time
 WAIT_SECONDS = 30.0  # for grammars of others that are being compiled
 MAX_GRAMMARS = 128  # kept compiled, and refusals remembered
 MAX_MESSAGE = 300
@@ -201,10 +201,13 @@ class GrammarCompiler:
             raise EngineDeadError("the engine has been closed")
         if error:
             return _short(error)
-        try:
-            matcher = _within(COMPILE_SECONDS, lambda: self._matcher(*asked.source))
-        except TimeoutError:
+        task = Task(lambda: self._matcher(*asked.source))
+        threading.Thread(target=task.run, name="quire-grammar", daemon=True).start()
+        if not task.wait(COMPILE_SECONDS):  # the thread is left behind
             return f"it takes longer than {COMPILE_SECONDS:g} seconds to compile"
+        if task.error is not None:
+            raise task.error
+        matcher = task.result
         if matcher.is_error():
             return _short(matcher.get_error())
         num_words = -(-self._ll.vocab_size // 32)
@@ -249,24 +252,6 @@ class GrammarCompiler:
             raise InvalidRequestError("structured", asked, reason) from None
         special = [str(token) for _, token in sorted(hf.added_tokens_decoder.items()) if token.special]
         self._process = GrammarProcess(self._vocab_size, special, COMPILE_SECONDS)
-
-
-def _within(seconds: float, function: Any) -> Any:
-    """What a function returns, or raises; on a thread that is left behind when it takes too long.
-
-    Raises:
-        TimeoutError: it did.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="quire-grammar", daemon=True).start()
-    return future.result(seconds)
 
 
 def _short(message: str) -> str:

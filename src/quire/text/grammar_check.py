@@ -79,13 +79,13 @@ def main() -> None:
 
 
 def limit(seconds: float) -> None:
-    """Bound memory, and the processor time of what comes next: should the parent die meanwhile, nobody else would end this process."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # where the system has no such limits the parent's clock remains
+    """Bound memory, and the processor time of what comes next: the system ends this process when it has taken it, though the parent had died."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # where the system has no such limits the parent's patience remains
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + 2 * seconds) + 1, hard))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, hard))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 

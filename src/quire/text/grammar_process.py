@@ -1,15 +1,18 @@
-"""Holds the process that tries grammars: asks it, waits so long and no longer, and starts another when it has died or been killed."""
+"""Holds the process that tries grammars: asks it, waits so long and no longer, and starts another when it has died."""
 
 from __future__ import annotations
 
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from quire.text.task import PATIENCE
 
 START_SECONDS = 60.0  # to start Python and load llguidance, on a machine that is busy
 
@@ -20,7 +23,7 @@ class GrammarProcess:
     Args:
         vocab_size: of the model.
         special: the names of its special tokens, which a grammar may mention.
-        seconds: how long one grammar may take.
+        seconds: of its processor time that one grammar may take; on the wall it may take PATIENCE times as long.
     """
 
     def __init__(self, vocab_size: int, special: Sequence[str], seconds: float) -> None:
@@ -35,12 +38,12 @@ class GrammarProcess:
             # A question that needs no thought: its answer says that the process is up, and only then does the clock run.
             if self._ask("regex", "a", START_SECONDS) is None:
                 return "the process that checks grammars does not start"
-        answer = self._ask(kind, source, self._seconds)
+        answer = self._ask(kind, source, PATIENCE * self._seconds)
         if answer is not None:
             return answer
-        killed = self._process is not None and self._process.poll() is None
+        late = self._process is not None and self._process.poll() in (None, -signal.SIGXCPU)
         self.close()
-        return f"it takes longer than {self._seconds:g} seconds to compile" if killed else "it is too deep or too large to compile"
+        return f"it takes longer than {self._seconds:g} seconds to compile" if late else "it is too deep or too large to compile"
 
     def kill(self) -> None:
         """Have the process answer nothing more. May be called from any thread."""
@@ -81,7 +84,7 @@ class GrammarProcess:
                 return None
             part = os.read(out, 65536)
             if not part:
-                self._process.wait(1.0)
+                self._process.wait(START_SECONDS)
                 return None
             line += part
         return str(json.loads(line)["error"])
