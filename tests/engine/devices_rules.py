@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -88,14 +89,15 @@ def test_a_step_that_fails_writes_nothing(served: LLM, kernel: str, at: int) -> 
     assert served.generate(PROMPTS[0], PARAMS)[0].outputs == good
 
 
-def test_captured_steps_have_the_bits_of_those_that_are_not(served: LLM, checkpoint: Checkpoint) -> None:
-    """With drafts, forks, penalties, pages that fill up; to the end of the context, where tables are as long as they come."""
+def test_captured_steps_have_the_bits_of_those_that_are_not(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With drafts, forks, penalties, pages that fill up; to the end of the context, where tables are as long as they come; keys in parts."""
     penal = SamplingParams(max_tokens=9, temperature=0.0, repetition_penalty=1.1, logprobs=1, ignore_eos=True)
     params = [penal, SamplingParams(max_tokens=4, temperature=0.9, seed=3, n=3, logprobs=0, ignore_eos=True), PARAMS]
     prompts = [[7, 8, 9, 7, 8, 9, 7], *PROMPTS[:2]]
     found: list[list[RequestOutput]] = []
     means: list[torch.Tensor | None] = []
     for eager in (True, False):
+        monkeypatch.setattr("quire.tensors.attention.triton.LEAST_PROGRAMS", 1 if eager else 1000)
         options = {"page_size": 2, "max_tokens_per_step": 6, "max_model_len": 17, "cache_bytes": 2**18, "enforce_eager": eager}
         with LLM(checkpoint("llama", num_hidden_layers=1), device="fake", **options) as llm:  # type: ignore[arg-type]
             assert llm.info.layers == ("plain" if eager else "plain, steps of up to 6 tokens captured")
@@ -222,4 +224,17 @@ def test_attention_that_is_wrong_on_a_device_is_found_at_load(monkeypatch: pytes
     own = TritonAttention.attend
     monkeypatch.setattr(TritonAttention, "attend", lambda self, q, *rest: own(self, q * 1.1, *rest))
     with pytest.raises(ProbeMismatchError):
+        LLM(checkpoint("llama", num_hidden_layers=1), device="fake")
+
+
+def test_parts_that_are_folded_otherwise_on_a_device_are_found_at_load(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
+    from quire.tensors.attention.triton import TritonAttention
+
+    def attend(self: TritonAttention, q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = own(self, q, *rest)
+        return out * (1 + 2**-22) if self._least_programs > 1 else out
+
+    own = TritonAttention.attend
+    monkeypatch.setattr(TritonAttention, "attend", attend)
+    with pytest.raises(UnsupportedModelError, match="depend on what else"):
         LLM(checkpoint("llama", num_hidden_layers=1), device="fake")

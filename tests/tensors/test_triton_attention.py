@@ -11,9 +11,12 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from quire.errors import ConfigError
-from quire.tensors.attention.base import LayerPlace, StepInputs, TableInputs, page_rows
+from quire.tensors.attention import triton as triton_attention
+from quire.tensors.attention import triton_parts
+from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, TableInputs, page_rows
 from quire.tensors.attention.reference import ReferenceAttention
-from quire.tensors.attention.triton import TritonAttention, num_blocks
+from quire.tensors.attention.triton import TritonAttention
+from quire.tensors.attention.triton_parts import most_parts, num_blocks
 from quire.tensors.codec import RowFormat
 from tests.tensors import attention_cases as cases
 from tests.tensors import quick_interpreter
@@ -50,10 +53,10 @@ class Cache(cases.Cache):
         self.backend = backend or TritonAttention()  # type: ignore[assignment]
 
 
-def compute(geometry: Geometry, sequence: Sequence, counts: list[int], page_size: int = 16) -> torch.Tensor:
+def compute(geometry: Geometry, sequence: Sequence, counts: list[int], page_size: int = 16, backend: TritonAttention | None = None) -> torch.Tensor:
     """A sequence alone, in steps of so many tokens."""
     fresh = dataclasses.replace(sequence, page_ids=[], rows=[], num_committed=0)
-    cache = Cache(geometry, page_size, len(sequence.q) // page_size + 2, seed=page_size)
+    cache = Cache(geometry, page_size, len(sequence.q) // page_size + 2, seed=page_size, backend=backend)
     for count in counts:
         cache.step([(fresh, count)])
     return fresh.out
@@ -96,17 +99,19 @@ CASES = {
 
 @pytest.mark.parametrize(("geometry", "page_size"), CASES.values(), ids=CASES.keys())
 def test_ragged_batches_equal_the_reference(geometry: Geometry, page_size: int) -> None:
-    for sequence in run_batch(geometry, page_size, Checked()):
+    for sequence in run_batch(geometry, page_size, Checked(least_programs=9)):  # parts of some calls are met apart
         assert_within_rounding(geometry, sequence)
 
 
 @pytest.mark.parametrize("geometry", [PLAIN, Geometry(5, 1, 16, 24, torch.float32, window=40, softcap=2.0, sinks=True)], ids=["plain", "all"])
-def test_bits_do_not_depend_on_the_batch_the_chunks_or_the_page_size(geometry: Geometry) -> None:
-    together = run_batch(geometry, page_size=16)
+def test_bits_do_not_depend_on_the_batch_the_chunks_the_page_size_or_the_programs(geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a part is a tile. Of some calls its parts are shared out, of some each is met apart, of others one program meets them all."""
+    _cut(monkeypatch, 64)
+    together = run_batch(geometry, page_size=16, backend=TritonAttention(9))
     for sequence, page_size in zip(together, (1, 4, 24), strict=True):
         length = len(sequence.q)
-        for counts in ([length], [1, 1, length - 2], _split(length, 11)):
-            assert torch.equal(compute(geometry, sequence, counts, page_size), sequence.out), counts
+        for counts, least in (([length], 1), ([1, 1, length - 2], 1000), (_split(length, 11), 4)):
+            assert torch.equal(compute(geometry, sequence, counts, page_size, TritonAttention(least)), sequence.out), counts
 
 
 def _split(length: int, count: int) -> list[int]:
@@ -116,6 +121,38 @@ def _split(length: int, count: int) -> list[int]:
 def test_decoding_gives_the_bits_of_a_prompt() -> None:
     sequence = make_sequence(PLAIN, 70, seed=3)
     assert torch.equal(compute(PLAIN, sequence, [60] + [1] * 10), compute(PLAIN, sequence, [70]))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 140, "chunk": 250}], ids=["plain", "window and chunk"])
+def test_bits_over_parts_do_not_depend_on_the_programs_or_the_chunks(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    _cut(monkeypatch, 128)
+    geometry = Geometry(2, 1, 16, 16, dtype=torch.float32, sinks=True, **options)  # type: ignore[arg-type]
+    sequence = make_sequence(geometry, 300, seed=8)
+    whole = compute(geometry, sequence, [300])
+    assert_within_rounding(geometry, dataclasses.replace(sequence, rows=[whole]))
+    for counts, least in (([298, 1, 1], 1), ([298, 1, 1], 2), ([260, 39, 1], 1000)):
+        assert torch.equal(compute(geometry, sequence, counts, 16, TritonAttention(least)), whole)
+
+
+def test_parts_as_long_as_they_are() -> None:
+    geometry = Geometry(1, 1, 16, 16)
+    sequence = make_sequence(geometry, 520, seed=9)
+    whole = compute(geometry, sequence, [520])
+    assert_within_rounding(geometry, dataclasses.replace(sequence, rows=[whole]))
+    assert torch.equal(compute(geometry, sequence, [519, 1], 16, TritonAttention(2)), whole)
+
+
+def _cut(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    for module in (triton_attention, triton_parts):
+        monkeypatch.setattr(module, "PART", part)
+
+
+@pytest.mark.parametrize(("num_keys", "window", "chunk"), [(n, w, c) for n in (1, 512, 513, 2000) for w, c in ((0, 0), (1, 0), (513, 0), (0, 700))])
+def test_there_is_room_for_all_parts_of_a_block(num_keys: int, window: int, chunk: int) -> None:
+    mask, block = Mask(1.0, window, chunk), 16
+    firsts = [mask.first_visible(first) // 512 for first in range(num_keys)]
+    seen = max((min(first + block, num_keys) - 1) // 512 - firsts[first] + 1 for first in range(num_keys))
+    assert seen <= most_parts(num_keys, mask, block) <= seen + 1
 
 
 @pytest.mark.parametrize("options", [{"window": 9}, {"chunk": 20}], ids=["window", "chunk"])

@@ -99,7 +99,7 @@ def compile_attention() -> None:
     from quire.tensors.attention.base import LayerPlace, StepInputs, TableInputs
     from tests.tensors.attention_cases import Geometry
 
-    def launch(name: str, geometry: Geometry, targets: tuple[str, ...] = tuple(TARGETS)) -> None:
+    def launch(name: str, geometry: Geometry, *targets: str, apart: tuple[str, ...] = ()) -> None:
         (k_row, v_row), dtype = geometry.rows, geometry.dtype
         k_bytes, v_bytes = (16 * geometry.num_kv_heads * row.num_bytes for row in (k_row, v_row))
         place = LayerPlace(0, 0, 16, geometry.num_kv_heads, k_row, v_row, 0, k_bytes)
@@ -112,16 +112,24 @@ def compile_attention() -> None:
         )  # fmt: skip
         integers = [torch.tensor(values, dtype=torch.int32) for values in ([0, 40], [20], [1, 2], [0, 2])]
         step = StepInputs(*integers[:2], (TableInputs(*integers[2:]),))
-        attend, commit, backend = attention._attend, attention._commit, attention.TritonAttention()
-        attention._attend, attention._commit = Compiler(attend, f"attend {name}", targets), Compiler(commit, f"commit {name}", targets)
-        backend.attend(q, k, v, pages, place, step, geometry.mask())
-        backend.commit(k, v, pages, place, slots)
-        attention._attend, attention._commit = attend, commit
+        kernels = {name: getattr(attention, name) for name in ("_attend", "fold_parts", "_commit")}
 
-    launch("bfloat16", Geometry(32, 8, 128, 128))
-    launch("float16", Geometry(8, 2, 80, 64, torch.float16, window=100, softcap=30.0, sinks=True))
-    launch("float32", Geometry(8, 8, 32, 32, torch.float32, chunk=100), ("sm_90",))
-    launch("bfloat16, large heads", Geometry(8, 4, 256, 256), ("sm_90",))
+        def compile_next(kind: str, targets: tuple[str, ...]) -> None:
+            for name, kernel in kernels.items():
+                setattr(attention, name, Compiler(kernel, f"{name.strip('_')} {kind}", targets))
+
+        compile_next(name, targets)
+        attention.TritonAttention(least_programs=1).attend(q, k, v, pages, place, step, geometry.mask())
+        attention.TritonAttention().commit(k, v, pages, place, slots)
+        compile_next(f"{name}, parts apart", apart)
+        attention.TritonAttention().attend(q, k, v, pages, place, step, geometry.mask())
+        for name, kernel in kernels.items():
+            setattr(attention, name, kernel)
+
+    launch("bfloat16", Geometry(32, 8, 128, 128), *TARGETS, apart=("sm_90", "gfx942"))
+    launch("float16", Geometry(8, 2, 80, 64, torch.float16, window=100, softcap=30.0, sinks=True), "sm_80", "gfx942", apart=("sm_80",))
+    launch("float32", Geometry(8, 8, 32, 32, torch.float32, chunk=100), "sm_90")
+    launch("bfloat16, large heads", Geometry(8, 4, 256, 256), "sm_90")
 
 
 def compile_rows() -> None:
@@ -160,10 +168,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_everything_compiles_to_machine_code_that_fits(compiled: list[dict[str, Any]]) -> None:
     kernels = [row for row in compiled if row["name"] != "keys"]
     assert {row["target"] for row in kernels} == TARGETS.keys()
-    assert len(kernels) == 3 * (3 * 2 + 2) + 1 + 2 * (3 * 2 + 2) + 3 * 5
+    assert len(kernels) == 3 * (3 * 2 + 2) + 1 + 2 * (3 + 2 + 1 + 1 + 2 + 1) + 3 * 5
     for row in kernels:
         assert row["machine_code"] and row["shared"] <= SHARED[row["target"]] << 10, row
-        assert row["dots"] or row["name"].startswith(("commit", "rows")), row
+        assert row["dots"] or row["name"].startswith(("commit", "fold", "rows")), row
 
 
 def test_products_of_a_weight_and_sums_of_a_length_are_one_kernel_for_all_rows(compiled: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ class Kernels:
     """What computes, and where.
 
     `rows`: sums within a row, None where torch's own do. `programs`: whether layers can be native programs, which bring their own kernels.
+    `otherwise`: attention of the same bits whose work is cut otherwise, which the probe compares it with.
     """
 
     attention: AttentionBackend
@@ -27,6 +28,7 @@ class Kernels:
     programs: bool = False
     device: Device = CPU
     rows: RowReductions | None = None
+    otherwise: AttentionBackend | None = None
 
 
 def choose_kernels(backend: str, num_threads: int, device: str = "cpu") -> Kernels:
@@ -74,7 +76,8 @@ def _on_accelerator(name: str, num_threads: int) -> Kernels:
     except ImportError as error:
         raise ConfigError(f"device={name!r}: Triton does not load: {error}") from error
     told = "triton (interpreted)" if INTERPRETED else "triton"
-    return Kernels(TritonAttention(), TritonProducts(), _sampler(num_threads), told, device=device, rows=TritonRows())
+    otherwise = TritonAttention(least_programs=1000 if INTERPRETED else 1)
+    return Kernels(TritonAttention(), TritonProducts(), _sampler(num_threads), told, device=device, rows=TritonRows(), otherwise=otherwise)
 
 
 def _sampler(num_threads: int) -> Literal["native", "reference"]:

@@ -1,7 +1,8 @@
 """Attention in Triton: one kernel for prompts, decoding and mixes of both, over pages and staged keys, for any device Triton compiles to.
 
 After Dao, "FlashAttention-2" (2023): a block of query rows meets tiles of keys with an online softmax. Query heads that share a KV head share a
-block, and keys are gathered through the page table, as in vLLM's unified attention (vllm/attention/ops/triton_unified_attention.py).
+block, and keys are gathered through the page table, as in vLLM's unified attention (vllm/attention/ops/triton_unified_attention.py). Where there are
+few blocks, parts of the keys are met by programs of their own and folded by a second kernel: Dao et al., "Flash-Decoding" (2023).
 
 The law by which a row's bits depend on its own sequence alone:
 
@@ -9,10 +10,13 @@ The law by which a row's bits depend on its own sequence alone:
                   It finds its sequence itself, in the step's lengths where they lie: the host, which would have to wait for them, reads none
     its shape     ROWS = 64 (more if G is) and KEYS = 64 whatever the step holds, its warps known from the layer alone, so a row's dot products are
                   the same instructions beside any rows; multiply and add are never fused, which a compiler may do here and not there
+    its parts     absolute positions [512 i, 512 i + 512), each summed up from scratch and then folded into what came before, in ascending order:
+                  by the program that met them, in registers, or, where a call has few programs, by others, from memory. It is the same arithmetic
     its tiles     absolute positions [64 j, 64 j + 64) in ascending order, from the first key any row of the block sees to the block's last position
     its keys      position p < num_committed: page_ids[page_start[s] + p // B], place p % B; else the step's row query_start[s] + p - num_committed
-    its softmax   in fp32, one running maximum a row. A tile of which a row sees nothing changes none of that row's state, not by a bit, so it makes
-                  no difference which tiles other rows of the block bring in: neither chunks nor page size nor neighbours show in the result
+    its softmax   in fp32, one running maximum a row and part. A tile or part of which a row sees nothing changes none of that row's state, not by
+                  a bit (but -0, which ends as 0), so it makes no difference which of them other rows of the block bring in: neither chunks nor page
+                  size nor neighbours show in the result
 
 Where no row of the block looks, nothing is read: it may be NaN, or belong to a page entry of -1. Tensors of a call lie on the current device.
 
@@ -32,10 +36,24 @@ import triton.language as tl
 
 from quire.errors import ConfigError
 from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, page_rows
+from quire.tensors.attention.triton_parts import (
+    LINES,
+    PART,
+    find_block,
+    first_visible,
+    fold,
+    fold_parts,
+    most_parts,
+    nothing_met,
+    num_blocks,
+    reach,
+    store,
+)
 from quire.tensors.codec import RowFormat
 
 _ROWS: Final = 64
 _KEYS: Final = 64
+_APART_BYTES: Final = 96 << 20  # for the states of parts; where they took more, programs fold their own
 _STAGED_BYTES: Final = 64 << 10  # of shared memory for tiles of keys and values; within it the next ones are loaded while one is computed
 _LOG2E: Final = math.log2(math.e)
 
@@ -44,6 +62,10 @@ class TritonAttention:
     """See `AttentionBackend`. Queries, keys and values of one dtype, float32, bfloat16 or float16; rows of an encoded format raise ConfigError."""
 
     name = "triton"
+
+    def __init__(self, least_programs: int | None = None) -> None:
+        """`least_programs`: as many as keep a device busy, LEAST_PROGRAMS by default. A call that has fewer meets the parts of its keys apart."""
+        self._least_programs = least_programs or LEAST_PROGRAMS
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> None:
         return None
@@ -62,6 +84,7 @@ class TritonAttention:
                 raise ValueError(f"attend cannot take {tuple(x.shape)} {x.dtype} strides {x.stride()}: must be {dtype}, a head's elements contiguous")
         group = q.shape[1] // place.num_kv_heads
         rows = max(_ROWS, triton.next_power_of_2(group))
+        tokens = rows // group  # of a block
         num_sequences, table = step.num_committed.shape[0], step.tables[place.group]
         out = torch.zeros(q.shape[0], q.shape[1], place.v.dim, dtype=q.dtype, device=q.device)
         if not num_sequences or not q.shape[0]:
@@ -71,13 +94,24 @@ class TritonAttention:
         stages = 2 if 2 * _KEYS * (lanes_k + lanes_v) * q.element_size() <= _STAGED_BYTES else 1
         # Scores are in units of log2, so that exp2 is all the kernel needs; what a softcap makes of them is made so after it.
         scale, cap = (mask.scale / mask.softcap, mask.softcap * _LOG2E) if mask.softcap else (mask.scale * _LOG2E, 0.0)
-        _attend[(num_blocks(q.shape[0], num_sequences, rows // group), place.num_kv_heads)](
-            q, k, v, k_pages, v_pages, out, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, num_sequences,
-            scale, cap, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], *out.stride()[:2],
-            HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group, DK=place.k.dim, DV=place.v.dim,
-            LANES_K=lanes_k, LANES_V=lanes_v, ROWS=rows, KEYS=_KEYS, WIDE=INTERPRETED, num_warps=num_warps, num_stages=stages,
-            enable_fp_fusion=False,
+        blocks, heads = num_blocks(q.shape[0], num_sequences, tokens), place.num_kv_heads
+        parts = most_parts(table.page_ids.shape[0] * place.page_size + q.shape[0], mask, tokens)
+        apart = blocks * heads < self._least_programs and 4 * out.numel() * parts <= _APART_BYTES
+        sums = out.new_empty(*out.shape[:2], parts if apart else 0, place.v.dim, dtype=torch.float32)
+        tops, totals = (sums.new_empty(sums.shape[:3]) for _ in range(2))  # two, as half of one might be less aligned, which is another kernel
+        _attend[(blocks, heads, min(parts, -(-self._least_programs // (blocks * heads))) if apart else 1)](
+            q, k, v, k_pages, v_pages, out, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, sums, tops, totals,
+            num_sequences, parts, scale, cap, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            *out.stride()[:2], APART=apart, HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group,
+            DK=place.k.dim, DV=place.v.dim, LANES_K=lanes_k, LANES_V=lanes_v, ROWS=rows, KEYS=_KEYS, PART=PART, WIDE=INTERPRETED,
+            num_warps=num_warps, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip
+        if apart:
+            fold_parts[(blocks, q.shape[1], -(-tokens // LINES))](
+                out, step.query_start, step.num_committed, mask.sinks, sums, tops, totals, num_sequences, parts, *out.stride()[:2],
+                WINDOW=mask.window, CHUNK=mask.chunk, TOKENS=tokens, LINES=LINES, DV=place.v.dim,
+                LANES_V=lanes_v, PART=PART, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
         return out
 
     def commit(self, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, slots: torch.Tensor) -> None:
@@ -88,13 +122,6 @@ class TritonAttention:
             k, v, k_pages, v_pages, slots, *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
             PAGE=place.page_size, DK=place.k.dim, DV=place.v.dim, LANES_K=_lanes(place.k.dim), LANES_V=_lanes(place.v.dim), num_warps=1,
         )  # fmt: skip
-
-
-def num_blocks(num_tokens: int, num_sequences: int, block: int) -> int:
-    """Programs enough for sequences of any lengths that add up to `num_tokens`, `block` tokens a program. Sequence s has those from
-    query_start[s] // block + s on, one more than its whole blocks, so that it can be told from a program's number alone; some have nothing to do.
-    """
-    return num_tokens // block + num_sequences
 
 
 def _plain(row: RowFormat) -> torch.dtype:
@@ -117,53 +144,43 @@ def _lanes(dim: int) -> int:
 # What follows is compiled by Triton: "tensor" below is a tile of registers, a capitalized parameter is known when the kernel is compiled.
 
 
-@triton.jit(do_not_specialize=["num_sequences"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_sequences", "num_parts"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, k, v, k_pages, v_pages, out, query_start, num_committed, page_ids, page_start, sinks, num_sequences, scale, cap,
+    q, k, v, k_pages, v_pages, out, query_start, num_committed, page_ids, page_start, sinks, sums, tops, totals, num_sequences, num_parts, scale, cap,
     q_token, q_head, k_token, k_head, v_token, v_head, k_page, k_page_head, k_place, v_page, v_page_head, v_place, out_token, out_head,
-    HAS_CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    LANES_K: tl.constexpr, LANES_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    APART: tl.constexpr, HAS_CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, LANES_K: tl.constexpr, LANES_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens (`num_blocks`) and one KV head. After the tensors their strides in elements, named for what they step over."""
+    """One block of tokens (`num_blocks`) and one KV head; with APART a share of its parts, of which it leaves `sums` [T, Hq, num_parts, DV], `tops`
+    and `totals` [T, Hq, num_parts]. After the tensors their strides in elements, named for what they step over."""
     kv_head = tl.program_id(1)
-    block = tl.program_id(0)
-    sequence, beyond = block * 0, num_sequences
-    while beyond - sequence > 1:  # the last sequence whose programs do not begin behind this one
-        middle = (sequence + beyond) // 2
-        is_behind = tl.load(query_start + middle) // (ROWS // GROUP) + middle > block
-        sequence, beyond = tl.where(is_behind, sequence, middle), tl.where(is_behind, middle, beyond)
-    start = tl.load(query_start + sequence)
-    count = tl.load(query_start + sequence + 1) - start
-    first = (block - start // (ROWS // GROUP) - sequence) * (ROWS // GROUP)
-    if first >= count:
-        return
+    sequence, start, first, count = find_block(query_start, num_sequences, ROWS // GROUP)
     committed = tl.load(num_committed + sequence)
+    lowest, last = reach(committed, first, count, ROWS // GROUP, WINDOW, CHUNK)
+    begin, end = lowest, last + 1
+    if APART:
+        share = tl.cdiv(last // PART + 1 - lowest // PART, tl.num_programs(2))
+        part = lowest // PART + share * tl.program_id(2)
+        begin, end = tl.maximum(begin, part * PART), tl.minimum(end, (part + share) * PART)
+    if (first >= count) | (begin >= end):
+        return
     table = page_ids + tl.load(page_start + sequence)
 
     row = tl.arange(0, ROWS)
     token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
     real = (row < ROWS // GROUP * GROUP) & (token < count)
     position = committed + token
-    row_lowest = _first_visible(position, WINDOW, CHUNK)
+    row_lowest = first_visible(position, WINDOW, CHUNK)
     lane_k, lane_v = tl.arange(0, LANES_K), tl.arange(0, LANES_V)
     at = (start + token).to(tl.int64)
     query = tl.load(q + (at * q_token + head * q_head)[:, None] + lane_k[None, :], mask=real[:, None] & (lane_k < DK)[None, :], other=0.0)
     if WIDE:
         query = query.to(tl.float32)
 
-    # A sink is a key without a value: it has been met before the first tile.
-    if sinks is not None:
-        top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-        total = tl.full([ROWS], 1.0, tl.float32)
-    else:
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, LANES_V], tl.float32)
-
-    lowest = _first_visible(committed + first, WINDOW, CHUNK)
-    last = committed + tl.minimum(first + ROWS // GROUP, count) - 1
-    last_lowest = _first_visible(last, WINDOW, CHUNK)
-    for tile in range(lowest // KEYS, last // KEYS + 1):
+    all_top, all_total, all_sum = nothing_met(sinks, head, real, ROWS, LANES_V)
+    top, total, acc = nothing_met(None, head, real, ROWS, LANES_V)
+    last_lowest = first_visible(last, WINDOW, CHUNK)
+    for tile in range(begin // KEYS, tl.cdiv(end, KEYS)):
         key = tile * KEYS + tl.arange(0, KEYS)
         old = (key >= lowest) & (key < committed)
         new = (key >= committed) & (key >= lowest) & (key <= last)
@@ -200,21 +217,18 @@ def _attend(  # type: ignore[no-untyped-def]
             acc = tl.where(breaks, float("nan"), acc)
         acc = tl.dot(weights, values, acc * alpha[:, None], input_precision="ieee")
         top = new_top
+        if (tile % (PART // KEYS) == PART // KEYS - 1) | ((tile + 1) * KEYS >= end):
+            if APART:
+                where = (at * (tl.num_programs(1) * GROUP) + head) * num_parts + (tile * KEYS // PART - lowest // PART)
+                tl.store(tops + where, top, mask=real)
+                tl.store(totals + where, total, mask=real)
+                tl.store(sums + where[:, None] * DV + lane_v[None, :], acc, mask=real[:, None] & (lane_v < DV)[None, :])
+            else:
+                all_top, all_total, all_sum = fold(all_top, all_total, all_sum, top, total, acc)
+            top, total, acc = nothing_met(None, head, real, ROWS, LANES_V)
 
-    result = acc / tl.where(real, total, 1.0)[:, None]
-    where = out + (at * out_token + head * out_head)[:, None] + lane_v[None, :]
-    tl.store(where, result.to(out.dtype.element_ty), mask=real[:, None] & (lane_v < DV)[None, :])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first position a query at `position`, of any shape, may see."""
-    lowest = position * 0
-    if WINDOW:
-        lowest = tl.maximum(lowest, position - (WINDOW - 1))
-    if CHUNK:
-        lowest = tl.maximum(lowest, position - position % CHUNK)
-    return lowest
+    if not APART:
+        store(out + at * out_token + head * out_head, real, lane_v, DV, all_total, all_sum)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -248,6 +262,7 @@ def _commit(  # type: ignore[no-untyped-def]
 
 
 INTERPRETED: Final[bool] = not isinstance(_attend, triton.runtime.JITFunction)
+LEAST_PROGRAMS: Final = 1 if INTERPRETED else 256  # two for each of the hundred and some multiprocessors of a large device
 if INTERPRETED:
     from quire.tensors.triton_interpreted import multiply_rows_alike
 
