@@ -12,6 +12,7 @@ import torch
 
 from quire import LLM, ConfigError, InvalidRequestError, ProbeMismatchError, RequestOutput, SamplingParams, StepError, UnsupportedModelError
 from quire.tensors.device import Accelerator, Graphs, device_of
+from quire.tensors.triton_cut import Cut
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
 from tests.tensors.fake_device import FAKE, install, on_host
@@ -97,7 +98,7 @@ def test_captured_steps_have_the_bits_of_those_that_are_not(checkpoint: Checkpoi
     found: list[list[RequestOutput]] = []
     means: list[torch.Tensor | None] = []
     for eager in (True, False):
-        monkeypatch.setattr("quire.tensors.attention.triton.LEAST_PROGRAMS", 1 if eager else 1000)
+        monkeypatch.setattr("quire.engine.kernels.Cut", lambda least, eager=eager: Cut(1 if eager else 1000))
         options = {"page_size": 2, "max_tokens_per_step": 6, "max_model_len": 17, "cache_bytes": 2**18, "enforce_eager": eager}
         with LLM(checkpoint("llama", num_hidden_layers=1), device="fake", **options) as llm:  # type: ignore[arg-type]
             assert llm.info.layers == ("plain" if eager else "plain, steps of up to 6 tokens captured")
@@ -232,7 +233,7 @@ def test_parts_that_are_folded_otherwise_on_a_device_are_found_at_load(monkeypat
 
     def attend(self: TritonAttention, q: torch.Tensor, *rest: Any) -> torch.Tensor:
         out = own(self, q, *rest)
-        return out * (1 + 2**-22) if self._least_programs > 1 else out
+        return out * (1 + 2**-22) if self._cut.least_programs > 1 else out
 
     own = TritonAttention.attend
     monkeypatch.setattr(TritonAttention, "attend", attend)

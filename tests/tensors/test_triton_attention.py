@@ -18,6 +18,7 @@ from quire.tensors.attention.reference import ReferenceAttention
 from quire.tensors.attention.triton import TritonAttention
 from quire.tensors.attention.triton_parts import most_parts, num_blocks
 from quire.tensors.codec import RowFormat
+from quire.tensors.triton_cut import Cut
 from tests.tensors import attention_cases as cases
 from tests.tensors import quick_interpreter
 from tests.tensors.attention_cases import NAN, POISON, Geometry, Sequence, make_sequence
@@ -99,7 +100,7 @@ CASES = {
 
 @pytest.mark.parametrize(("geometry", "page_size"), CASES.values(), ids=CASES.keys())
 def test_ragged_batches_equal_the_reference(geometry: Geometry, page_size: int) -> None:
-    for sequence in run_batch(geometry, page_size, Checked(least_programs=9)):  # parts of some calls are met apart
+    for sequence in run_batch(geometry, page_size, Checked(Cut(9))):  # parts of some calls are met apart
         assert_within_rounding(geometry, sequence)
 
 
@@ -107,11 +108,11 @@ def test_ragged_batches_equal_the_reference(geometry: Geometry, page_size: int) 
 def test_bits_do_not_depend_on_the_batch_the_chunks_the_page_size_or_the_programs(geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here a part is a tile. Of some calls its parts are shared out, of some each is met apart, of others one program meets them all."""
     _cut(monkeypatch, 64)
-    together = run_batch(geometry, page_size=16, backend=TritonAttention(9))
+    together = run_batch(geometry, page_size=16, backend=TritonAttention(Cut(9)))
     for sequence, page_size in zip(together, (1, 4, 24), strict=True):
         length = len(sequence.q)
         for counts, least in (([length], 1), ([1, 1, length - 2], 1000), (_split(length, 11), 4)):
-            assert torch.equal(compute(geometry, sequence, counts, page_size, TritonAttention(least)), sequence.out), counts
+            assert torch.equal(compute(geometry, sequence, counts, page_size, TritonAttention(Cut(least))), sequence.out), counts
 
 
 def _split(length: int, count: int) -> list[int]:
@@ -131,7 +132,7 @@ def test_bits_over_parts_do_not_depend_on_the_programs_or_the_chunks(options: di
     whole = compute(geometry, sequence, [300])
     assert_within_rounding(geometry, dataclasses.replace(sequence, rows=[whole]))
     for counts, least in (([298, 1, 1], 1), ([298, 1, 1], 2), ([260, 39, 1], 1000)):
-        assert torch.equal(compute(geometry, sequence, counts, 16, TritonAttention(least)), whole)
+        assert torch.equal(compute(geometry, sequence, counts, 16, TritonAttention(Cut(least))), whole)
 
 
 def test_parts_as_long_as_they_are() -> None:
@@ -139,7 +140,7 @@ def test_parts_as_long_as_they_are() -> None:
     sequence = make_sequence(geometry, 520, seed=9)
     whole = compute(geometry, sequence, [520])
     assert_within_rounding(geometry, dataclasses.replace(sequence, rows=[whole]))
-    assert torch.equal(compute(geometry, sequence, [519, 1], 16, TritonAttention(2)), whole)
+    assert torch.equal(compute(geometry, sequence, [519, 1], 16, TritonAttention(Cut(2))), whole)
 
 
 def _cut(monkeypatch: pytest.MonkeyPatch, part: int) -> None:

@@ -67,14 +67,16 @@ class Compiler:
 def compile_products() -> None:
     from quire.tensors import triton_products
     from quire.tensors.packed import PackedLayout
+    from quire.tensors.triton_cut import ALWAYS, Cut
 
-    kernel, products = triton_products._multiply, triton_products.TritonProducts()
+    kernels, products = (triton_products._multiply, triton_products._add_parts), triton_products.TritonProducts()
 
     def launch(name: str, *call: Any, targets: tuple[str, ...] = tuple(TARGETS)) -> str:
-        triton_products._multiply = compiler = Compiler(kernel, name, targets)
+        triton_products._multiply = compiler = Compiler(kernels[0], name, targets)
+        triton_products._add_parts = adding = Compiler(kernels[1], f"add {name}", targets[:1])
         function, *args = call
         function(*args)
-        return compiler.keys[0]
+        return compiler.keys[0] + "".join(adding.keys)
 
     n, k = 4096, 2048
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -88,15 +90,21 @@ def compile_products() -> None:
         layout = PackedLayout(n, k, torch.bfloat16, quantization)
         packed = torch.empty(products.packed_bytes(layout), dtype=torch.uint8, device="meta")
         launch(f"linear {quantization}", products.packed, torch.empty(5, k, dtype=torch.bfloat16, device="meta"), packed, layout)
+    cut = triton_products.TritonProducts(Cut(ALWAYS))
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        x, bias = torch.empty(5, k, dtype=dtype, device="meta"), torch.empty(n, dtype=dtype, device="meta")
+        launch(f"cut {name}", cut.linear, x, torch.empty(n, k, dtype=dtype, device="meta"), bias)
     weight, roomy = torch.empty(n, k, dtype=torch.bfloat16, device="meta"), torch.empty(99, k + 5, dtype=torch.bfloat16, device="meta")
-    rows = (weight[:1], weight[:16], weight[:2049], roomy[:, 3:-2], roomy[:1, 3:-2], weight[:, :1].expand(n, k), weight.view(1, n, k))
-    keys = {launch("", products.linear, x, weight, targets=()) for x in rows}
-    print(json.dumps({"name": "keys", "count": len(keys)}))
+    rows = (weight[:1], weight[:16], weight[:900], roomy[:, 3:-2], roomy[:1, 3:-2], weight[:900, :1].expand(900, k), weight[None, :900])
+    for one in (products, cut):
+        keys = {launch("", one.linear, x, weight, targets=()) for x in rows}
+        print(json.dumps({"name": "keys", "count": len(keys)}))
 
 
 def compile_attention() -> None:
     from quire.tensors.attention import triton as attention
     from quire.tensors.attention.base import LayerPlace, StepInputs, TableInputs
+    from quire.tensors.triton_cut import BUSY, Cut
     from tests.tensors.attention_cases import Geometry
 
     def launch(name: str, geometry: Geometry, *targets: str, apart: tuple[str, ...] = ()) -> None:
@@ -119,10 +127,10 @@ def compile_attention() -> None:
                 setattr(attention, name, Compiler(kernel, f"{name.strip('_')} {kind}", targets))
 
         compile_next(name, targets)
-        attention.TritonAttention(least_programs=1).attend(q, k, v, pages, place, step, geometry.mask())
+        attention.TritonAttention().attend(q, k, v, pages, place, step, geometry.mask())
         attention.TritonAttention().commit(k, v, pages, place, slots)
         compile_next(f"{name}, parts apart", apart)
-        attention.TritonAttention().attend(q, k, v, pages, place, step, geometry.mask())
+        attention.TritonAttention(Cut(BUSY)).attend(q, k, v, pages, place, step, geometry.mask())
         for name, kernel in kernels.items():
             setattr(attention, name, kernel)
 
@@ -168,22 +176,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_everything_compiles_to_machine_code_that_fits(compiled: list[dict[str, Any]]) -> None:
     kernels = [row for row in compiled if row["name"] != "keys"]
     assert {row["target"] for row in kernels} == TARGETS.keys()
-    assert len(kernels) == 3 * (3 * 2 + 2) + 1 + 2 * (3 + 2 + 1 + 1 + 2 + 1) + 3 * 5
+    assert len(kernels) == 3 * (4 * 2 + 2) + 2 + 1 + 2 * (3 + 2 + 1 + 1 + 2 + 1) + 3 * 5
     for row in kernels:
         assert row["machine_code"] and row["shared"] <= SHARED[row["target"]] << 10, row
-        assert row["dots"] or row["name"].startswith(("commit", "fold", "rows")), row
+        assert row["dots"] or row["name"].startswith(("add", "commit", "fold", "rows")), row
 
 
 def test_products_of_a_weight_and_sums_of_a_length_are_one_kernel_for_all_rows(compiled: list[dict[str, Any]]) -> None:
     """Whatever their number, strides and alignment."""
-    assert [row["count"] for row in compiled if row["name"] == "keys"] == [1, 1]
+    assert [row["count"] for row in compiled if row["name"] == "keys"] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_linear_and_matmul_multiply_by_the_same_instructions(compiled: list[dict[str, Any]], dtype: str) -> None:
     for target in TARGETS:
         dots = {row["name"]: row["dots"] for row in compiled if row.get("target") == target}
-        assert dots[f"linear {dtype}"] == dots[f"matmul {dtype}"] == dots[f"odd {dtype}"]
+        assert dots[f"linear {dtype}"] == dots[f"matmul {dtype}"] == dots[f"odd {dtype}"] == dots[f"cut {dtype}"]
         assert len(dots[f"linear {dtype}"]) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from quire.tensors import triton_products
 from quire.tensors.packed import PackedLayout, PackedWeight
 from quire.tensors.products import ReferenceProducts
+from quire.tensors.triton_cut import Cut
 from quire.tensors.triton_interpreted import multiply
 from quire.tensors.triton_products import TritonProducts
 from tests.tensors import quick_interpreter
@@ -20,7 +22,7 @@ from tests.tensors.product_cases import DTYPES, NAN, assert_close_to_fp64, asser
 
 quick_interpreter.install()
 QUANTIZATIONS = ["int8", "int4"]
-COUNTS = [1, 2, 15, 16, 17, 63, 64, 65, 130]
+COUNTS = [1, 2, 15, 17, 64, 65, 130]
 
 
 @pytest.fixture(params=["interpreter", "device"])
@@ -50,17 +52,53 @@ def test_is_near_fp64_and_the_reference(shape: None, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
-def test_rows_do_not_see_the_batch(shape: None, dtype: torch.dtype, quantization: str) -> None:
-    x, weight, bias = random(0, 130, 150, dtype=dtype), random(1, 72, 150, dtype=dtype), random(2, 72, dtype=dtype)
+def test_rows_do_not_see_the_batch_or_the_cut(shape: None, dtype: torch.dtype, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of two parts, the second of which is not whole, of one program or of two."""
+    monkeypatch.setattr(triton_products, "_PART", 256)
+    x, weight, bias = random(0, 130, 276, dtype=dtype), random(1, 72, 276, dtype=dtype), random(2, 72, dtype=dtype)
     laid = weight if quantization == "none" else pack(weight, quantization)
-    whole = TritonProducts().linear(x, laid, bias)
-    for m in COUNTS:
-        assert_same_bits(TritonProducts().linear(x[:m], laid, bias), whole[:m])
-        assert_same_bits(TritonProducts().linear(x[-m:], laid, bias), whole[-m:])
+    one, cut = TritonProducts(), TritonProducts(Cut(1000))
+    whole = one.linear(x, laid, bias)
+    for m, products in zip(COUNTS, itertools.cycle((one, cut)), strict=False):
+        assert_same_bits(products.linear(x[:m], laid, bias), whole[:m])
+        assert_same_bits(cut.linear(x[-m:], laid, bias), whole[-m:])
     order = torch.randperm(130, generator=torch.Generator().manual_seed(3))
-    assert_same_bits(TritonProducts().linear(x[order], laid, bias), whole[order])
+    assert_same_bits(cut.linear(x[order], laid, bias), whole[order])
     for row in (0, 14, 66, 129):
-        assert_same_bits(TritonProducts().linear(x[row : row + 1], laid, bias), whole[row : row + 1])
+        assert_same_bits(one.linear(x[row : row + 1], laid, bias), whole[row : row + 1])
+    assert_same_bits(cut.linear(x[:3], laid), one.linear(x[:3], laid))
+
+
+@pytest.mark.parametrize("k", [1023, 1024, 1025, 2048])
+def test_parts_as_long_as_they_are(k: int) -> None:
+    x, weight, bias = random(0, 2, k), random(1, 30, k), random(2, 30)
+    whole = TritonProducts().linear(x, weight, bias)
+    assert_close_to_fp64(whole, x, weight, bias, k + 2)
+    assert_same_bits(TritonProducts(Cut(1000)).linear(x, weight, bias), whole)
+
+
+def test_few_programs_are_cut_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[int] = []
+    add = triton_products._add_parts
+    monkeypatch.setattr(triton_products, "_add_parts", Launches(add, added))
+    monkeypatch.setattr(triton_products, "_CUT_BYTES", 4 * 2 * 70 * 30)
+    products, weight = TritonProducts(Cut(2)), random(1, 30, 1100)
+    for m, k, calls in ((64, 1100, 1), (65, 1100, 1), (1, 1024, 1), (1, 1025, 2)):
+        products.linear(random(0, m, k), weight[:, :k].contiguous())
+        assert len(added) == calls, (m, k)
+    TritonProducts(Cut(1000)).linear(random(0, 71, 1100), weight)  # its sums would take too much
+    assert len(added) == 2
+
+
+class Launches:
+    """A kernel that notes how many times it was launched."""
+
+    def __init__(self, kernel: Any, launched: list[int]) -> None:
+        self._kernel, self._launched = kernel, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self._launched.append(grid[0])
+        return self._kernel[grid]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

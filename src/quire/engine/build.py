@@ -31,7 +31,6 @@ from quire.tensors.host import no_default_device
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import failures_told, probe
-from quire.tensors.models.rows import RowByRow
 from quire.tensors.models.workspace import Workspace, measure
 from quire.tensors.sampler import Sampler
 from quire.tensors.store import PageStore, cached_layers, layer_places
@@ -153,7 +152,11 @@ def _examine(model: CausalModel, kernels: Kernels, *, lower: bool) -> None:
         if verdict is not None and (everywhere := verdict.read()) is not None:
             model.everywhere = everywhere
             return
-        probe(model, RowByRow if kernels.rows is None else FreshSteps(model, kernels))
+        if kernels.rows is None:
+            probe(model)
+        else:
+            with FreshSteps(model, kernels) as make_step:
+                probe(model, make_step)
         if verdict is not None:
             verdict.write(model.everywhere)
 

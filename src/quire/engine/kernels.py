@@ -11,6 +11,7 @@ from quire.tensors.attention.base import AttentionBackend, PackingProducts, RowR
 from quire.tensors.attention.reference import ReferenceAttention
 from quire.tensors.device import CPU, Device, device_of
 from quire.tensors.products import ReferenceProducts
+from quire.tensors.triton_cut import BUSY, Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Kernels:
     """What computes, and where.
 
     `rows`: sums within a row, None where torch's own do. `programs`: whether layers can be native programs, which bring their own kernels.
-    `otherwise`: attention of the same bits whose work is cut otherwise, which the probe compares it with.
+    `cut`: which calls on an accelerator have their sums cut among programs.
     """
 
     attention: AttentionBackend
@@ -28,7 +29,7 @@ class Kernels:
     programs: bool = False
     device: Device = CPU
     rows: RowReductions | None = None
-    otherwise: AttentionBackend | None = None
+    cut: Cut | None = None
 
 
 def choose_kernels(backend: str, num_threads: int, device: str = "cpu") -> Kernels:
@@ -76,8 +77,8 @@ def _on_accelerator(name: str, num_threads: int) -> Kernels:
     except ImportError as error:
         raise ConfigError(f"device={name!r}: Triton does not load: {error}") from error
     told = "triton (interpreted)" if INTERPRETED else "triton"
-    otherwise = TritonAttention(least_programs=1000 if INTERPRETED else 1)
-    return Kernels(TritonAttention(), TritonProducts(), _sampler(num_threads), told, device=device, rows=TritonRows(), otherwise=otherwise)
+    cut = Cut(1 if INTERPRETED else BUSY)  # in the interpreter nothing runs side by side
+    return Kernels(TritonAttention(cut), TritonProducts(cut), _sampler(num_threads), told, device=device, rows=TritonRows(), cut=cut)
 
 
 def _sampler(num_threads: int) -> Literal["native", "reference"]:

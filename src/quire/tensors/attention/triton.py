@@ -50,6 +50,7 @@ from quire.tensors.attention.triton_parts import (
     store,
 )
 from quire.tensors.codec import RowFormat
+from quire.tensors.triton_cut import Cut
 
 _ROWS: Final = 64
 _KEYS: Final = 64
@@ -63,9 +64,9 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, least_programs: int | None = None) -> None:
-        """`least_programs`: as many as keep a device busy, LEAST_PROGRAMS by default. A call that has fewer meets the parts of its keys apart."""
-        self._least_programs = least_programs or LEAST_PROGRAMS
+    def __init__(self, cut: Cut | None = None) -> None:
+        """`cut`: which calls meet the parts of their keys apart, none by default."""
+        self._cut = cut or Cut()
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> None:
         return None
@@ -96,10 +97,11 @@ class TritonAttention:
         scale, cap = (mask.scale / mask.softcap, mask.softcap * _LOG2E) if mask.softcap else (mask.scale * _LOG2E, 0.0)
         blocks, heads = num_blocks(q.shape[0], num_sequences, tokens), place.num_kv_heads
         parts = most_parts(table.page_ids.shape[0] * place.page_size + q.shape[0], mask, tokens)
-        apart = blocks * heads < self._least_programs and 4 * out.numel() * parts <= _APART_BYTES
+        least = self._cut.least_programs
+        apart = blocks * heads < least and 4 * out.numel() * parts <= _APART_BYTES
         sums = out.new_empty(*out.shape[:2], parts if apart else 0, place.v.dim, dtype=torch.float32)
         tops, totals = (sums.new_empty(sums.shape[:3]) for _ in range(2))  # two, as half of one might be less aligned, which is another kernel
-        _attend[(blocks, heads, min(parts, -(-self._least_programs // (blocks * heads))) if apart else 1)](
+        _attend[(blocks, heads, min(parts, -(-least // (blocks * heads))) if apart else 1)](
             q, k, v, k_pages, v_pages, out, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, sums, tops, totals,
             num_sequences, parts, scale, cap, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
             *out.stride()[:2], APART=apart, HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group,
@@ -262,7 +264,6 @@ def _commit(  # type: ignore[no-untyped-def]
 
 
 INTERPRETED: Final[bool] = not isinstance(_attend, triton.runtime.JITFunction)
-LEAST_PROGRAMS: Final = 1 if INTERPRETED else 256  # two for each of the hundred and some multiprocessors of a large device
 if INTERPRETED:
     from quire.tensors.triton_interpreted import multiply_rows_alike
 
