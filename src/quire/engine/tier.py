@@ -122,7 +122,7 @@ class DiskTier:
         self._fetches: dict[int, _Fetch] = {}
         self._news = threading.Event()
         self.costs = Costs(store.page_bytes / FIRST_GUESS_BYTES_PER_S)
-        self.num_fetched_pages = self.num_stored_pages = 0
+        self.num_fetched_pages = 0
 
     @property
     def busy(self) -> bool:
@@ -276,7 +276,6 @@ class DiskTier:
         self._cache.pool.put_back([self._writes[future] for future in done])
         for future in done:
             del self._writes[future]
-            self.num_stored_pages += future.result()
         self._write_some()
 
     def wait(self) -> None:
@@ -300,5 +299,6 @@ class DiskTier:
         self._disk.close()
 
     def stats(self) -> dict[str, int]:
-        disk = {f"num_disk_{name}": count for name, count in self._disk.stats().items()}
-        return {"num_fetched_pages": self.num_fetched_pages, "num_stored_pages": self.num_stored_pages, **disk}
+        disk = self._disk.stats()
+        moved = {"num_fetched_pages": self.num_fetched_pages, "num_stored_pages": disk.pop("writes")}
+        return {**moved, **{f"num_disk_{name}": count for name, count in disk.items()}}

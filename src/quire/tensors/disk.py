@@ -58,7 +58,7 @@ class DiskStore:
         self._helpers = ThreadPoolExecutor(max(1, self._num_threads - 1), thread_name_prefix="quire-disk")
         self._writing = threading.Lock()
         self._counting = threading.Lock()
-        self._counts = dict.fromkeys(("reads", "hits", "damaged", "write_errors"), 0)
+        self._counts = dict.fromkeys(("reads", "hits", "damaged", "writes", "write_errors"), 0)
         self._quiet_until = 0.0
         opened.sweep()
         self._index: DiskIndex | None = DiskIndex(opened, capacity_bytes)
@@ -153,6 +153,7 @@ class DiskStore:
             except BaseException:
                 folder.remove(temp)
                 raise
+            self._count("writes")
             return True
 
     def stats(self) -> dict[str, int]:
