@@ -125,7 +125,7 @@ def test_what_preemption_pushed_out_comes_back_from_the_disk(checkpoint: Checkpo
 
 def at_rest(llm: LLM) -> None:
     """Wait until nothing is on its way to the disk."""
-    while llm.stats()["num_held_pages"]:
+    while llm.cache_map().counts()["moving"]:
         time.sleep(0.01)
 
 
@@ -250,7 +250,8 @@ def test_a_smaller_pool_waits_for_pages_on_their_way_to_the_disk(checkpoint: Che
     monkeypatch.setattr(DiskStore, "write", lambda *args: gate.wait(30) and write(*args))
     with LLM(checkpoint("llama"), page_size=4, cache_dir=tmp_path, cache_bytes=2**20) as llm:
         llm.generate(PROMPTS, DRAWN)
-        assert llm.stats()["num_held_pages"] > 1, "nothing is on its way"
+        assert llm.cache_map().counts()["moving"] > 1, "nothing is on its way"
+        assert llm.stats()["num_held_pages"] == 0, "an idle engine holds nothing, whatever the writer is at"
         opening = threading.Timer(0.3, gate.set)
         opening.start()
         assert llm.resize_cache(llm.info.page_bytes) == llm.info.page_bytes

@@ -154,11 +154,12 @@ class CacheKeeper:
     def stats(self) -> dict[str, Any]:
         """The state of the pool and the queue now."""
         pool, scheduler = self._cache.pool, self._scheduler
+        aside = pool.num_cached_aside(self._pins.pages)  # the tier's for a moment: nobody's, or an idle engine would seem to hold them
         return {
             "num_pages": pool.num_usable,
             "num_free_pages": pool.num_free,
-            "num_cached_pages": pool.num_cached,
-            "num_held_pages": pool.num_held,
+            "num_cached_pages": pool.num_cached + aside,
+            "num_held_pages": pool.num_held - aside,
             "num_pinned_pages": self._pins.num_pages,
             "num_retired_pages": pool.num_pages - pool.num_usable,
             "num_waiting": scheduler.num_waiting,

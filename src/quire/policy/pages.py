@@ -156,6 +156,11 @@ class PagePool:
         """How many of those who hold the page have set it aside."""
         return self._aside[page_id]
 
+    def num_cached_aside(self, pinned: Container[int]) -> int:
+        """Pages whose contents may still be hit and that are set aside but not `pinned`, with no sequence that holds them: on their way to the tier
+        below, or waited for by a hit."""
+        return sum(self._references[p] == n and p in self._contents and p not in pinned for p, n in self._aside.items())
+
     def states(self, pinned: Container[int]) -> bytes:
         """Of each page its place in STATES, with PIN_MARK where it is `pinned`: held by one sequence or shared by several, else pinned, or moving to
         or from the tier below, else cached, free or retired. Made by passes over bytes: asking page by page takes longer than all of this."""
