@@ -23,6 +23,7 @@ from quire.errors import StepError
 from quire.server import logs
 from quire.server.errors import as_server_error
 from tests.server.conftest import KEY, OTHER_KEY, Running, running
+from tests.server.test_connections import HEAD, connected
 from tests.server.test_life import LONG, eventually
 
 MARK = "zyxmark"  # in every prompt, key, address, name and header below
@@ -122,6 +123,13 @@ def test_what_is_refused_is_told_by_its_code(server: Running, lines: Any) -> Non
     assert MARK not in json.dumps(told).lower()
 
 
+def test_who_leaves_before_the_body_is_there_has_sent_no_wrong_one(server: Running, lines: Any) -> None:
+    with connected(server) as sock:
+        sock.sendall(f"{HEAD}content-length: 9\r\n\r\n{{".encode())
+    (told,) = wait_for(lines, "refused", 1)
+    assert (told["route"], told["status"], told["code"]) == ("/v1/completions", 499, "client_left")
+
+
 def test_what_is_waited_for_is_told_by_its_code_too(lines: Any) -> None:
     loads = threading.Event()
 
@@ -170,6 +178,14 @@ def test_text_says_the_same_to_people(server: Running, told: Told) -> None:
         assert said[0].startswith("POST /v1/completions 200, id cmpl-") and len(said) == 1 and MARK not in said[0]
         logs.warn("two\nlines")
         assert told.lines() == ["warning: two lines\n"]
+        for path, key, start in (
+            ("/openapi.json", KEY, "GET /openapi.json 200, "),
+            ("/version", "no key", "GET - 401, "),  # there is such an address
+            (f"/{MARK}", KEY, "GET no such address 404, "),
+        ):
+            server.get(path, key)
+            found: list[str] = []
+            assert eventually(lambda: found.extend(told.lines()) or found) and found[0].startswith(start), found  # noqa: B023
     with logs.on_stderr("text", requests=False):
         server.complete(prompt=MARK, max_tokens=1)
         server.get("/version")

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from quire.errors import (
     CacheTooSmallError,
@@ -31,6 +32,8 @@ from quire.server.limits import MAX_JSON_DEPTH, RETRY_AFTER_S
 from quire.structured import StructuredOutput
 
 log = logging.getLogger("quire.server")
+
+CLIENT_LEFT = 499  # for the log: nobody reads it
 
 TYPES = {
     400: "invalid_request_error",
@@ -192,6 +195,8 @@ def _http(error: HTTPException) -> ServerError:
             message = "there is nothing at this address"
         case 405:
             message = "this address does not take this method"
+        case 400 if isinstance(error.__cause__, ClientDisconnect):
+            return ServerError(CLIENT_LEFT, "the client has left", code="client_left")
         case 400 if "parsing the body" in str(error.detail):
             return ServerError(400, _unparsed(error.__cause__), code="invalid_json")
         case _:

@@ -23,6 +23,7 @@ from quire.server.sse import new_id
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/"))
 OPEN_FOLDER = "/page/static/"
+OPENAPI = "/openapi.json"
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 
 
@@ -102,7 +103,7 @@ class Guard:
         state = scope["state"]
         facts = {
             "method": method if method in METHODS else "other",
-            "route": getattr(scope.get("route"), "path", None),
+            "route": OPENAPI if scope["path"] == OPENAPI else getattr(scope.get("route"), "path", None),  # FastAPI names all routes but its own
             "status": status,
             "key": state.get("key_id", ""),
             "ms": round(seconds * 1000, 1),
@@ -142,7 +143,9 @@ def _allowed(scope: Scope) -> bytes:
 
 def _say(event: str, facts: dict[str, Any]) -> None:
     more = ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("method", "route", "status"))
-    tell(event, f"{facts['method']} {facts['route'] or 'no such address'} {facts['status']}, {more}", facts, to=access_log)
+    # One that was refused at the door has no route either, whether or not there is one.
+    route = facts["route"] or ("no such address" if facts["status"] == 404 else "-")
+    tell(event, f"{facts['method']} {route} {facts['status']}, {more}", facts, to=access_log)
 
 
 def _bounded(receive: Receive) -> Receive:

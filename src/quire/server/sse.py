@@ -13,12 +13,11 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from quire.outputs import RequestOutput
-from quire.server.errors import as_server_error
+from quire.server.errors import CLIENT_LEFT, as_server_error
 from quire.server.runs import ClientLeft, Run, while_connected
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies that collect a stream before passing it on defeat it
-CLIENT_LEFT = 499
 _ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -56,7 +55,7 @@ async def answer_at_end(request: Request, run: Run, made: Callable[[list[Request
         try:
             outputs = await while_connected(request.receive, run.outputs())
         except ClientLeft:
-            return Response(status_code=CLIENT_LEFT)  # for the log: nobody reads it
+            return Response(status_code=CLIENT_LEFT)
     return json_response(made(outputs), run.name)
 
 
