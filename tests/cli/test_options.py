@@ -165,6 +165,7 @@ def test_sizes(text: str, num_bytes: int) -> None:
         (["--dtype", "int3"], "dtype='int3': must be one of auto"),
         (["--logprobs", "0"], "logprobs=0: must be given with --json"),
         (["--prompt-logprobs", "2"], "prompt_logprobs=2: must be given with --json"),
+        (["--scaled-logprobs"], "scaled_logprobs=True: must be given with --json"),
         (["--model", ""], "'': names no model"),
         (["--logprobs", "1000"], "logprobs=1000: must be an integer from 0 to 256"),
     ],

@@ -136,6 +136,13 @@ def test_a_receipt_says_what_it_waited_for(checkpoint: Checkpoint) -> None:
         assert outputs[1].receipt.queued_s > outputs[0].receipt.queued_s
 
 
+def test_nothing_is_kept_for_others_where_nothing_is_shared(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("llama"), prefix_sharing=False) as llm:
+        for call in ("pin", "share"):
+            with pytest.raises(InvalidRequestError, match=f"{call}=.*left out with prefix_sharing=False"):
+                getattr(llm, call)(PROMPT)
+
+
 def test_pins(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama"), page_size=4, cache_bytes=2**20) as llm:
         pin = llm.pin(PROMPT, namespace="a")

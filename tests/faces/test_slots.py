@@ -235,8 +235,9 @@ def test_a_call_that_is_broken_off_loses_no_token_and_no_page(
 
 
 def test_mistakes_are_named_and_change_nothing(checkpoint: Checkpoint) -> None:
-    with pytest.raises(InvalidRequestError, match="max_waiting"):
-        Slots(checkpoint("llama"), 2, max_waiting=3)
+    for option in ("max_waiting", "prompt_lookup_num_tokens"):
+        with pytest.raises(InvalidRequestError, match=option):
+            Slots(checkpoint("llama"), 2, **{option: 3})
     with pytest.raises(ConfigError, match="'no_such'; options are"):
         Slots(checkpoint("llama"), 2, no_such=3)
     with Slots(checkpoint("llama"), 2, page_size=4, cache_bytes=2**15) as slots:

@@ -13,8 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import ConfigError, UnsupportedModelError
 from quire.tensors.models.hook import NAME
+from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.rows import RowByRow
+from quire.tensors.products import ReferenceProducts
 from tests.tensors.checkpoints import one_thread, tiny_model
 from tests.tensors.test_models import ids, load, packed
 
@@ -227,6 +229,8 @@ def test_options_that_do_not_apply() -> None:
     assert load(model, "float32").dtype == torch.float32
     with pytest.raises(ConfigError, match="dtype='bfloat16': a live model keeps its own"):
         load(model, "bfloat16")
+    with pytest.raises(ConfigError, match="trust_remote_code=True: applies to checkpoints"):
+        load_model(model, dtype="auto", trust_remote_code=True, revision=None, products=ReferenceProducts())
 
 
 def test_another_device_is_refused_by_name() -> None:

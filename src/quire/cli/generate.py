@@ -35,9 +35,10 @@ def generate(
     """
     if params.best_of is not None and not as_json:
         raise InvalidRequestError("best_of", params.best_of, "given with --json: which are the best is known at the end")
-    for name in ("logprobs", "prompt_logprobs"):
-        if getattr(params, name) is not None and not as_json:
-            raise InvalidRequestError(name, getattr(params, name), "given with --json: a text shows none")
+    for name in ("logprobs", "prompt_logprobs", "scaled_logprobs"):
+        value = getattr(params, name)
+        if value is not None and value is not False and not as_json:
+            raise InvalidRequestError(name, value, "given with --json: a text shows none")
     wanted = read_prompts(prompts or [], file)
     with loaded(model, config) as llm:
         run = Run(llm, wanted, [params] * len(wanted))

@@ -42,7 +42,7 @@ SAMPLING = {
     "best_of": "Generate this many and keep the n most likely (with --json).",
     "logprobs": "0 for the logprobs of the chosen tokens, k also for the k most likely (with --json).",
     "prompt_logprobs": "The same for the prompt's tokens (with --json); with --max-tokens 0 nothing is generated.",
-    "scaled_logprobs": "Logprobs of the logits over the temperature.",
+    "scaled_logprobs": "Logprobs of the logits over the temperature (with --json).",
     "skip_special_tokens": "Keep special tokens in the text.",
     "prediction": "Text that the output is thought to repeat much of; several tokens are drawn at once then.",
     "structured": "The form of the text: json, schema={...}, regex=..., choice=a|b or grammar=... (Lark).",

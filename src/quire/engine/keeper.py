@@ -76,6 +76,7 @@ class CacheKeeper:
 
     def pin(self, prompt: Seq[int], namespace: str, ttl_s: float | None) -> Pin | None:
         """See `Pins.pin`."""
+        self._check_sharing("pin")
         return self._pins.pin(self.sequence(prompt, namespace), ttl_s, self._scheduler.pages_at_most)
 
     def unpin(self, pin_id: int) -> None:
@@ -92,7 +93,12 @@ class CacheKeeper:
 
     def share(self, prompt: Seq[int]) -> int:
         """See `LLM.share`."""
+        self._check_sharing("share")
         return self._cache.namespaces.share(prompt)
+
+    def _check_sharing(self, call: str) -> None:
+        if not self._cache.sharing:
+            raise InvalidRequestError(call, "a prompt", "left out with prefix_sharing=False: nobody could hit it")
 
     def resize(self, cache_bytes: int) -> int:
         """See `LLM.resize_cache`. Returns the bytes the pool has now.

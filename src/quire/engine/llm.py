@@ -175,7 +175,7 @@ class LLM:
         self._worker.check_room(num_requests)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start and the state of the pool now, taken between two steps."""
+        """Counters since the start and the state of the pool now, taken between two steps; docs/cache.md says what each counts."""
         info, stats = self.info, self._worker.call(self._built.engine.stats)
         return {**stats, "bytes_per_token": info.bytes_per_token, "cache_bytes": stats["num_pages"] * info.page_bytes}
 
@@ -214,13 +214,11 @@ class LLM:
 
         Raises:
             InvalidRequestError: `ttl` is out of range, the prompt is refused, or more than half of the pool would be pinned, or more than open
-                requests leave.
+                requests leave; or with prefix_sharing=False.
             QueueFullError, RequestFailedError: it could not be computed.
         """
         check_ttl(ttl)
         token_ids, space = self._checked(prompt), check_namespace(namespace)
-        if not self._built.engine.scheduler.cache.sharing:
-            raise InvalidRequestError("pin", "a prompt", "left out with prefix_sharing=False: nobody could hit it")
         for _ in range(MAX_PIN_ATTEMPTS):
             pin = self._worker.call(lambda: self._keeper.pin(token_ids, space, ttl))
             if pin is not None:
@@ -245,7 +243,8 @@ class LLM:
     def share(self, prompt: Prompt) -> int:
         """Declare that the whole pages at the beginning of this prompt are no secret: all namespaces share them from now on.
 
-        Returns how many of its tokens that are. For the operator alone: a system prompt, never what a user wrote.
+        Returns how many of its tokens that are. For the operator alone: a system prompt, never what a user wrote. Of more than 256 prompts the
+        oldest are forgotten. Raises InvalidRequestError with prefix_sharing=False, and as `explain` for a prompt.
         """
         token_ids = self._checked(prompt)
         return self._worker.call(lambda: self._keeper.share(token_ids))

@@ -54,14 +54,14 @@ class Slots:
     Args:
         model: a hub id, a local folder or a live `PreTrainedModel`, whose weights may change only while nothing is held.
         num_slots: how many sequences there may be, >= 1.
-        **options: fields of `EngineConfig`; not those that belong to its queue or its disk.
+        **options: fields of `EngineConfig`; not those that belong to its queue, its disk or its drafts: a call draws one token for each slot.
 
     Raises:
         ConfigError, ModelError: as `LLM`.
     """
 
     def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, num_slots: int, **options: Any) -> None:
-        for name in ("max_sequences", "max_waiting", "cache_dir", "cache_dir_bytes", "cache_layout", "reserve_bytes"):
+        for name in ("max_sequences", "max_waiting", "cache_dir", "cache_dir_bytes", "cache_layout", "reserve_bytes", "prompt_lookup_num_tokens"):
             if name in options:
                 raise InvalidRequestError(name, options[name], "left out: the caller of slots decides what runs, and what is held")
         if isinstance(num_slots, bool) or not isinstance(num_slots, int) or not 1 <= num_slots <= MAX_SLOTS:

@@ -67,6 +67,8 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         if quantization != "none":
             raise ConfigError(f"quantization={quantization!r}: a live model's weights are its owner's and stay as they are")
+        if trust_remote_code:
+            raise ConfigError("trust_remote_code=True: applies to checkpoints, not to a live model, whose code runs already")
         warn_of_limit(text_config(source))
         with turn_of(source):
             identity = _live(source, dtype, revision)
