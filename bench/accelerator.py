@@ -42,6 +42,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.new < 2:
         parser.error(f"argument --new: {args.new}: must be 2 or more, as the first token is no decoding step")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch that knows no such device
+        parser.error(f"argument --device: {args.device}: torch finds no such device ({str(error).splitlines()[0]})")
     shape = LLAMA3.shortened(args.layers)
     path, bandwidth = checkpoint(shape, args.cache, args.device), _bandwidth(args.device)
     print(
