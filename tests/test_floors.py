@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,17 @@ def rooms() -> list[tuple[Path, str]]:
 
 def imports(path: Path) -> set[str]:
     """Every module imported anywhere in a file, dotted and absolute."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    return imported_by(ast.walk(ast.parse(path.read_text())))
+
+
+def imported_by(nodes: Iterable[ast.AST]) -> set[str]:
+    """Every module that these import."""
+    found = set[str]()
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"line {node.lineno}: relative import of {node.module}"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
     return found
 
@@ -70,6 +76,18 @@ def test_no_file_is_far_beyond_300_lines() -> None:
 def test_cuda_is_written_in_two_places_only() -> None:
     allowed = re.compile(r"tensors/(device|attention/triton\w*)\.py$")
     assert not [p for p, _ in rooms() if "cuda" in p.read_text().lower() and not allowed.search(p.as_posix())]
+
+
+def test_without_the_kernels_the_engine_can_still_be_imported() -> None:
+    """Only functions import what loads them, so that the reference takes over where they do not load."""
+    files = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path, _ in rooms()}
+    reached, news = set[str](), ["quire.engine.llm", "quire.faces.slots", "quire.faces.pages"]
+    while news:
+        module = news.pop()
+        reached.add(module)
+        at_once = [node for node in ast.parse(files[module].read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        news += (imported_by(at_once) & files.keys()) - reached
+    assert "quire.tensors.foreseen" in reached and "quire.tensors.native_library" not in reached
 
 
 def test_the_web_stack_stays_in_the_server() -> None:

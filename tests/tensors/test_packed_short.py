@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("quire.tensors.native", reason="the native kernels are not built")
 
-from quire.tensors.native_library import DTYPE_NUMBERS, lib, packed_format
+from quire.tensors.native_library import lib
+from quire.tensors.native_numbers import DTYPE_NUMBERS, packed_format
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedLayout, PackedWeight
 from tests.tensors.product_cases import assert_same_bits, random

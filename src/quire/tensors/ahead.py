@@ -62,8 +62,8 @@ class Ahead:
             self._pack_all()
 
     def _pack_all(self) -> None:
-        from quire.tensors.foreseen import foreseen  # loads the kernels, which a command's help does not wait for
-        from quire.tensors.native_library import lib
+        from quire.tensors.foreseen import foreseen
+        from quire.tensors.native_library import lib  # which a command's help does not wait for
 
         files = foreseen(*self._wanted)
         most = sum(_aligned(lib.packed_bytes(weight.format, weight.n, weight.k)) for _, weights in files for weight in weights)
@@ -87,7 +87,8 @@ class Ahead:
 
     def _pack(self, weight: StoredWeight, source: mmap.mmap, place: int) -> int | None:
         """Pack a weight to byte `place` of the area and on, how many is returned, or only begin to if somebody waits for the thread's end."""
-        from quire.tensors.native_library import PANEL, lib
+        from quire.tensors.native_library import lib
+        from quire.tensors.native_numbers import PANEL
 
         assert self._memory is not None
         form, k, row_bytes = weight.format, weight.k, weight.k * (4 if weight.dtype == 0 else 2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.tensors.native_library import DTYPE_NUMBERS, packed_format
+from quire.tensors.native_numbers import DTYPE_NUMBERS, packed_format
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MOST_HEADER_BYTES = 10**8  # as safetensors has it

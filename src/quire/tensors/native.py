@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import torch
 
-from quire.tensors import native_library
+from quire.tensors import native_library, native_numbers
 
-DTYPE_CODES: Final[dict[torch.dtype, int]] = {getattr(torch, name): number for name, number in native_library.DTYPE_NUMBERS.items()}
+DTYPE_CODES: Final[dict[torch.dtype, int]] = {getattr(torch, name): number for name, number in native_numbers.DTYPE_NUMBERS.items()}
 """The dtypes the kernels read and write, and the numbers they know them by."""
 lib: Final[Any] = native_library.lib
 

@@ -1,4 +1,4 @@
-"""Loads Quire's C++ kernels, and tells the numbers by which they know things. Nothing here imports torch.
+"""Loads Quire's C++ kernels, and raises where they do not load: only what needs them imports this. Nothing here imports torch.
 
 `lib` is the module `quire._native` itself. Its functions take addresses (`Tensor.data_ptr()`), sizes and strides (of attention in bytes, of the
 others in elements) and check little: call them through the wrappers in this package. The environment variable QUIRE_NATIVE names another build of the
@@ -13,13 +13,6 @@ import os
 from typing import Any, Final
 
 from quire.errors import ConfigError, QuireError
-
-DTYPE_NUMBERS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
-"""The dtypes the kernels read and write (csrc/kernels.h)."""
-PANEL: Final = 64
-"""Rows of a weight that are packed together (csrc/packed_formats.h): pieces of whole panels lie one after the other as the whole does."""
-_PACKED_ELEMENTS: Final = 2  # csrc/linear_args.h: packed weights of elements, in the order of DTYPE_NUMBERS, then codes
-_CODES: Final = {"int8": 5, "int4": 6}
 
 
 class NativeMissingError(QuireError, ImportError):
@@ -56,8 +49,3 @@ def _module() -> Any:
 
 
 lib: Final[Any] = _load()
-
-
-def packed_format(dtype: int, quantization: str) -> int:
-    """The number of the form in which a weight of a dtype's number is packed; `quantization`: "none", "int8" or "int4"."""
-    return _CODES.get(quantization) or _PACKED_ELEMENTS + dtype

@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from quire.tensors.native import DTYPE_CODES, lib
-from quire.tensors.native_library import packed_format
+from quire.tensors.native_numbers import packed_format
 from quire.tensors.packed import PackedLayout, PackedWeight, operands
 
 _product = lib.product
