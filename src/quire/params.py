@@ -40,18 +40,18 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches top_p, in (0, 1].
         min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
-        repetition_penalty: > 0; logits of tokens seen in prompt or output are divided by it if positive, multiplied if negative.
+        repetition_penalty: > 0, at most 1e6; logits of tokens seen in prompt or output are divided by it if positive, multiplied if negative.
         presence_penalty, frequency_penalty: in [-2, 2]; subtracted once, and once per occurrence, for tokens in the output.
         logit_bias: token id -> added to the raw logit, in [-1000, 1000].
         allowed_token_ids: when given, no other token is ever drawn.
-        stop: string or strings that end the request; they are cut from the text unless `include_stop_in_output`.
+        stop: string or strings that end the request, at most 256 of 4096 characters in all; cut from the text unless `include_stop_in_output`.
         stop_token_ids: ids that end the request like the end-of-sequence token.
         ignore_eos: the model's own end-of-sequence tokens do not end the request (`stop_token_ids` still do).
         seed: in [0, 2**64); the same seed gives the same tokens in any company. `None` draws one from the system.
-        n: sequences to generate; sequence i draws as a request with seed + i would.
+        n: sequences to generate, at most 1024; sequence i draws as a request with seed + i would.
         best_of: generate this many sequences, at least n, and give back the n of the highest cumulative logprob, best first; not for streaming.
-        logprobs: `None` for none, 0 for the chosen tokens' logprobs, k > 0 also for the k most likely tokens'. They are the fp32
-            log-softmax of the raw logits, before penalties, bias and temperature.
+        logprobs: `None` for none, 0 for the chosen tokens' logprobs, k > 0 (at most 256) also for the k most likely tokens'. They are
+            the fp32 log-softmax of the raw logits, before penalties, bias and temperature.
         prompt_logprobs: the same for the tokens of the prompt after the first; nothing of such a prompt is taken from the cache.
         scaled_logprobs: all logprobs are of the raw logits over the temperature (greedy: of the raw logits), as trainers score.
         return_logits: give back the raw logits that each token was drawn from, float32 [tokens, V] a sequence.
@@ -130,7 +130,7 @@ class SamplingParams:
         if self.prompt_lookup_num_tokens is not None:
             _integer("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MAX_DRAFTS)
         if self.prediction is not None and not isinstance(self.prediction, str):
-            object.__setattr__(self, "prediction", _ids("prediction", self.prediction))
+            object.__setattr__(self, "prediction", _ids("prediction", self.prediction, "text, or a list of token ids"))
         # Kept as values of one type each that nobody else can change. `logit_bias` stays a dict, which can be pickled: each request takes a copy
         # (engine/intake.py).
         object.__setattr__(self, "stop", _strings(self.stop))
@@ -192,8 +192,8 @@ def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return strings
 
 
-def _ids(field: str, given: Iterable[int]) -> tuple[int, ...]:
-    ids = _several(field, given, "a list of token ids")
+def _ids(field: str, given: Iterable[int], limit: str = "a list of token ids") -> tuple[int, ...]:
+    ids = _several(field, given, limit)
     for token_id in ids:
         _integer(field, token_id, 0, 2**31 - 1)
     return ids
