@@ -108,3 +108,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'quire' has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Those that are imported later, too: a prompt completes them."""
+    return sorted({*globals(), *__all__})

@@ -48,7 +48,7 @@ class SamplingParams:
         stop_token_ids: ids that end the request like the end-of-sequence token.
         ignore_eos: the model's own end-of-sequence tokens do not end the request (`stop_token_ids` still do).
         seed: in [0, 2**64); the same seed gives the same tokens in any company. `None` draws one from the system.
-        n: sequences to generate, at most 1024; sequence i draws as a request with seed + i would.
+        n: sequences to generate, at most 1024; sequence i draws as a request with seed + i (modulo 2**64) would.
         best_of: generate this many sequences, at least n, and give back the n of the highest cumulative logprob, best first; not for streaming.
         logprobs: `None` for none, 0 for the chosen tokens' logprobs, k > 0 (at most 256) also for the k most likely tokens'. They are
             the fp32 log-softmax of the raw logits, before penalties, bias and temperature.

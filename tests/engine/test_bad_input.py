@@ -86,6 +86,9 @@ def test_iterators_are_read_once_and_kept() -> None:
 
 CALLS: list[tuple[str, Callable[[LLM], Any]]] = [
     *(("prompts", lambda llm, given=given: llm.generate(given)) for given in (None, 5, (i for i in ()), {"a": 1}, {1, 2})),
+    ("prompts", lambda llm: llm.generate({0: 5, 1: 6})),
+    *(("prompt", lambda llm, given=given: llm.submit(given)) for given in ({5: 6}, {5, 6})),
+    ("prompts", lambda llm: llm.generate(llm.tokenizer("ab"))),
     *(("prompt", lambda llm, given=given: llm.generate(given)) for given in (b"ab", bytearray(b"ab"), [b"ab"], [None], [5, "a"], [[UNTOLD]])),
     ("params", lambda llm: llm.generate([5], 5)),
     ("params", lambda llm: llm.generate([5], [5])),

@@ -285,6 +285,7 @@ def test_a_live_models_adapters_are_noticed() -> None:
 
 
 def test_every_public_name_is_there() -> None:
+    assert set(quire.__all__) <= set(dir(quire)), "what is imported later is not completed at a prompt"
     for name in quire.__all__:
         assert getattr(quire, name).__module__.startswith("quire."), name
     with pytest.raises(AttributeError, match="nothing_like_it"):

@@ -6,7 +6,7 @@ import operator
 import os
 import secrets
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -88,7 +88,7 @@ class Intake:
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         prompt = _listed(prompt)
-        if not isinstance(prompt, str | bytes | bytearray):
+        if not isinstance(prompt, str | bytes | bytearray | Mapping | Set):
             with suppress(TypeError):
                 return [token if isinstance(token, bool) else operator.index(token) for token in prompt]
         if not isinstance(prompt, str):
@@ -106,10 +106,12 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     prompts = _listed(prompts)
     try:
+        if isinstance(prompts, Mapping):  # a tokenizer's encoding would be two prompts, "input_ids" and "attention_mask"
+            raise TypeError
         one = isinstance(prompts, str | bytes | bytearray) or (len(prompts) > 0 and _is_integer(prompts[0]))
         return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))
     except (TypeError, LookupError):
-        raise InvalidRequestError("prompts", prompts, "text, a list of token ids, or a list of such prompts") from None
+        raise InvalidRequestError("prompts", prompts, "text, a list of token ids (of an encoding its input_ids), or a list of such prompts") from None
 
 
 def _is_integer(x: Any) -> bool:
