@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,7 +26,15 @@ from bench.speed.checkpoints import checkpoint
 from bench.speed.shapes import LLAMA3, Shape
 from quire import LLM, SamplingParams
 
-PROMPT, ROUNDS = 128, 3
+ROUNDS = 3
+
+
+class Lengths(NamedTuple):
+    """Tokens of each prompt, and those generated behind it."""
+
+    prompt: int
+    new: int
+
 
 Generate = Callable[[list[list[int]], int], None]  # prompts, and how many tokens to generate after each
 
@@ -36,6 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="as torch names it")
     parser.add_argument("--layers", type=whole, default=LLAMA3.layers, help="fewer for a quick look")
     parser.add_argument("--batches", type=whole, nargs="+", default=[1, 32, 256], help="streams")
+    parser.add_argument("--prompt", type=whole, default=128, help="tokens of each prompt; many, for attention's share")
     parser.add_argument("--new", type=whole, default=128, help="tokens of each")
     parser.add_argument("--no-peers", action="store_true", help="Quire alone")
     parser.add_argument("--cache", type=folder, help="where the checkpoint is written once: a folder")
@@ -46,16 +56,15 @@ def main() -> None:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch that knows no such device
         parser.error(f"argument --device: {args.device}: torch finds no such device ({str(error).splitlines()[0]})")
-    shape = LLAMA3.shortened(args.layers)
+    shape, lengths = LLAMA3.shortened(args.layers), Lengths(args.prompt, args.new)
     path, bandwidth = checkpoint(shape, args.cache, args.device), _bandwidth(args.device)
-    print(
-        f"accelerator: {_name(args.device)}, torch {torch.__version__}, memory read {bandwidth:.0f} GB/s; {shape.name}, {PROMPT} in, {args.new} out"
-    )
+    told = f"torch {torch.__version__}, memory read {bandwidth:.0f} GB/s; {shape.name}, {args.prompt} in, {args.new} out"
+    print(f"accelerator: {_name(args.device)}, {told}")
     results: Bench = {"date": time.strftime("%Y-%m-%d"), "device": _name(args.device), "read_gb_s": bandwidth, "args": {**vars(args), "cache": None}}
-    limit = {batch: _limit(shape, batch, args.new, bandwidth) for batch in args.batches}
+    limit = {batch: _limit(shape, batch, lengths, bandwidth) for batch in args.batches}
     for name in ("quire", "eager") if args.no_peers else ("quire", "eager", "generate_batch"):
         try:
-            results[name] = _engine(name, path, args.device, args.batches, args.new, limit)
+            results[name] = _engine(name, path, args.device, args.batches, lengths, limit)
         except Exception as error:  # one that fails is told, and the others go on
             results[name] = {"failed": f"{type(error).__name__}: {error}"}
             print(f"  {name:<15} failed: {results[name]['failed'][:300]}")
@@ -63,9 +72,9 @@ def main() -> None:
     print(json.dumps(results))
 
 
-def _engine(name: str, path: Path, device: str, batches: list[int], new: int, limit: dict[int, float]) -> Bench:
+def _engine(name: str, path: Path, device: str, batches: list[int], lengths: Lengths, limit: dict[int, float]) -> Bench:
     if name == "generate_batch":
-        return _measure(name, _transformers(path, device), batches, new, limit)
+        return _measure(name, _transformers(path, device, lengths.prompt), batches, lengths, limit)
     with LLM(str(path), device=device, max_sequences=max(batches), enforce_eager=name == "eager", prefix_sharing=False) as llm:
         print(f"  {name:<15} {llm.info.layers}")
 
@@ -73,17 +82,17 @@ def _engine(name: str, path: Path, device: str, batches: list[int], new: int, li
             outputs = llm.generate(prompts, SamplingParams(max_tokens=num, temperature=0.0, ignore_eos=True))
             assert all(len(output.outputs[0].token_ids) == num for output in outputs), "not the tokens asked for"
 
-        return {"layers": llm.info.layers, **_measure(name, generate, batches, new, limit)}
+        return {"layers": llm.info.layers, **_measure(name, generate, batches, lengths, limit)}
 
 
-def _transformers(path: Path, device: str) -> Generate:
+def _transformers(path: Path, device: str, prompt: int) -> Generate:
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto").to(device).eval()
 
     def generate(prompts: list[list[int]], num: int) -> None:
         page = ContinuousBatchingConfig().page_size
-        blocks = len(prompts) * -(-(PROMPT + num) // page)
+        blocks = len(prompts) * -(-(prompt + num) // page)
         sizes = ContinuousBatchingConfig(num_blocks=2 * blocks, max_batch_tokens=512, max_requests_per_batch=len(prompts))
         config = GenerationConfig(max_new_tokens=num, eos_token_id=-1, pad_token_id=0, do_sample=False)
         outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=sizes)
@@ -92,14 +101,15 @@ def _transformers(path: Path, device: str) -> Generate:
     return generate
 
 
-def _measure(name: str, generate: Generate, batches: list[int], new: int, limit: dict[int, float]) -> Bench:
+def _measure(name: str, generate: Generate, batches: list[int], lengths: Lengths, limit: dict[int, float]) -> Bench:
     results: Bench = {}
+    prompt, new = lengths
     for batch in batches:
         rng = random.Random(batch)
         taken: dict[int, list[float]] = {1: [], new: []}
         for _ in range(ROUNDS + 1):
             for num, times in taken.items():
-                prompts = [[rng.randrange(1, LLAMA3.vocab) for _ in range(PROMPT)] for _ in range(batch)]
+                prompts = [[rng.randrange(1, LLAMA3.vocab) for _ in range(prompt)] for _ in range(batch)]
                 start = time.perf_counter()
                 generate(prompts, num)
                 times.append(time.perf_counter() - start)
@@ -111,9 +121,9 @@ def _measure(name: str, generate: Generate, batches: list[int], new: int, limit:
     return results
 
 
-def _limit(shape: Shape, batch: int, new: int, bandwidth: float) -> float:
+def _limit(shape: Shape, batch: int, lengths: Lengths, bandwidth: float) -> float:
     """Seconds of a decoding step in which each stream has half of its new tokens."""
-    return (2 * (shape.layer_weights + shape.head_weights) + batch * shape.kv_bytes(PROMPT + new // 2)) / bandwidth / 1e9
+    return (2 * (shape.layer_weights + shape.head_weights) + batch * shape.kv_bytes(lengths.prompt + lengths.new // 2)) / bandwidth / 1e9
 
 
 def _bandwidth(device: str) -> float:

@@ -23,7 +23,7 @@ def test_a_bench_can_be_loaded(name: str) -> None:
 # What each would have measured for an hour first, or have gone on without: of no number, of another kind, into a folder that is not there.
 REFUSED = {
     "bench": ("--layers 0", "--long -1", "--batches 4 0", "--new 0", "--only nothing"),
-    "bench.accelerator": ("--layers 0", "--batches 1 0", "--new 1", "--cache nowhere", "--device nowhere"),
+    "bench.accelerator": ("--layers 0", "--batches 1 0", "--prompt 0", "--new 1", "--cache nowhere", "--device nowhere"),
     "bench.layers": ("--dtypes bf16", "--kinds program", "--layers 0", "--threads 0", "--repeats nan"),
     "bench.linear": ("--rows 0", "--seconds 0", "--shapes 0", "--threads -1"),
     "bench.planning": ("--sequences 0", "--steps 0", "--repeats 0"),
