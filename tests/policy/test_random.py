@@ -97,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), share=st.sampled_from([0.5, 0.9, 1.0]))
     def resize_or_share(self, data: st.DataObject, share: float) -> None:
         """A smaller or larger pool; now and then a prefix is declared no secret."""
-        if data.draw(st.sampled_from([False] * 4 + [True])):
+        if self.driver.cache.sharing and data.draw(st.sampled_from([False] * 4 + [True])):
             self.driver.keeper.share(data.draw(st.sampled_from(self.history[-6:])))
         with contextlib.suppress(InvalidRequestError):  # less than what is open may need
             self.driver.keeper.resize(int(self.driver.cache.pool.num_pages * share))
