@@ -84,16 +84,12 @@ def assert_within_rounding(geometry: Geometry, sequence: Sequence) -> None:
 PLAIN = Geometry(4, 2, 16, 16)
 CASES = {
     "bf16": (PLAIN, 4),
-    "fp16, no groups": (Geometry(2, 2, 24, 16, torch.float16), 16),
+    "fp16, no groups, softcap, window of one": (Geometry(2, 2, 24, 16, torch.float16, window=1, softcap=1.5), 16),
     "fp32, groups of 5": (Geometry(10, 2, 16, 40, torch.float32), 1),
-    "80 dims": (Geometry(2, 1, 80, 80), 24),
-    "a group larger than a block": (Geometry(80, 1, 16, 16, torch.float32), 16),
+    "80 dims, sinks": (Geometry(2, 1, 80, 80, sinks=True), 24),
+    "a group larger than a block, chunk": (Geometry(80, 1, 16, 16, torch.float32, chunk=24), 16),
     "window": (dataclasses.replace(PLAIN, window=9), 4),
-    "window over tiles": (dataclasses.replace(PLAIN, window=66, dtype=torch.float32), 24),
-    "window of one": (dataclasses.replace(PLAIN, window=1), 1),
-    "chunk": (dataclasses.replace(PLAIN, chunk=24), 16),
-    "softcap": (dataclasses.replace(PLAIN, softcap=1.5, dtype=torch.float32), 16),
-    "sinks": (dataclasses.replace(PLAIN, sinks=True, dtype=torch.float32), 4),
+    "window over tiles, softcap": (dataclasses.replace(PLAIN, window=66, softcap=1.5, dtype=torch.float32), 24),
     "all": (Geometry(5, 1, 80, 24, torch.float16, window=33, softcap=2.0, sinks=True), 4),
 }
 
