@@ -97,11 +97,10 @@ class Surgery:
         multiplied: modules in which linear layers take our products all the same.
         """
         changes: list[Change] = [(state, name, "eager") for state, name, _ in self._settings if name.endswith("_implementation_internal")]
-        for module in {inner for outer in multiplied for inner in outer.modules() if "forward" not in inner.__dict__}:
-            if is_plain(module, nn.Linear):
-                changes.append((module.__dict__, "forward", _linear(module, self._products)))
-            elif is_plain(module, Conv1D):
-                changes.append((module.__dict__, "forward", _conv1d(module, self._products)))
+        for module in {inner for outer in multiplied for inner in outer.modules()}:
+            forward = _product_of(module, self._products)
+            if forward is not None:
+                changes.append((module.__dict__, "forward", forward))
         with changed(changes), self._in_eval_mode():
             yield
 
@@ -117,9 +116,9 @@ class Surgery:
                 state["training"] = True
 
     def _take_over_query_scale(self, module: nn.Module) -> None:
-        attention: Any = module
         # Llama 4 counts positions from the start of the batch, which is not the start of a sequence; the hook uses the true ones.
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not getattr(module, "use_rope", True):
+            attention: Any = module
             self.query_scales[int(attention.layer_idx)] = QueryScale(float(attention.floor_scale), float(attention.attn_scale))
             self._settings.append((module.__dict__, "attn_temperature_tuning", False))
 
