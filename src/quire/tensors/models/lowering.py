@@ -17,7 +17,7 @@ from quire.tensors.attention.base import Mask
 from quire.tensors.models.calls import same_skeleton
 from quire.tensors.models.recording import Done, Recording, Seen, UnlowerableError
 from quire.tensors.models.rowplan import Attend, Multiply, Operand, Plan, RowOp
-from quire.tensors.models.rowviews import Rows, RowView, collapsed, contiguous, with_dimension
+from quire.tensors.models.rowviews import Rows, RowView, collapsed, with_dimension
 from quire.tensors.native import DTYPE_CODES
 from quire.tensors.native_products import format_code
 
@@ -50,7 +50,7 @@ def _token_axis(a: Seen, b: Seen) -> int:
 
 class _Lowering:
     def __init__(self, recording: Recording, num_tokens: int, axes: list[int], attends: bool) -> None:
-        if len(recording.attended) != attends:
+        if sum(done.name == "attend" for done in recording.done) != attends:
             recording.problem = recording.problem or "it does not call attention once"
         if recording.problem:
             raise UnlowerableError(recording.problem)
@@ -70,7 +70,7 @@ class _Lowering:
             if handler is None:
                 raise UnlowerableError(f"it calls {done.name}, for which there is no operator of rows")
             handler(self, done)
-        outputs = tuple((self._whole(seen, fresh=True), seen.shape) for seen in self._recording.outputs)
+        outputs = tuple((self._whole(seen), seen.shape) for seen in self._recording.outputs)
         if len({value for value, _ in outputs}) != len(outputs):
             raise UnlowerableError("it returns a tensor twice")
         shapes = tuple((value, self._without_tokens(shape)) for value, shape in outputs)
@@ -117,19 +117,18 @@ class _Lowering:
     def _copied(self, view: RowView, dtype: torch.dtype) -> RowView:
         """The elements of a view, one after the other in a value of their own."""
         self._dtypes.append(dtype)
-        self._rows.sizes.append(prod(view.shape))
-        out = RowView(len(self._rows.sizes) - 1, 0, view.shape, contiguous(view.shape), view.axis)
+        out = self._rows.value(view.shape, view.axis)
         self._work("copy", dtype, out, (view,))
         return out
 
-    def _whole(self, seen: Seen, *, fresh: bool) -> int:
-        """A tensor as a whole value of its dtype; made by a step, if `fresh`."""
+    def _whole(self, seen: Seen) -> int:
+        """A tensor as a whole value of its dtype that a step makes."""
         view = self._view(seen)
-        if len(seen.shape) - view.axis > 0 and prod(view.shape[: len(view.shape) - view.axis]) != 1:
+        if prod(view.shape[: len(view.shape) - view.axis]) != 1:
             raise UnlowerableError("it has a tensor whose first dimension does not count the tokens")
         given = set(self._weights.values()) | set(self._inputs.values()) | {self._attend.out if self._attend else -1}
         fine = view.is_whole and prod(view.shape) == self._rows.sizes[view.value] and self._dtypes[view.value] == seen.dtype
-        return view.value if fine and not (fresh and view.value in given) else self._copied(view, seen.dtype).value
+        return view.value if fine and view.value not in given else self._copied(view, seen.dtype).value
 
     def _work(self, op: str, dtype: torch.dtype, out: RowView, operands: tuple[RowView, ...], scalar: float = 0.0, *, along: int = 0) -> None:
         """`along`: how many of the last dimensions stay as they are."""
@@ -270,7 +269,7 @@ class _Lowering:
         *qkv, scale, window, chunk, softcap, sinks = done.args
         if sinks is not None:
             raise UnlowerableError("its attention has sinks")
-        values = [self._whole(seen, fresh=True) for seen in qkv]
+        values = [self._whole(seen) for seen in qkv]
         for i in range(3):  # three tensors, even where two are one
             if values[i] in values[:i]:
                 values[i] = self._copied(self._view(qkv[i]), qkv[i].dtype).value

@@ -58,7 +58,6 @@ class Recording:
     result: Any = None
     problem: str | None = None
     results: list[torch.Tensor] = field(default_factory=list)
-    attended: list[int] = field(default_factory=list)  # layer_idx of each call of attention
     _storages: dict[int, int] = field(default_factory=dict)
     _alive: list[torch.Tensor] = field(default_factory=list)  # so that no address is used again
 
@@ -174,11 +173,6 @@ class Recorder(TorchDispatchMode):
             recording.own(name, args, out)
         return out
 
-    def attended(self, layer_idx: int) -> None:
-        """Attention of a layer is called."""
-        if self._current is not None:
-            self._current.attended.append(layer_idx)
-
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording = Recording(Call.of(args, kwargs))
         recording.begin(layer)
@@ -223,5 +217,4 @@ class RecordingStep:
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> [T,Hq,Dv]."""
         args = (q, k, v, mask.scale, mask.window, mask.chunk, mask.softcap, mask.sinks)
-        self._recorder.attended(layer_idx)
         return self._recorder.whole("attend", args, lambda: self._own.attend(layer_idx, q, k, v, mask))

@@ -48,6 +48,11 @@ class Rows:
         self._made: dict[int, tuple[Seen, RowView]] = {}  # storage -> the tensor it was made for; placed where another looks into it, as few do
         self._weights: dict[int, tuple[int, Seen]] = {}  # storage -> value, the whole weight: looked into only where rows read it
 
+    def value(self, shape: tuple[int, ...], axis: int) -> RowView:
+        """A new value whose rows have this shape, as a view of itself."""
+        self.sizes.append(prod(shape))
+        return RowView(len(self.sizes) - 1, 0, shape, contiguous(shape), axis)
+
     def weight(self, seen: Seen) -> int:
         """A new value for a weight, which is the same for each token."""
         self.sizes.append(prod(seen.shape))
@@ -56,9 +61,7 @@ class Rows:
 
     def new(self, seen: Seen, axis: int) -> RowView:
         """A new value for a tensor of a storage of its own, as a view of itself; its rows are laid out in the order of its dimensions."""
-        shape = self._row_shape(seen, axis) if axis else seen.shape
-        self.sizes.append(prod(shape))
-        made = RowView(len(self.sizes) - 1, 0, shape, contiguous(shape), axis)
+        made = self.value(self._row_shape(seen, axis) if axis else seen.shape, axis)
         self._made[seen.storage] = (seen, made)
         return made
 
