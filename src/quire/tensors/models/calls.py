@@ -13,12 +13,12 @@ from torch.nn.modules import module as of_torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _TENSOR = object()  # where a tensor was in a skeleton
+_ABSENT = object()
 PLAIN = (bool, int, float, str, type(None))
 OF_TORCH = frozenset(nn.Module().__dict__)  # our forwards run in eval mode, so the training flag says nothing
 
 Weights = tuple[tuple[dict[str, Any], str], ...]
 Change = tuple[dict[str, Any], str, Any]  # an object's __dict__, a name in it, its value for a while
-_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ def take_apart(value: Any, tensors: list[torch.Tensor]) -> Any:
         tensors.append(value)
         return _TENSOR
     if type(value) in (tuple, list):
-        return [take_apart(item, tensors) for item in value] if type(value) is list else tuple([take_apart(item, tensors) for item in value])
+        return type(value)([take_apart(item, tensors) for item in value])
     if type(value) is dict:
         return {name: take_apart(item, tensors) for name, item in value.items()}
     return value
 
 
-def taken_apart(value: Any, skeleton: Any, tensors: list[torch.Tensor]) -> bool:
+def take_apart_as(skeleton: Any, value: Any, tensors: list[torch.Tensor]) -> bool:
     """`take_apart` where the skeleton is known, without making it anew: False where the value has another one, with some tensors appended."""
     if skeleton is _TENSOR:
         tensors.append(value)
@@ -62,11 +62,11 @@ def taken_apart(value: Any, skeleton: Any, tensors: list[torch.Tensor]) -> bool:
     if kind is tuple or kind is list:
         if type(value) is not kind or len(value) != len(skeleton):
             return False
-        return all(taken_apart(item, expected, tensors) for item, expected in zip(value, skeleton, strict=True))
+        return all(take_apart_as(expected, item, tensors) for item, expected in zip(value, skeleton, strict=True))
     if kind is dict:
         if type(value) is not dict or list(value) != list(skeleton):
             return False
-        return all(taken_apart(value[name], expected, tensors) for name, expected in skeleton.items())
+        return all(take_apart_as(expected, value[name], tensors) for name, expected in skeleton.items())
     return value is skeleton or (not isinstance(value, torch.Tensor) and bool(value == skeleton))
 
 

@@ -25,12 +25,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
 from quire.errors import ConfigError, UnsupportedModelError
-from quire.tensors.models.calls import Call, decoder_layers, foreign_module, layer_ids, likeness, put_together, take_apart
+from quire.tensors.models.calls import Call, decoder_layers, foreign_module, layer_ids, likeness, put_together, take_apart_as, weights_of
 from quire.tensors.models.geometry import LayerGeometry, NoAttention
 from quire.tensors.models.hook import current
 from quire.tensors.models.opaque import OpaqueProducts
 from quire.tensors.models.surgery import Surgery
-from quire.tensors.models.trace import Traced, UntraceableError, example_inputs, same_for, trace
+from quire.tensors.models.trace import Traced, UntraceableError, example_inputs, trace
 from quire.tensors.packed import bytes_of
 
 GRANULE = 16  # tokens a step is padded to: floats in the longest vector
@@ -74,7 +74,7 @@ def compile_layers(model: PreTrainedModel, surgery: Surgery, run: RunTokens, *, 
                 known[kind] = trace(layer, few[layer][0], more[layer][0], opaque)
                 if known[kind].layer_idx != layer_idx:
                     raise UntraceableError(f"its attention is that of layer {known[kind].layer_idx}")
-            one = same_for(known[kind], layer, layer_idx)
+            one = replace(known[kind], layer_idx=layer_idx, weights=weights_of(layer))
             if one.key not in compiled:
                 compiled[one.key] = _compile(one)
         except Exception as error:  # a model's own code, torch's tracer and its compiler may raise anything
@@ -138,7 +138,7 @@ def _forward(traced: Traced, compiled: Compiled) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors: list[torch.Tensor] = []
-        if take_apart((args, kwargs), tensors) != skeleton:
+        if not take_apart_as(skeleton, (args, kwargs), tensors):
             raise RuntimeError(f"layer {layer_idx} is called with other arguments than it was compiled for")
         step = current()
         step.layer_idx = layer_idx

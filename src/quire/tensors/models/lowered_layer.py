@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quire.tensors.models.calls import layer_ids, put_together, taken_apart, weights_of
+from quire.tensors.models.calls import layer_ids, put_together, take_apart_as, weights_of
 from quire.tensors.models.chain import PASSED, Chain, Chains, LayerCall
 from quire.tensors.models.hook import current
 from quire.tensors.models.program import Program
@@ -99,7 +99,7 @@ class LoweredLayer:
             passed: Any = chain.pass_on([*args, *kwargs.values()])
             return put_together(self._result, iter([passed]))
         tensors: list[torch.Tensor] = []
-        if not taken_apart((args, kwargs), self._skeleton, tensors):
+        if not take_apart_as(self._skeleton, (args, kwargs), tensors):
             raise RuntimeError(f"layer {self._layer_idx} is called with other arguments than it was lowered for")
         given, num_tokens = self._given(tensors)
         step = current().step.of_programs

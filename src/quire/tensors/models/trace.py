@@ -9,7 +9,7 @@ Shape letters: T packed tokens, padding included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,11 +89,6 @@ def trace(layer: nn.Module, few: Call, more: Call, surgery: Surgery) -> Traced:
         raise UntraceableError(f"it calls attention {len(step.layers)} times")
     _check(graph, env, num_tokens)
     return Traced(graph, _key(graph), step.layers[0], weights, few.skeleton, results[-1])
-
-
-def same_for(traced: Traced, layer: nn.Module, layer_idx: int) -> Traced:
-    """What `trace` would give for a layer alike the one that was traced."""
-    return replace(traced, layer_idx=layer_idx, weights=weights_of(layer))
 
 
 def example_inputs(graph: GraphModule) -> list[Any]:
