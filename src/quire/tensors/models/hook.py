@@ -121,8 +121,12 @@ def attention(
     layer_idx = cast(int, getattr(module, "layer_idx", None))  # None is refused by _examine
     if layer_idx not in forward.chunks:
         forward.chunks[layer_idx] = _examine(module, layer_idx)
-    if is_causal is False or attention_mask is not None or query.shape[0] != 1:
-        _refuse_call(module, is_causal, attention_mask, query)
+    if is_causal is False:
+        raise UnsupportedModelError(f"{_name(module)} is not causal")
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{_name(module)} brings an attention mask of its own")
+    if query.shape[0] != 1:
+        raise UnsupportedModelError(f"{_name(module)} calls attention with a batch of {query.shape[0]}, not 1")
     for name, given in others.items():
         if given is not None and (name in _REFUSED or (isinstance(given, torch.Tensor) and name not in _HARMLESS)):
             raise UnsupportedModelError(f"{_name(module)} {_REFUSED.get(name, 'passes attention a tensor that is not known here')} ({name})")
@@ -154,14 +158,6 @@ def _examine(module: nn.Module, layer_idx: object) -> int:
     if layer_types is None or layer_types[layer_idx] != "chunked_attention":
         return 0
     return int(config.attention_chunk_size)
-
-
-def _refuse_call(module: nn.Module, is_causal: bool | None, attention_mask: torch.Tensor | None, query: torch.Tensor) -> None:
-    if is_causal is False:
-        raise UnsupportedModelError(f"{_name(module)} is not causal")
-    if attention_mask is not None:
-        raise UnsupportedModelError(f"{_name(module)} brings an attention mask of its own")
-    raise UnsupportedModelError(f"{_name(module)} calls attention with a batch of {query.shape[0]}, not 1")
 
 
 def _name(module: nn.Module) -> str:
