@@ -28,7 +28,7 @@ from quire.tensors.models.hook import Running, running
 from quire.tensors.models.lowered_layer import LoweredLayer
 from quire.tensors.models.lowering import lower
 from quire.tensors.models.program import assemble
-from quire.tensors.models.recording import Recorder, Recording, UnlowerableError
+from quire.tensors.models.recording import Recording, UnlowerableError
 from quire.tensors.models.replay import Replay
 from quire.tensors.models.rowplan import Plan
 from quire.tensors.models.surgery import Surgery
@@ -37,7 +37,7 @@ from quire.tensors.native_products import NativeProducts
 _FEW, _MORE = 3, 5  # tokens of the recorded forwards
 _ROUNDINGS = 16  # of the largest value, that a layer may differ by
 
-Record = Callable[[Recorder, int], object]
+Record = Callable[[Sequence[nn.Module], int], dict[nn.Module, Recording]]
 
 
 class LoweredLayers:
@@ -58,9 +58,9 @@ class LoweredLayers:
     ) -> None:
         self.surgery, self.plain, self.num_lowered, self.chains, self.alike, self.replay = surgery, plain, len(plans), chains, alike, replay
         self.code = hashlib.sha256(repr(list({id(plan): plan for plan in plans.values()}.values())).encode()).hexdigest()
-        self._kinds: list[Any] = list({type(module) for layer in plans for module in layer.modules()})
-        self._forwards = [kind.forward for kind in self._kinds]
         inside = [module for layer in plans for module in layer.modules()]
+        self._kinds: list[Any] = list({type(module) for module in inside})
+        self._forwards = [kind.forward for kind in self._kinds]
         self._parts = []
         for module in inside:
             hooks = () if module in plans else (module._forward_hooks, module._forward_pre_hooks)
@@ -90,32 +90,31 @@ class LoweredLayers:
 def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Record, *, live: bool, geometry: Sequence[LayerGeometry]) -> LoweredLayers:
     """Lower what can be lowered of the decoder layers of `model`.
 
-    record: runs the model with a recorder and so many tokens, on a `RecordingProducts` and a `RecordingStep`. geometry: of every attention layer.
+    record: runs the model with so many tokens and gives a recording of each of these layers that is called. geometry: of every attention layer.
     """
     plain: dict[str, str] = {}
-    layers = []
-    for layer in decoder_layers(model):
+    layers, candidates = decoder_layers(model), []
+    for layer in layers:
         foreign = foreign_module(layer) if live else None
         if foreign is not None or "forward" in layer.__dict__:
             plain[type(layer).__name__] = f"{type(foreign or layer).__name__} is its owner's code, or wrapped"
         elif len(layer_ids(layer)) != 1:
             plain[type(layer).__name__] = "its modules belong to several layers"
         else:
-            layers.append(layer)
+            candidates.append(layer)
     shapes = {shape.layer_idx: replace(shape, layer_idx=0) for shape in geometry}
     kinds: dict[object, list[nn.Module]] = {}
-    for layer in layers:
+    for layer in candidates:
         kinds.setdefault((likeness(layer), *(shapes.get(layer_idx) for layer_idx in layer_ids(layer))), []).append(layer)
-    recorders = [Recorder([alike[0] for alike in kinds.values()]) for _ in range(2)]
-    for recorder, num_tokens in zip(recorders, (_FEW, _MORE), strict=True) if kinds else ():
-        record(recorder, num_tokens)
+    firsts = [first for first, *_ in kinds.values()]
+    recordings = [record(firsts, num_tokens) for num_tokens in (_FEW, _MORE)] if firsts else []
     surgery = Surgery(model, products, live=live)
     lowered: dict[nn.Module, Plan] = {}
     alike: dict[nn.Module, LoweredLayer] = {}
     chains = Chains()
     for first, *others in kinds.values():
         try:
-            few, more = (recorder.recordings.get(first) for recorder in recorders)
+            few, more = (recorded.get(first) for recorded in recordings)
             if few is None or more is None:
                 raise UnlowerableError("it is not called")
             plan = lower(few, more)
@@ -132,7 +131,7 @@ def lower_layers(model: PreTrainedModel, products: NativeProducts, record: Recor
             surgery.replace(layer, forward)
             if layer is not first:
                 alike[layer] = forward
-    replay = Replay(model, decoder_layers(model), surgery, chains, products.num_threads, live=live)
+    replay = Replay(model, layers, surgery, chains, products.num_threads, live=live)
     return LoweredLayers(surgery, lowered, plain, chains, alike, replay)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from quire.tensors.models.turns import in_turn, turn_of
 
 if TYPE_CHECKING:
     from quire.tensors.models.lowered import LoweredLayers
-    from quire.tensors.models.recording import Recorder
+    from quire.tensors.models.recording import Recording
 
 MAX_PASSED = 16  # codes of a live model that are known to have passed the probe
 
@@ -175,8 +175,10 @@ class CausalModel:
 
         Whatever the model raises passes through, with the model as it was before.
         """
+        if hidden is not None and not hidden.at.shape[0]:
+            hidden = None
         native = self.lowered.replay.native if self.lowered is not None else None
-        if native is not None and step.of_programs is not None and (hidden is None or not hidden.at.shape[0]):
+        if native is not None and step.of_programs is not None and hidden is None:
             return native(step.of_programs, input_ids, positions, logits_at)
         num_rows = logits_at.shape[0]
         if num_rows % self._logits_multiple:
@@ -186,7 +188,7 @@ class CausalModel:
             input_ids, padded = (torch.cat([x, x[-1:].expand(padding)]) for x in (input_ids, positions))
         inputs: dict[str, Any] = {"input_ids": input_ids.unsqueeze(0), "position_ids": padded.unsqueeze(0), "use_cache": False}
         keeping: Callable[[], AbstractContextManager[None]] = nullcontext
-        if hidden is not None and hidden.at.shape[0]:
+        if hidden is not None:
             assert self._output_layer is not None
             if self._takes_logits_at:
                 keeping = partial(kept, self._output_layer, hidden, slice(len(logits_at), None), slice(len(logits_at)))
@@ -214,7 +216,7 @@ class CausalModel:
         ):
             if lowered is None:
                 logits = own()[0]
-            elif self.everywhere or keeping is not nullcontext:
+            elif self.everywhere or hidden is not None:
                 logits = lowered.chains.run(own)[0]
             else:
                 logits = lowered.replay.run(own, inputs)[0]
@@ -255,16 +257,18 @@ class CausalModel:
 
     def _lower(self) -> None:
         from quire.tensors.models.lowered import lower_layers  # needs the native kernels, without which this model may be served as well
-        from quire.tensors.models.recording import RecordingProducts, RecordingStep
+        from quire.tensors.models.recording import Recorder, RecordingProducts, RecordingStep
         from quire.tensors.native_products import NativeProducts
 
         model, _ = self._open()
         products = self._products
         assert isinstance(products, NativeProducts)
 
-        def record(recorder: Recorder, num_tokens: int) -> None:
+        def record(layers: Sequence[nn.Module], num_tokens: int) -> dict[nn.Module, Recording]:
+            recorder = Recorder(layers)
             with self.with_products(RecordingProducts(recorder, products), whole_vectors=False), recorder.watching():
                 self.forward_of(RecordingStep(recorder), num_tokens, num_rows=0)
+            return recorder.recordings
 
         self.lowered = lower_layers(model, products, record, live=self.live, geometry=self.layers)
 
