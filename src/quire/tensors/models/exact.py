@@ -22,18 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from quire.tensors.attention.base import Products, RowReductions
 from quire.tensors.models.einsum import Contraction, contraction
-from quire.tensors.models.exact_rows import row_handlers
+from quire.tensors.models.exact_rows import Handler, row_handlers
 
 VECTOR = 64  # elements; the longest step is two AVX-512 registers of bf16, and every shorter one divides it
-
-Handler = Callable[[Products, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def in_whole_vectors(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """function(x) for an elementwise `function` of a float tensor of any shape; no element is computed by a vector loop's remainder."""
-    if isinstance(x.numel(), torch.SymInt):  # traced for the compiler, whose loops are its own; the tokens it runs on are padded (compiled.py)
-        return function(x)
-    if is_whole(x):
+    traced = isinstance(x.numel(), torch.SymInt)  # for the compiler, whose loops are its own; the tokens it runs on are padded (compiled.py)
+    if traced or is_whole(x):
         return function(x)
     flat = x.reshape(-1)
     count = flat.numel()
@@ -55,9 +52,9 @@ class ExactMode(TorchFunctionMode):
     def __init__(self, products: Products, *, whole_vectors: bool = True, rows: RowReductions | None = None) -> None:
         super().__init__()
         self.products = products
-        self._handlers = HANDLERS
+        self._handlers = _HANDLERS
         if rows is not None or not whole_vectors:
-            self._handlers = {func: handler for func, handler in HANDLERS.items() if handler is not _elementwise}
+            self._handlers = {func: handler for func, handler in _HANDLERS.items() if handler is not _elementwise}
         if rows is not None:
             self._handlers |= row_handlers(rows)
         self._paused = False
@@ -193,8 +190,8 @@ _ELEMENTWISE = (
 _ACTIVATIONS = (
     "silu", "gelu", "softplus", "mish", "elu", "selu", "celu", "logsigmoid", "hardswish", "hardsigmoid", "tanhshrink", "softsign", "sigmoid", "tanh",
 )  # fmt: skip
-HANDLERS: dict[Callable[..., Any], Handler] = {function: handler for handler, functions in _PRODUCTS.items() for function in functions}
+_HANDLERS: dict[Callable[..., Any], Handler] = {function: handler for handler, functions in _PRODUCTS.items() for function in functions}
 _INPLACE = {getattr(owner, f"{name}_") for name in _ELEMENTWISE for owner in (torch, torch.Tensor) if hasattr(owner, f"{name}_")}
 _PLAIN = {getattr(owner, name) for name in _ELEMENTWISE for owner in (torch, torch.Tensor, torch.special) if hasattr(owner, name)}
 _FUNCTIONAL = {getattr(functional, name) for name in _ACTIVATIONS}
-HANDLERS.update(dict.fromkeys(_INPLACE | _PLAIN | _FUNCTIONAL | {torch.Tensor.__pow__}, _elementwise))
+_HANDLERS.update(dict.fromkeys(_INPLACE | _PLAIN | _FUNCTIONAL | {torch.Tensor.__pow__}, _elementwise))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quire.tensors.attention.base import RowReductions
+from quire.tensors.attention.base import Products, RowReductions
 
-Handler = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Handler = Callable[[Products, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _Rows = Callable[[RowReductions, torch.Tensor, dict[str, Any]], torch.Tensor]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,12 +23,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def row_handlers(rows: RowReductions) -> dict[Callable[..., Any], Handler]:
     """Handlers for `ExactMode`."""
-    handlers: dict[Callable[..., Any], Handler] = {}
-    for function, (run, names) in _ALONG.items():
-        handlers[function] = _along(rows, run, names)
-    for function, centred in ((functional.layer_norm, True), (functional.rms_norm, False)):
-        handlers[function] = _normalized(rows, centred)
-    return handlers
+    handlers: dict[Callable[..., Any], Handler] = {function: _along(rows, run, names) for function, (run, names) in _ALONG.items()}
+    return handlers | {functional.layer_norm: _normalized(rows, centred=True), functional.rms_norm: _normalized(rows, centred=False)}
 
 
 def _along(rows: RowReductions, run: _Rows, names: tuple[str, ...]) -> Handler:
@@ -92,7 +88,7 @@ def _log_softmax(rows: RowReductions, x: torch.Tensor, given: dict[str, Any]) ->
     return rows.softmax(x, log=True)
 
 
-def _normalized(rows: RowReductions, centred: bool) -> Handler:
+def _normalized(rows: RowReductions, *, centred: bool) -> Handler:
     names = ("input", "normalized_shape", "weight", "bias", "eps") if centred else ("input", "normalized_shape", "weight", "eps")
 
     def handler(_: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
