@@ -198,6 +198,7 @@ def _unasked_code(source: str) -> UnsupportedModelError:
 
 
 def _weights(source: str, folder: Path, config: PreTrainedConfig, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
+    what = f"{source} ({config.model_type})"
     try:
         with _LOADING:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -217,24 +218,23 @@ def _weights(source: str, folder: Path, config: PreTrainedConfig, dtype: str, wh
             told = "transformers has no causal language model of this type (AutoModelForCausalLM takes others only)"
         else:
             told = f"transformers cannot load it: {_first_line(error)}{_damaged(folder)}"
-        raise UnsupportedModelError(f"{source} ({config.model_type}): {told}") from error
+        raise UnsupportedModelError(f"{what}: {told}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        raise UnsupportedModelError(f"{source} ({config.model_type}): the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
+        raise UnsupportedModelError(f"{what}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
     misfits = sorted(Misfit(name, list(held), list(made)) for name, held, made in info.get("mismatched_keys") or ())
     if misfits:
-        raise UnsupportedModelError(
-            f"{source} ({config.model_type}): the checkpoint has weights of other shapes than its config: {told_misfits(misfits)}"
-        )
+        raise UnsupportedModelError(f"{what}: the checkpoint has weights of other shapes than its config: {told_misfits(misfits)}")
     unexpected = sorted(info.get("unexpected_keys") or ())
-    for other in (name for name in config.architectures or () if unexpected and name.endswith(_OTHER_HEADS)):  # its layers may well have a tied head
-        raise UnsupportedModelError(f"{source} ({config.model_type}): is a {other}, whose head ({unexpected[0]}) is no language model's")
+    other = next((name for name in config.architectures or () if name.endswith(_OTHER_HEADS)), None)
+    if other is not None and unexpected:  # without any its layers may well have a tied head
+        raise UnsupportedModelError(f"{what}: is a {other}, whose head ({unexpected[0]}) is no language model's")
     surplus = _without_a_place(model, unexpected)
     if surplus:
-        what = f"the checkpoint's layers have {len(surplus)} weights that its config has no place for, such as {surplus[0]}"
-        warnings.warn(f"{source} ({config.model_type}): {what}; they are left out", stacklevel=2)
+        told = f"the checkpoint's layers have {len(surplus)} weights that its config has no place for, such as {surplus[0]}"
+        warnings.warn(f"{what}: {told}; they are left out", stacklevel=2)
     model.train(False).requires_grad_(False)
     return model
 

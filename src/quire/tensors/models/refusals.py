@@ -24,10 +24,10 @@ def refuse_config(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{kind}: is an encoder-decoder model; only decoders are served")
     text = config.get_text_config(decoder=True)
-    for config_ in (config, text):
-        if getattr(config_, "add_cross_attention", False) or getattr(config_, "cross_attention_layers", None):
+    for told in (config, text):
+        if getattr(told, "add_cross_attention", False) or getattr(told, "cross_attention_layers", None):
             raise UnsupportedModelError(f"{kind}: has cross-attention")
-        if getattr(config_, "is_causal", True) is False:
+        if getattr(told, "is_causal", True) is False:
             raise UnsupportedModelError(f"{kind}: its attention is not causal (is_causal=False)")
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_KINDS)
     if others:
