@@ -60,8 +60,8 @@ def pack_weights(model: PreTrainedModel, products: PackingProducts, quantization
     num_bytes = sum(-(-size // ALIGNMENT) * ALIGNMENT for size, known in zip(sizes, stored, strict=True) if known not in made.places)
     space = device.room_for_weights(num_bytes)
     offset = 0
-    while weights:
-        weight, layout, size, known = weights.pop(0), layouts.pop(0), sizes.pop(0), stored.pop(0)
+    for layout, size, known in zip(layouts, sizes, stored, strict=True):
+        weight = weights.pop(0)  # no list is to hold its memory any longer
         if size == 0:
             continue
         plain = weight.tensor.detach()

@@ -206,11 +206,8 @@ def _exact(model: CausalModel, make_step: MakeStep, sequences: Sequence[torch.Te
     backwards = _packed(model, make_step, sequences[::-1])[::-1]
     alone = [_packed(model, make_step, [ids])[0] for ids in sequences]
     begun = _packed(model, make_step, [sequences[0][:3]])[0]  # its first tokens only: two rows or three are a class of their own in fp32
-    return (
-        all(torch.equal(a, b) for a, b in zip(packed, backwards, strict=True))
-        and all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
-        and torch.equal(packed[0][:3], begun)
-    )
+    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(packed, backwards, alone, strict=True))
+    return same and torch.equal(packed[0][:3], begun)
 
 
 def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs: LoweredLayers | None = None) -> list[torch.Tensor]:
@@ -231,8 +228,8 @@ def _own_logits(model: CausalModel, sequences: Sequence[torch.Tensor], programs:
     longest, one, few = sequences
     if programs is None:
         return [own(ids, ()) for ids in sequences]
-    head = [layer for layer in (output_layer(model.transformers_model),) if layer is not None]
-    return [own(longest, [*programs.alike, *head]), own(one, [model.transformers_model]), own(few, programs.alike)]
+    head = output_layer(model.transformers_model)
+    return [own(longest, [*programs.alike, *([] if head is None else [head])]), own(one, [model.transformers_model]), own(few, programs.alike)]
 
 
 def _errors(packed: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> torch.Tensor:
