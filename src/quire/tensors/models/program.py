@@ -63,12 +63,11 @@ def assemble(plan: Plan) -> Program:
         for value in _written(step):
             if value in lives:
                 lives[value] = (min(lives[value][0], i), lives[value][1])
-    sizes = {value: plan.sizes[value] * plan.dtypes[value].itemsize for value in lives}
-    places, arena_bytes = _placed([(value, *lives[value], sizes[value]) for value in lives], _LINE)
+    row_bytes = [size * dtype.itemsize for size, dtype in zip(plan.sizes, plan.dtypes, strict=True)]
+    places, arena_bytes = _placed([(value, *life, row_bytes[value]) for value, life in lives.items()], _LINE)
     numbers = {value: number for number, value in enumerate([*given, *places])}
-    buffers = b"".join(
-        _BUFFER.pack(0 if v in weights else plan.sizes[v] * plan.dtypes[v].itemsize, _dtype(plan, v), places.get(v, -1)) for v in numbers
-    )
+    # Bytes of a packed weight have no dtype, 0: its product names their form.
+    buffers = b"".join(_BUFFER.pack(0 if v in weights else row_bytes[v], DTYPE_CODES.get(plan.dtypes[v], 0), places.get(v, -1)) for v in numbers)
     instructions: list[bytes] = []
     packed, scratch_floats = [], 16
     for step in steps:
@@ -87,11 +86,6 @@ def assemble(plan: Plan) -> Program:
         scratch_floats = max(scratch_floats, floats)
     native = lib.Program(b"".join(instructions), buffers, b"".join(packed), scratch_floats, arena_bytes)
     return Program(native, len(before), len(steps), tuple(given))
-
-
-def _dtype(plan: Plan, value: int) -> int:
-    """As the kernels know it; 0 for the bytes of a packed weight, whose form its product names."""
-    return DTYPE_CODES.get(plan.dtypes[value], 0)
 
 
 def _without_copies(steps: Sequence[RowOp | Multiply], read: Counter[int]) -> list[RowOp | Multiply]:
@@ -178,7 +172,7 @@ def _instructions(stretch: Stretch, plan: Plan, numbers: dict[int, int]) -> tupl
     for i, step in enumerate(order):
         for value in (step[1],) if isinstance(step, tuple) else (step.out.value, *step.reads):
             lives[value] = (lives.get(value, (i, i))[0], i)
-    places, floats = _placed([(value, *lives[value], plan.sizes[value]) for value in lives], _LINE // 4)
+    places, floats = _placed([(value, *life, plan.sizes[value]) for value, life in lives.items()], _LINE // 4)
     made = []
     for step in order:
         if isinstance(step, tuple):
