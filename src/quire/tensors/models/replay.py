@@ -122,12 +122,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._places = {id(x): place for place, x in enumerate(self._values) if x is not None}
         self._calls: list[ModuleCall] = []
         self._within = False
-        self._other = False  # whether anything was seen that cannot be replayed
+        self._strange = False  # whether anything was seen that cannot be replayed
         self._begun: tuple[Any, tuple[int, ...]] | None = None  # arguments of the first layer of a chain in progress
 
     def calls_for(self, logits: torch.Tensor) -> list[ModuleCall]:
         """All calls, if the last one gave the logits; otherwise none."""
-        return self._calls if not self._other and self._places.get(id(logits)) == len(self._values) - 1 else []
+        return self._calls if not self._strange and self._places.get(id(logits)) == len(self._values) - 1 else []
 
     @contextmanager
     def watching(self, parts: Sequence[nn.Module], *, live: bool) -> Iterator[None]:
@@ -146,7 +146,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._note(_rows, take_apart((tuple(tensors), {}), []), places, result)
             elif func._schema.is_mutable:
                 held = {x.untyped_storage().data_ptr() for x in self._values if x is not None}
-                self._other |= any(x.untyped_storage().data_ptr() in held for x in tensors)
+                self._strange |= any(x.untyped_storage().data_ptr() in held for x in tensors)
         return result
 
     def _seen(self, module: nn.Module, forward: Callable[..., Any], live: bool) -> Callable[..., Any]:
@@ -165,12 +165,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             finally:
                 self._within = False
             if layer is None or chain is None:
-                self._other |= min(places, default=0) < 0 or not (layer is not None or _is_constant(skeleton))
                 run = module if live else _direct(module, forward)
-                self._other |= run is None
+                self._strange |= run is None or min(places, default=0) < 0 or (layer is None and not _is_constant(skeleton))
                 self._note(run or module, skeleton, places, result, module)
             elif layer.index == 0:
-                self._other |= min(places, default=0) < 0
+                self._strange |= min(places, default=0) < 0
                 self._begun = skeleton, places
             elif layer.index == len(chain.layers) - 1 and self._begun is not None:
                 self._note(chain, *self._begun, result)
@@ -180,7 +179,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, run: Callable[..., Any], skeleton: Any, places: tuple[int, ...], result: Any, module: nn.Module | None = None) -> None:
         given: list[torch.Tensor] = []
-        self._other |= not _is_constant(take_apart(result, given))
+        self._strange |= not _is_constant(take_apart(result, given))
         self._calls.append(ModuleCall(run, skeleton, places, range(len(self._values), len(self._values) + len(given)), module))
         for x in given:
             self._places[id(x)] = len(self._values)
