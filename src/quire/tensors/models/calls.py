@@ -1,4 +1,4 @@
-"""A model's decoder layers and the calls that are made of them: what compiled and lowered layers both begin with."""
+"""What is looked for in modules and may be changed on them for a while, and calls of them taken apart: what all that serves a model begins with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PLAIN = (bool, int, float, str, type(None))
 OF_TORCH = frozenset(nn.Module().__dict__)  # our forwards run in eval mode, so the training flag says nothing
 
 Weights = tuple[tuple[dict[str, Any], str], ...]
-Change = tuple[dict[str, Any], str, Any]  # an object's __dict__, a name in it, its value for a while
+# An object's __dict__, a name in it, its value for a while. Hundreds are made and undone in a forward: nn.Module.__setattr__ would take longer.
+Change = tuple[dict[str, Any], str, Any]
 
 
 @dataclass(frozen=True, slots=True)

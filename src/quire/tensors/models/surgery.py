@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -49,7 +49,7 @@ class Surgery:
         self.mode = ExactMode(products, whole_vectors=whole_vectors, rows=rows)
         self.query_scales: dict[int, QueryScale] = {}
         self.chunks: dict[int, int] = {}
-        self._forwards: list[tuple[dict[str, Any], Forward]] = []  # a module's __dict__, its forward during ours
+        self._forwards: list[Change] = []
         self._settings: list[Change] = []
         self._states = [module.__dict__ for module in model.modules()] if live else []
         for module in model.modules():
@@ -57,7 +57,7 @@ class Surgery:
             if forward is None and rows is None:  # with them the whole forward is in exact mode, and in no need of whole vectors
                 forward = _forward_of(module, self.mode, live)
             if forward is not None and (whole_vectors or not isinstance(module, _ACTIVATIONS)):
-                self._forwards.append((module.__dict__, forward))
+                self._forwards.append((module.__dict__, "forward", forward))
             self._take_over_query_scale(module)
             if rows is not None and hasattr(module, "warn_if_padding_and_no_attention_mask"):  # to look at the ids is to wait for the device
                 self._settings.append((module.__dict__, "warn_if_padding_and_no_attention_mask", lambda *_: None))
@@ -69,26 +69,14 @@ class Surgery:
     def replace(self, module: nn.Module, forward: Forward) -> None:
         """From now on `module` as a whole gets `forward`, and nothing inside it is changed."""
         inside = {id(inner.__dict__) for inner in module.modules()}
-        self._forwards = [(state, given) for state, given in self._forwards if id(state) not in inside]
-        self._forwards.append((module.__dict__, forward))
+        self._forwards = [change for change in self._forwards if id(change[0]) not in inside]
+        self._forwards.append((module.__dict__, "forward", forward))
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Everything in place inside, everything as before outside."""
-        found: list[tuple[dict[str, Any], Forward]] = []
-        with changed(self._settings), self._in_eval_mode():
-            try:
-                # Hundreds of modules, twice a forward: __dict__ skips nn.Module.__setattr__, which would cost more than all the rest here.
-                for state, forward in self._forwards:
-                    if "forward" in state:
-                        found.append((state, state["forward"]))
-                    state["forward"] = forward
-                yield
-            finally:
-                for state, _ in self._forwards:
-                    state.pop("forward", None)
-                for state, forward in found:
-                    state["forward"] = forward
+        with changed(self._settings), changed(self._forwards), self._in_eval_mode():
+            yield
 
     @contextmanager
     def unpatched(self, multiplied: Iterable[nn.Module] = ()) -> Iterator[None]:
@@ -104,16 +92,9 @@ class Surgery:
         with changed(changes), self._in_eval_mode():
             yield
 
-    @contextmanager
-    def _in_eval_mode(self) -> Iterator[None]:
-        training = [state for state in self._states if state["training"]]  # each module by itself: parts of a model may be frozen in eval mode
-        try:
-            for state in training:
-                state["training"] = False
-            yield
-        finally:
-            for state in training:
-                state["training"] = True
+    def _in_eval_mode(self) -> AbstractContextManager[None]:
+        # Each module by itself: parts of a model may be frozen in eval mode.
+        return changed([(state, "training", False) for state in self._states if state["training"]])
 
     def _take_over_query_scale(self, module: nn.Module) -> None:
         # Llama 4 counts positions from the start of the batch, which is not the start of a sequence; the hook uses the true ones.
