@@ -5,12 +5,9 @@ Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes.
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +16,6 @@ from transformers import PreTrainedModel
 from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import Mask
 from quire.tensors.models.facts import context_len, text_config
-
-FEW_MISFITS = 3  # named in a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +71,6 @@ class NoProducts:
 def _check_width(x: torch.Tensor, weight: torch.Tensor, width: int) -> None:
     if x.shape[-1] != width:
         raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)} disagree about K")
-
-
-class Misfit(NamedTuple):
-    """A weight of another shape than the one its model's config makes it."""
-
-    name: str
-    shape: list[int]
-    made: list[int]
-
-
-def misfits(model: PreTrainedModel) -> list[Misfit]:
-    """Those of a model, as far as its class makes weights of the same names from its config."""
-    with suppress(Exception), torch.device("meta"):  # a class of its owner's may want more than a config
-        made = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
-        return [
-            Misfit(name, list(weight.shape), list(made[name].shape))
-            for name, weight in model.named_parameters()
-            if name in made and made[name].shape != weight.shape
-        ]
-    return []
-
-
-def told_misfits(found: Sequence[Misfit]) -> str:
-    """The first few of them, in words."""
-    few = ", ".join(f"{one.name} {one.shape} where the config says {one.made}" for one in found[:FEW_MISFITS])
-    return few + (f", and {len(found) - FEW_MISFITS} more" if len(found) > FEW_MISFITS else "")
 
 
 def check_layers(layers: list[LayerGeometry], model: PreTrainedModel) -> tuple[LayerGeometry, ...]:

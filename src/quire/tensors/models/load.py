@@ -27,10 +27,9 @@ from quire.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from quire.tensors.attention.base import PackingProducts, RowReductions
 from quire.tensors.device import CPU, Device
 from quire.tensors.models.facts import context_len, text_config
-from quire.tensors.models.geometry import Misfit, told_misfits
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import move_rest, pack_weights
-from quire.tensors.models.refusals import refuse_config, refuse_dtype
+from quire.tensors.models.refusals import Misfit, refuse_config, refuse_dtype, told_misfits
 from quire.tensors.models.ropes import stretch, unstretched_len, warn_of_limit
 from quire.tensors.models.turns import turn_of
 

@@ -23,11 +23,11 @@ from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
 from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
 from quire.tensors.models.form import Form
-from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers, check_vocabulary, misfits, told_misfits
+from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers, check_vocabulary
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer, width
 from quire.tensors.models.hook import AttentionStep, Running, running
 from quire.tensors.models.precise import WidenedProducts, WithFloatActivations
-from quire.tensors.models.refusals import refuse_model
+from quire.tensors.models.refusals import misfits, refuse_model, told_misfits
 from quire.tensors.models.strays import Finder, OverlookedProducts, differing, of_products, of_products_and_sums
 from quire.tensors.models.surgery import Surgery, without_autocast
 from quire.tensors.models.turns import in_turn, turn_of

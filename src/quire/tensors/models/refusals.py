@@ -1,11 +1,14 @@
-"""Models that cannot be served, told apart before anything is run: by their config, before the weights are read, and by their modules.
-
-What cannot be seen here is left to the dry run (geometry.py), the hook and the probe.
+"""Models that cannot be served, told apart before anything is run: by their config, before the weights are read, by the shapes of weights, and by
+their modules. What cannot be seen here is left to the dry run (geometry.py), the hook and the probe.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,6 +18,7 @@ from quire.tensors.models.facts import output_embeddings
 from quire.tensors.models.ropes import refuse_ropes
 
 _SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_FEW_MISFITS = 3  # named in a refusal
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,3 +64,29 @@ def refuse_dtype(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError for weights of a dtype that nothing here computes in. Ask before they are packed."""
     if model.dtype not in _DTYPES:
         raise UnsupportedModelError(f"{model.config.model_type}: its weights are {model.dtype}; served are {', '.join(map(str, _DTYPES))}")
+
+
+class Misfit(NamedTuple):
+    """A weight of another shape than the one its model's config makes it."""
+
+    name: str
+    shape: list[int]
+    made: list[int]
+
+
+def misfits(model: PreTrainedModel) -> list[Misfit]:
+    """Those of a model, as far as its class makes weights of the same names from its config."""
+    with suppress(Exception), torch.device("meta"):  # a class of its owner's may want more than a config
+        made = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
+        return [
+            Misfit(name, list(weight.shape), list(made[name].shape))
+            for name, weight in model.named_parameters()
+            if name in made and made[name].shape != weight.shape
+        ]
+    return []
+
+
+def told_misfits(found: Sequence[Misfit]) -> str:
+    """The first few of them, in words."""
+    few = ", ".join(f"{one.name} {one.shape} where the config says {one.made}" for one in found[:_FEW_MISFITS])
+    return few + (f", and {len(found) - _FEW_MISFITS} more" if len(found) > _FEW_MISFITS else "")
