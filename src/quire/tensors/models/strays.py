@@ -1,5 +1,5 @@
-"""What torch computes itself in a forward of ours though its bits follow the number of tokens: products, for which it picks another kernel with
-another order of adding, and elementwise functions of a number of elements that is no whole number of vectors.
+"""What torch computes itself in a forward of ours though its bits follow the number of tokens: products (on an accelerator sums, too), for which
+it picks another kernel with another order of adding, and elementwise functions of a number of elements that is no whole number of vectors.
 
 They are looked for by what they are, not by what they give: an adapter that begins at zero, or adds little, shows no difference in any bit of the
 probe's logits, and would in those of a later step. A curve differs in the last bit of few elements, which the probe's few tokens need not have.
