@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from quire import LLM, ConfigError, SamplingParams, UnsupportedModelError
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import TOLERANCE
-from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.row_by_row import RowByRow
 from quire.tensors.products import ReferenceProducts
 from tests.engine.conftest import Checkpoint
 from tests.engine.test_transparency import alone, jobs, together

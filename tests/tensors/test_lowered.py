@@ -16,7 +16,7 @@ from quire.tensors.models.geometry import DryRun
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import TOLERANCE
 from quire.tensors.models.program import _BUFFER, _CODES, _INSTRUCTION, _STEP
-from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.row_by_row import RowByRow
 from quire.tensors.native import DTYPE_CODES, lib
 from quire.tensors.native_products import NativeProducts
 from tests.tensors.checkpoints import VOCAB, one_thread, tiny_model

@@ -17,7 +17,7 @@ from quire.tensors.attention.base import Mask
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import TOLERANCE, probe
-from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.row_by_row import RowByRow
 from quire.tensors.products import ReferenceProducts
 from tests.tensors.checkpoints import BASE, FAMILIES, VOCAB, make, one_thread, tiny_model
 

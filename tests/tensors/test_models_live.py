@@ -15,7 +15,7 @@ from quire.errors import ConfigError, UnsupportedModelError
 from quire.tensors.models.hook import NAME
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
-from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.row_by_row import RowByRow
 from quire.tensors.products import ReferenceProducts
 from tests.tensors.checkpoints import one_thread, tiny_model
 from tests.tensors.test_models import ids, load, packed

@@ -18,7 +18,7 @@ from quire.errors import ProbeMismatchError, UnsupportedModelError
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import pack_weights
 from quire.tensors.models.probe import probe
-from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.row_by_row import RowByRow
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedWeight
 from tests.tensors.checkpoints import VOCAB, make, one_thread, tiny_model

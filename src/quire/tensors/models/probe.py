@@ -39,7 +39,7 @@ from quire.tensors.models.geometry import NoAttention
 from quire.tensors.models.hidden import output_layer
 from quire.tensors.models.hook import AttentionStep
 from quire.tensors.models.model import CausalModel
-from quire.tensors.models.rows import RowByRow
+from quire.tensors.models.row_by_row import RowByRow
 from quire.tensors.models.strays import Finder, differing, of_remainders
 
 if TYPE_CHECKING:
