@@ -217,6 +217,26 @@ def a_flag_of_a_class(model: Any) -> Iterator[None]:
     Mine.on = False
 
 
+def a_tensor_of_a_class(model: Any) -> Iterator[None]:
+    class Mine(LowRank):
+        signs = torch.ones(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.signs[0]
+
+    adapt(model).__class__ = Mine
+    yield
+    Mine.signs = torch.full((2,), -1.0)
+
+
+def a_tensor_beside_the_training_flag(model: Any) -> Iterator[None]:
+    layer = model.model.layers[0]
+    layer.statistics = torch.zeros(2)
+    yield
+    model.train()
+    layer.statistics, layer.self_attn.scaling = torch.ones(2), 0.5
+
+
 def a_module_nobody_registered(model: Any) -> Iterator[None]:
     adapter = adapt(model)
     yield
@@ -227,7 +247,8 @@ def a_module_nobody_registered(model: Any) -> Iterator[None]:
 CHANGES: list[Change] = [
     in_place, a_fused_optimizer, another_parameter, loaded, loaded_by_assignment, at_the_same_address, turned, epsilon, scaling, activation,
     frequencies, layers_swapped, another_hook, another_wrapper, a_wrapper_of_what_multiplies, a_class, a_parametrization, an_adapter,
-    an_adapter_taken_out, another_adapter, a_number, a_name, a_flag_of_a_class, a_module_nobody_registered,
+    an_adapter_taken_out, another_adapter, a_number, a_name, a_flag_of_a_class, a_tensor_of_a_class,
+    a_tensor_beside_the_training_flag, a_module_nobody_registered,
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class Form:
         return (
             all(inner == children for inner, children in self._children)
             and all(_same(state, kept) for state, kept in self._plain)
-            and all(dict(vars(cls)) == kept for cls, kept in self._classes)
+            and all(_equal(dict(vars(cls)), kept) for cls, kept in self._classes)
             and self._told_around() == self._around
         )
 
@@ -182,10 +182,12 @@ def _deep_attributes(module: nn.Module) -> list[str] | None:
 
 def _same(state: dict[str, Any], kept: dict[str, Any]) -> bool:
     """Whether the attributes of a module are what they were, those aside that torch keeps."""
+    return _equal(state, kept) or _equal(*([item for item in x.items() if item[0] not in OF_TORCH] for x in (state, kept)))
+
+
+def _equal(a: object, b: object) -> bool:
+    """Whether two containers hold the same, as C compares: there are hundreds."""
     try:
-        if state == kept:  # hundreds of modules, so as C compares
-            return True
+        return a == b
     except (RuntimeError, ValueError):  # a tensor or an array stands in the place of another
         return False
-    now, then = ([(name, value) for name, value in x.items() if name not in OF_TORCH] for x in (state, kept))
-    return len(now) == len(then) and all(a[0] == b[0] and (a[1] is b[1] or a[1] == b[1]) for a, b in zip(now, then, strict=True))
