@@ -54,17 +54,9 @@ def assemble(plan: Plan) -> Program:
     if any(count > 1 for count in Counter(value for step in steps for value in _written(step)).values()):
         raise UnlowerableError("a product comes between two parts of a tensor")
     weights = {value for value, _ in plan.weights}
-    lives: dict[int, tuple[int, int]] = {}  # value that is kept and not given -> first and last step
-    for i, step in enumerate(steps):
-        for value in _outside(step):
-            if value not in given:
-                lives[value] = (lives.get(value, (i, i))[0], i)
-    for i, step in enumerate(steps):  # what a later step reads is kept from the one that made it
-        for value in _written(step):
-            if value in lives:
-                lives[value] = (min(lives[value][0], i), lives[value][1])
+    kept = {value for step in steps for value in _outside(step)} - set(given)
     row_bytes = [size * dtype.itemsize for size, dtype in zip(plan.sizes, plan.dtypes, strict=True)]
-    places, arena_bytes = _placed([(value, *life, row_bytes[value]) for value, life in lives.items()], _LINE)
+    places, arena_bytes = _placed([(_outside(step) | _written(step)) & kept for step in steps], row_bytes, _LINE)
     numbers = {value: number for number, value in enumerate([*given, *places])}
     # Bytes of a packed weight have no dtype, 0: its product names their form.
     buffers = b"".join(_BUFFER.pack(0 if v in weights else row_bytes[v], DTYPE_CODES.get(plan.dtypes[v], 0), places.get(v, -1)) for v in numbers)
@@ -168,11 +160,8 @@ def _instructions(stretch: Stretch, plan: Plan, numbers: dict[int, int]) -> tupl
         order.append(work)
         if last_write[work.out.value] == i and work.out.value in numbers:
             order.append(("store", work.out.value))
-    lives: dict[int, tuple[int, int]] = {}
-    for i, step in enumerate(order):
-        for value in (step[1],) if isinstance(step, tuple) else (step.out.value, *step.reads):
-            lives[value] = (lives.get(value, (i, i))[0], i)
-    places, floats = _placed([(value, *life, plan.sizes[value]) for value, life in lives.items()], _LINE // 4)
+    used = [{step[1]} if isinstance(step, tuple) else {step.out.value, *step.reads} for step in order]
+    places, floats = _placed(used, plan.sizes, _LINE // 4)
     made = []
     for step in order:
         if isinstance(step, tuple):
@@ -201,13 +190,20 @@ def _operand(operand: Operand, places: dict[int, int]) -> tuple[int, ...]:
     return (places[operand.value] + operand.at, *operand.step)
 
 
-def _placed(lives: Iterable[tuple[int, int, int, int]], line: int) -> tuple[dict[int, int], int]:
-    """Places for (value, first, last, size), such that those that live at one time do not overlap, and the end of all; multiples of `line`."""
+def _placed(used: Iterable[Iterable[int]], sizes: Sequence[int], line: int) -> tuple[dict[int, int], int]:
+    """Places for values of these sizes, given which of them each step uses, and the end of all; multiples of `line`.
+
+    A value lives from the first step that uses it to the last, and those that live at one time do not overlap.
+    """
+    lives: dict[int, tuple[int, int]] = {}  # value -> first and last step
+    for i, values in enumerate(used):
+        for value in values:
+            lives[value] = (lives.get(value, (i, i))[0], i)
     places: dict[int, int] = {}
     taken: list[tuple[int, int, int]] = []  # last, begin, end
     total = 0
-    for value, first, last, size in sorted(lives, key=lambda life: life[1]):
-        size = -(-size // line) * line
+    for value, (first, last) in sorted(lives.items(), key=lambda life: life[1]):
+        size = -(-sizes[value] // line) * line
         at = 0
         for _, begin, end in sorted((t for t in taken if t[0] >= first), key=lambda t: t[1]):
             if at + size <= begin:
