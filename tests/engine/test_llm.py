@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,15 @@ def test_an_engine_is_made_under_any_default_device(llm: LLM, checkpoint: Checkp
     expected = [output.outputs for output in llm.generate([[5, 6, 7]], GREEDY)]
     with torch.device("meta"), LLM(checkpoint("llama"), page_size=4) as other:
         assert [output.outputs for output in other.generate([[5, 6, 7]], GREEDY)] == expected
+
+
+def test_an_engine_made_in_inference_mode_writes_its_pages(llm: LLM, checkpoint: Checkpoint) -> None:
+    """Sampled sisters copy the page in whose midst their prompt ends; they do so on the engine's thread, which is in no such mode."""
+    sisters = replace(GREEDY, n=2)
+    expected = [output.outputs for output in llm.generate([[5, 6, 7, 8, 9, 10]], sisters)]
+    with torch.inference_mode(), LLM(checkpoint("llama"), page_size=4) as other:
+        outputs = other.generate([[5, 6, 7, 8, 9, 10]], sisters)
+    assert [output.raise_for_error().outputs for output in outputs] == expected
 
 
 def test_streamed_text_is_generated_text(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quire import InvalidRequestError, PagedCache
-from tests.tensors.checkpoints import tiny_model
+from tests.tensors.checkpoints import make, tiny_model
 
 FAMILIES = ["llama", "gemma3_text", "gpt_oss", "gpt2"]
 
@@ -67,6 +68,15 @@ def test_a_codec_and_a_chunked_prefill_keep_their_bits() -> None:
     ]
     assert torch.equal(torch.cat(parts, dim=1), whole)
     assert cache.page_bytes < PagedCache(model, 1, 4).page_bytes
+
+
+def test_pages_and_logits_may_be_changed_whatever_mode_they_were_made_in(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        cache = PagedCache(make(tmp_path, "llama"), 2, 4)
+    logits = cache.forward(torch.tensor([prompt(3)]), page_table=torch.tensor([[0]]), cache_lens=[0])
+    cache.copy_page(0, 1)
+    logits.div_(2)
+    assert not logits.is_inference()
 
 
 def test_the_seeds_worked_example() -> None:

@@ -27,7 +27,7 @@ from quire.policy.groups import Arrangement, Group, arrange
 from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.device import Device
-from quire.tensors.host import no_default_device
+from quire.tensors.host import no_modes_of_callers
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import failures_told, probe
@@ -107,7 +107,7 @@ def build_engine(source: str | PreTrainedModel, config: EngineConfig) -> Built:
     kernels = choose_kernels(config.backend, num_threads, config.device)
     if config.compile:
         kernels = replace(kernels, name=f"{kernels.name}, compiled layers")
-    with no_default_device():
+    with no_modes_of_callers():
         model = open_model(source, config, kernels)
         try:
             return _lay_out(source, model, config, kernels, num_threads)

@@ -26,7 +26,7 @@ from quire.faces.checked import integer, integers, is_whole
 from quire.policy.copies import PageCopy
 from quire.policy.groups import in_one_group
 from quire.tensors.attention.base import StepInputs, TableInputs
-from quire.tensors.host import no_default_device, one_torch_thread_here
+from quire.tensors.host import no_modes_of_callers, one_torch_thread_here
 from quire.tensors.store import PageStore, StagedStep, cached_layers, layer_places
 
 
@@ -69,7 +69,7 @@ class PagedCache:
             raise InvalidRequestError("num_pages", num_pages, f"an integer from 1 to {2**31 - 1}")
         threads = num_threads or torch.get_num_threads()
         kernels = choose_kernels(backend, threads)
-        with no_default_device():
+        with no_modes_of_callers():
             self._model = open_model(os.fspath(model) if isinstance(model, os.PathLike) else model, config, kernels)
             layers = cached_layers(self._model.layers, self._model.dtype, *split_codec(kv_codec))
             arrangement = in_one_group(layers, page_size)
@@ -127,7 +127,7 @@ class PagedCache:
         def run() -> torch.Tensor:
             logits = self._model.forward(step, input_ids.flatten().long(), positions.flatten(), logits_at)
             step.commit()
-            return logits
+            return logits.clone() if logits.is_inference() else logits  # else a caller could neither change them nor go on with autograd
 
         return self._thread.run(run).view(num_rows, kept, -1)
 

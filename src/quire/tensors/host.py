@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -40,9 +40,13 @@ def room(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(mapped(num_bytes), dtype=torch.uint8, count=num_bytes)
 
 
-def no_default_device() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors without a device of their own lie on the CPU, whatever default the caller has set: that would take ours along."""
-    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+@contextlib.contextmanager
+def no_modes_of_callers() -> Iterator[None]:
+    """Inside, tensors without a device of their own lie on the CPU, whatever default the caller has set: that would take ours along. And they are
+    none of inference mode, as the engine's thread, which is not in that, writes to them."""
+    on_cpu = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), on_cpu:
+        yield
 
 
 def one_torch_thread_here() -> None:
