@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from quire import LLM
+from quire import LLM, SamplingParams
 from quire.errors import InvalidRequestError, UnsupportedModelError
 from quire.faces.slots import Slots
 from tests.engine.test_live_changes import Change, a_number, another_hook, epsilon, frequencies
@@ -49,6 +49,22 @@ def test_what_an_open_engine_cannot_take_is_refused_each_time(why: str) -> None:
         for _ in range(2):
             with pytest.raises(UnsupportedModelError, match=why):
                 llm.generate(PROMPTS, PARAMS)
+
+
+@pytest.mark.parametrize("config", ["config", "generation_config"])
+def test_ends_set_later_in_a_config_end_sequences_or_are_refused(config: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    with LLM(model, page_size=16, cache_bytes=2**24) as llm:
+        greedy = SamplingParams(max_tokens=6, temperature=0.0)
+        before = llm.generate(PROMPTS[-1], greedy)[0].outputs[0]
+        place = next(i for i in range(1, 6) if before.token_ids[i] not in before.token_ids[:i])
+        getattr(model, config).eos_token_id = [2, before.token_ids[place]]
+        after = llm.generate(PROMPTS[-1], greedy)[0].outputs[0]
+        assert (after.token_ids, after.finish_reason) == (before.token_ids[: place + 1], "stop") and before.finish_reason == "length"
+    with LLM(model, page_size=16, cache_bytes=2**24) as llm:
+        model.generation_config.eos_token_id = "</s>"  # type: ignore[union-attr]
+        with pytest.raises(UnsupportedModelError, match="eos_token_id='</s>'"):
+            llm.generate(PROMPTS, PARAMS)
 
 
 def test_an_engine_goes_on_with_programs_after_a_refusal() -> None:

@@ -36,9 +36,11 @@ class Intake:
         return token_ids
 
     def request(self, prompt: Prompt, params: SamplingParams, namespace: str | None, priority: int, request_id: str | None, *, read: bool) -> Request:
-        """A request that can run. Raises InvalidRequestError as `LLM.submit`."""
+        """A request that can run. Raises InvalidRequestError as `LLM.submit`, UnsupportedModelError for ends of a live model that are no ids."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("params", params, "a SamplingParams")
+        if self._built.model.live:
+            self._built.model.read_ends()
         if params.logit_bias is not None:
             params = replace(params)  # with a mapping of its own, checked again: the caller's may have changed since, or may yet
         if request_id is not None and not (isinstance(request_id, str) and request_id):

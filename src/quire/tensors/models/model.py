@@ -126,6 +126,10 @@ class CausalModel:
         """Whether a live model is other than when it was last taken (see form.py). Ask between forwards: in one it is not as its owner made it."""
         return self.live and (self._form is None or not self._form.holds())
 
+    def read_ends(self) -> None:
+        """Take the end-of-sequence ids that are named now: trainers set them in a config, and the generation config is no part of the form."""
+        self.eos_token_ids = eos_token_ids(self._open()[0])
+
     def take_again(self) -> bool:
         """Take a live model as it is made now. Whether its code is other than any that has passed the probe, so that it must be probed.
 
