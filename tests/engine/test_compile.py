@@ -85,6 +85,12 @@ def test_a_live_model_is_left_alone_and_its_changes_are_seen() -> None:
         model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(-model.model.layers[0].mlp.up_proj.weight.detach())
         llm.reset_cache()
         second = generated(llm)
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match="other modules than those compiled: undo it, or open it anew"):
+                generated(llm)
+        hook.remove()
+        assert generated(llm) == second
     assert first != second
     with LLM(model, compile=True) as llm:
         assert generated(llm) == second

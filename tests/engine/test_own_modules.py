@@ -238,5 +238,5 @@ def test_compiled_layers_see_no_other_modules() -> None:
         llm._built.model.compiled = True  # without the half minute that it takes
         assert llm.generate(PROMPTS[-1:], PARAMS)[0].error is None
         model.model.layers[1].mlp = Own(SERVED["@"])
-        with pytest.raises(UnsupportedModelError, match="other modules than those compiled: open it anew"):
+        with pytest.raises(UnsupportedModelError, match="other modules than those compiled: undo it, or open it anew"):
             llm.generate(PROMPTS[-1:], PARAMS)

@@ -136,8 +136,11 @@ class CausalModel:
         Raises UnsupportedModelError for a change that only a new engine can take. Until a call succeeds, or the probe, it counts as changed.
         """
         model, _ = self._open()
-        before, self._form = self._form, None
-        if before is None or not before.is_made_so():
+        made_so = self._form is not None and self._form.is_made_so()
+        if self.compiled and not made_so:  # until that is undone, so the form stays
+            raise UnsupportedModelError(f"{self.model_type}: compile=True: it is made of other modules than those compiled: undo it, or open it anew")
+        self._form = None
+        if not made_so:
             self._take(model)
         form = Form(model)
         if form.code not in self._passed:
@@ -147,8 +150,6 @@ class CausalModel:
 
     def _take(self, model: PreTrainedModel) -> None:
         self.lowered = None
-        if self.compiled:
-            raise UnsupportedModelError(f"{self.model_type}: compile=True: it is made of other modules than those compiled: open it anew")
         refuse_model(model, self.where, live=self.live)
         self._read(model)
         now = (model.dtype, *self._shapes(model), width(self._output_layer))
