@@ -110,9 +110,8 @@ class CausalModel:
         except QuireError:
             raise
         except Exception as error:  # a model's own code may raise anything
-            what = "its forward fails on one token"
-            if not dry.layers:  # code of its own is not ready to do without the mask that we do not build
-                what = "no layer had called transformers' attention interface when its forward failed"
+            # Code of its own may not be ready to do without the mask that we do not build.
+            what = "its forward fails on one token" if dry.layers else "no layer had called transformers' attention interface when its forward failed"
             shapes = f"; it has weights of other shapes than its config: {told_misfits(found)}" if (found := misfits(model)) else ""
             raise UnsupportedModelError(f"{self.model_type}: {what}: {type(error).__name__}: {error}{shapes}") from error
         if getattr(text_config(model), "final_logit_softcapping", None) and self.rows is None:  # tanh over R * V elements, in whole vectors alone
