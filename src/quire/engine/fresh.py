@@ -14,7 +14,7 @@ from quire.policy.groups import arrange
 from quire.tensors.attention.base import StepInputs, TableInputs
 from quire.tensors.models.model import CausalModel
 from quire.tensors.store import PageStore, StagedStep, cached_layers, layer_places
-from quire.tensors.triton_cut import ALWAYS, Cut
+from quire.tensors.triton_cut import ALWAYS
 
 _PAGE_SIZE = 16
 
@@ -30,8 +30,7 @@ class FreshSteps:
         layers = cached_layers(model.layers, model.dtype, None, None)
         arrangement = arrange(layers, _PAGE_SIZE)
         self._store = PageStore(layer_places(arrangement, layers), 1, arrangement.page_bytes, kernels.attention, kernels.device)
-        self._cut = kernels.cut or Cut()
-        self._usual = self._cut.least_programs
+        self._cut, self._usual = kernels.cut, kernels.cut.least_programs
         self._num_groups = len(arrangement.groups)
         self._feed = kernels.device.feed()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from quire.errors import ConfigError
@@ -29,7 +29,7 @@ class Kernels:
     programs: bool = False
     device: Device = CPU
     rows: RowReductions | None = None
-    cut: Cut | None = None
+    cut: Cut = field(default_factory=Cut)
 
 
 def choose_kernels(backend: str, num_threads: int, device: str = "cpu") -> Kernels:

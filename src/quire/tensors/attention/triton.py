@@ -54,7 +54,7 @@ from quire.tensors.triton_cut import Cut
 
 _ROWS: Final = 64
 _KEYS: Final = 64
-_APART_BYTES: Final = 96 << 20  # for the states of parts; where they took more, programs fold their own
+_CUT_BYTES: Final = 96 << 20  # for the states of parts; where they took more, programs fold their own
 _STAGED_BYTES: Final = 64 << 10  # of shared memory for tiles of keys and values; within it the next ones are loaded while one is computed
 _LOG2E: Final = math.log2(math.e)
 
@@ -98,17 +98,17 @@ class TritonAttention:
         blocks, heads = num_blocks(q.shape[0], num_sequences, tokens), place.num_kv_heads
         parts = most_parts(table.page_ids.shape[0] * place.page_size + q.shape[0], mask, tokens)
         least = self._cut.least_programs
-        apart = blocks * heads < least and 4 * out.numel() * parts <= _APART_BYTES
-        sums = out.new_empty(*out.shape[:2], parts if apart else 0, place.v.dim, dtype=torch.float32)
+        cut = blocks * heads < least and 4 * out.numel() * parts <= _CUT_BYTES
+        sums = out.new_empty(*out.shape[:2], parts if cut else 0, place.v.dim, dtype=torch.float32)
         tops, totals = (sums.new_empty(sums.shape[:3]) for _ in range(2))  # two, as half of one might be less aligned, which is another kernel
-        _attend[(blocks, heads, min(parts, -(-least // (blocks * heads))) if apart else 1)](
+        _attend[(blocks, heads, min(parts, -(-least // (blocks * heads))) if cut else 1)](
             q, k, v, k_pages, v_pages, out, step.query_start, step.num_committed, table.page_ids, table.page_start, mask.sinks, sums, tops, totals,
             num_sequences, parts, scale, cap, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
-            *out.stride()[:2], APART=apart, HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group,
+            *out.stride()[:2], CUT=cut, HAS_CAP=bool(mask.softcap), WINDOW=mask.window, CHUNK=mask.chunk, PAGE=place.page_size, GROUP=group,
             DK=place.k.dim, DV=place.v.dim, LANES_K=lanes_k, LANES_V=lanes_v, ROWS=rows, KEYS=_KEYS, PART=PART, WIDE=INTERPRETED,
             num_warps=num_warps, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip
-        if apart:
+        if cut:
             fold_parts[(blocks, q.shape[1], -(-tokens // LINES))](
                 out, step.query_start, step.num_committed, mask.sinks, sums, tops, totals, num_sequences, parts, *out.stride()[:2],
                 WINDOW=mask.window, CHUNK=mask.chunk, TOKENS=tokens, LINES=LINES, DV=place.v.dim,
@@ -150,17 +150,17 @@ def _lanes(dim: int) -> int:
 def _attend(  # type: ignore[no-untyped-def]
     q, k, v, k_pages, v_pages, out, query_start, num_committed, page_ids, page_start, sinks, sums, tops, totals, num_sequences, num_parts, scale, cap,
     q_token, q_head, k_token, k_head, v_token, v_head, k_page, k_page_head, k_place, v_page, v_page_head, v_place, out_token, out_head,
-    APART: tl.constexpr, HAS_CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
+    CUT: tl.constexpr, HAS_CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, LANES_K: tl.constexpr, LANES_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens (`num_blocks`) and one KV head; with APART a share of its parts, of which it leaves `sums` [T, Hq, num_parts, DV], `tops`
+    """One block of tokens (`num_blocks`) and one KV head; with CUT a share of its parts, of which it leaves `sums` [T, Hq, num_parts, DV], `tops`
     and `totals` [T, Hq, num_parts]. After the tensors their strides in elements, named for what they step over."""
     kv_head = tl.program_id(1)
     sequence, start, first, count = find_block(query_start, num_sequences, ROWS // GROUP)
     committed = tl.load(num_committed + sequence)
     lowest, last = reach(committed, first, count, ROWS // GROUP, WINDOW, CHUNK)
     begin, end = lowest, last + 1
-    if APART:
+    if CUT:
         share = tl.cdiv(last // PART + 1 - lowest // PART, tl.num_programs(2))
         part = lowest // PART + share * tl.program_id(2)
         begin, end = tl.maximum(begin, part * PART), tl.minimum(end, (part + share) * PART)
@@ -220,7 +220,7 @@ def _attend(  # type: ignore[no-untyped-def]
         acc = tl.dot(weights, values, acc * alpha[:, None], input_precision="ieee")
         top = new_top
         if (tile % (PART // KEYS) == PART // KEYS - 1) | ((tile + 1) * KEYS >= end):
-            if APART:
+            if CUT:
                 where = (at * (tl.num_programs(1) * GROUP) + head) * num_parts + (tile * KEYS // PART - lowest // PART)
                 tl.store(tops + where, top, mask=real)
                 tl.store(totals + where, total, mask=real)
@@ -229,7 +229,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 all_top, all_total, all_sum = fold(all_top, all_total, all_sum, top, total, acc)
             top, total, acc = nothing_met(None, head, real, ROWS, LANES_V)
 
-    if not APART:
+    if not CUT:
         store(out + at * out_token + head * out_head, real, lane_v, DV, all_total, all_sum)
 
 
