@@ -20,7 +20,7 @@ namespace {
 RowLayout row_layout(const char* name, int64_t slots, int64_t page_bytes, int64_t offset, int32_t dim, int32_t format, int32_t bytes) {
   const std::string field(name);
   if (format < kF32 || format > kInt4) throw std::invalid_argument(field + " format " + std::to_string(format) + ": must be from 0 to 4");
-  if (dim < 1) throw std::invalid_argument(field + " dim " + std::to_string(dim) + ": must be positive");
+  if (dim < (*name == 'K')) throw std::invalid_argument(field + " dim " + std::to_string(dim) + ": must be positive, of values at least 0");
   if (bytes != row_bytes(format, dim))
     throw std::invalid_argument(field + " rows of " + std::to_string(bytes) + " bytes: must be " + std::to_string(row_bytes(format, dim)));
   if (offset < 0 || offset + slots * bytes > page_bytes)

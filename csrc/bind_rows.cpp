@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 #include <string.h>
 
@@ -67,6 +68,12 @@ void bind_rows(nb::module_& m) {
         require(is_dtype(dtype) && num_heads > 0 && window >= 0 && chunk >= 0 && softcap >= 0, "attention's dtype, heads or mask are out of range");
         new (form) AttendForm{dtype, num_heads, window, chunk, scale, softcap};
       });
+  nb::class_<ConvolveForm>(m, "ConvolveForm")
+      .def("__init__", [](ConvolveForm* form, int32_t dtype, int32_t width, int32_t weight, int32_t bias) {
+        require(is_dtype(dtype) && width > 0 && width <= kMostTaps && weight >= 0 && bias >= -1, "a convolution's dtype, width or weights are out of range");
+        new (form) ConvolveForm{dtype, width, weight, bias};
+      });
+  m.attr("most_taps") = kMostTaps;
 }
 
 }  // namespace quire

@@ -3,6 +3,7 @@
 // linker with the same one of another instruction set, and then run on a CPU that lacks it.
 #include "attention.h"
 #include "commit.h"
+#include "convolve.h"
 #include "encode.h"
 #include "kernels.h"
 #if !defined(QUIRE_ATTENTION_ALONE)
@@ -21,9 +22,9 @@ namespace {
 template <bool kVnni>
 constexpr Kernels kernels_of(const char* name) {
 #if defined(QUIRE_ATTENTION_ALONE)  // for a build that tests attention and nothing else: no other kernel may be called
-  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, {}, {}, nullptr};
+  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, &convolve, {}, {}, nullptr};
 #else
-  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, linear_kernels<kVnni>, sampling_kernels, &run_rows};
+  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, &convolve, linear_kernels<kVnni>, sampling_kernels, &run_rows};
 #endif
 }
 }  // namespace

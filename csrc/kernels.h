@@ -107,6 +107,20 @@ struct CommitArgs {
   int32_t num_tokens, num_threads;
 };
 
+constexpr int32_t kMostTaps = 16;  // of a convolution: the rows that each of its results is made of
+
+struct ConvolveArgs {
+  PageLayout layout;    // keys of one head, plain, one element a channel
+  Staged staged;        // the step's own rows
+  const void *weight, *bias;  // [C, W], the oldest first; [C] or null
+  void* out;            // [T, C] contiguous
+  float* scratch;       // convolve_scratch_floats of them
+  const int32_t *query_start, *num_committed, *page_ids, *page_start;
+  int32_t num_seqs, num_tokens, width, dtype, num_threads;
+};
+
+static constexpr int64_t convolve_scratch_floats(int64_t channels, int64_t width) { return (width + 2) * ((channels + 15) / 16 * 16); }
+
 // x [T, H, dim] through strides in bytes, to rows [T, H, bytes] of a Format, contiguous.
 struct EncodeArgs {
   const void* x;
@@ -122,6 +136,7 @@ struct Kernels {
   int (*attend)(const AttendArgs*, Error*);
   int (*commit)(const CommitArgs*);
   int (*encode)(const EncodeArgs*);
+  void (*convolve)(const ConvolveArgs*);
   LinearKernels linear;
   SamplingKernels sampling;
   void (*run_rows)(const RowsArgs*);

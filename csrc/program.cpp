@@ -1,5 +1,7 @@
 #include "program.h"
 
+#include <string.h>
+
 #include <utility>
 
 #include "bind.h"
@@ -82,11 +84,13 @@ void Program::run(int64_t first, int64_t end, int64_t num_rows, const std::vecto
   }
 }
 
-void Layers::add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const AttendForm& form, int32_t layer_idx) {
+void Layers::add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const MixForm& form, int32_t layer_idx) {
   require(middle >= 0 && middle <= program.num_steps(), "steps are out of range");
-  require(num_weights >= 0 && num_inputs > 0 && num_weights + num_inputs + 4 < program.num_given(),
-          "a program's buffers are fewer than its layer has");
-  layers_.push_back({&program, middle, num_weights, num_inputs, form, layer_idx, {}});
+  const Layer layer{&program, middle, num_weights, num_inputs, form, layer_idx, {}};
+  require(num_weights >= 0 && num_inputs > 0 && layer.first_output() < program.num_given(), "a program's buffers are fewer than its layer has");
+  if (const auto* convolves = std::get_if<ConvolveForm>(&form))
+    require(convolves->weight < num_weights && convolves->bias < num_weights, "a convolution's weights are none of its layer");
+  layers_.push_back(layer);
 }
 
 void Layers::set_weights(int64_t index, std::vector<Address> addresses) {
@@ -98,7 +102,7 @@ void Layers::set_weights(int64_t index, std::vector<Address> addresses) {
 
 int64_t Layers::output_bytes() const {
   const Layer& last = layers_.back();
-  const int64_t first = last.num_weights + last.num_inputs + 4;
+  const int64_t first = last.first_output();
   return last.program->num_given() == first + 1 ? last.program->row_bytes(first) : -1;
 }
 
@@ -109,7 +113,7 @@ void Layers::run(Step& step, int64_t num_rows, std::vector<Address> inputs, int6
   static thread_local Kept between[2];
   for (size_t i = 0; i + 1 < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
-    const Address to = reinterpret_cast<Address>(between[i % 2].bytes(layer.program->row_bytes(layer.num_weights + layer.num_inputs + 4) * num_rows));
+    const Address to = reinterpret_cast<Address>(between[i % 2].bytes(layer.program->row_bytes(layer.first_output()) * num_rows));
     run_one(layer, step, num_rows, inputs, {to}, num_threads);
     inputs[size_t(hidden_at)] = to;
   }
@@ -120,34 +124,51 @@ void Layers::run_one(const Layer& layer, Step& step, int64_t num_rows, const std
                      const std::vector<Address>& outputs, int32_t num_threads) const {
   const LayerPlace& place = step.store().place(layer.layer_idx);
   const PageLayout& at = place.layout;
-  const AttendForm& form = layer.form;
+  const auto* const attends = std::get_if<AttendForm>(&layer.form);
+  const auto* const convolves = std::get_if<ConvolveForm>(&layer.form);
   require(int64_t(inputs.size()) == layer.num_inputs && int64_t(layer.weights.size()) == layer.num_weights,
           "a layer's inputs or weights are not all given");
-  require(form.num_heads > 0 && form.num_heads % at.num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
   static thread_local std::vector<Address> addresses;
   addresses.assign(layer.weights.begin(), layer.weights.end());
   addresses.insert(addresses.end(), inputs.begin(), inputs.end());
-  const size_t attended = addresses.size();
-  addresses.insert(addresses.end(), 4, 0);
+  const size_t mixed = addresses.size();
+  addresses.resize(size_t(layer.first_output()), 0);
   addresses.insert(addresses.end(), outputs.begin(), outputs.end());
   std::vector<RowBuffer>& buffers = layer.program->bound(addresses, num_rows);
-  const int64_t element = element_bytes(form.dtype), heads[] = {form.num_heads, at.num_kv_heads, at.num_kv_heads, form.num_heads};
-  const int32_t dims[] = {at.k.dim, at.k.dim, at.v.dim, at.v.dim};
+  // What goes into the mixing and what comes out of it, in elements of a row.
+  int64_t width[4] = {at.k.dim, at.k.dim, 0, 0};
+  if (attends) {
+    require(attends->num_heads > 0 && attends->num_heads % at.num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
+    const int64_t heads = attends->num_heads, kv_heads = at.num_kv_heads;
+    const int64_t attended[] = {heads * at.k.dim, kv_heads * at.k.dim, kv_heads * at.v.dim, heads * at.v.dim};
+    memcpy(width, attended, sizeof(width));
+  }
+  const int64_t element = element_bytes(attends ? attends->dtype : convolves->dtype);
+  const size_t count = size_t(layer.first_output()) - mixed;
   static thread_local Kept kept;
   int64_t size = 0, from[4];
-  for (size_t i = 0; i < 4; ++i) {
-    require(buffers[attended + i].row_bytes == heads[i] * dims[i] * element, "rows of q, k, v and out do not fit the layer's place");
+  for (size_t i = 0; i < count; ++i) {
+    require(buffers[mixed + i].row_bytes == width[i] * element, "rows of what mixes do not fit the layer's place");
     from[i] = size;
-    size += (heads[i] * dims[i] * element * num_rows + kLine - 1) / kLine * kLine;
+    size += (width[i] * element * num_rows + kLine - 1) / kLine * kLine;
   }
   char* const memory = kept.bytes(size);
-  for (size_t i = 0; i < 4; ++i) buffers[attended + i].rows = memory + from[i];
+  RowBuffer* const mix = buffers.data() + mixed;
+  for (size_t i = 0; i < count; ++i) mix[i].rows = memory + from[i];
   const Staged staged = step.rows_of(place);
-  if (at.k.format < kInt8) buffers[attended + 1].rows = (char*)staged.k;
-  if (at.v.format < kInt8) buffers[attended + 2].rows = (char*)staged.v;
+  if (convolves) {
+    mix[0].rows = (char*)staged.k;
+  } else {
+    if (at.k.format < kInt8) mix[1].rows = (char*)staged.k;
+    if (at.v.format < kInt8) mix[2].rows = (char*)staged.v;
+  }
   layer.program->run(0, layer.middle, num_rows, buffers, num_threads);
-  const RowBuffer* const qkv = buffers.data() + attended;
-  step.attend(layer.layer_idx, form, qkv[0].rows, qkv[1].rows, qkv[2].rows, qkv[3].rows, num_threads);
+  if (convolves) {
+    const void* const bias = convolves->bias < 0 ? nullptr : pointer<void>(layer.weights[size_t(convolves->bias)]);
+    step.convolve(layer.layer_idx, *convolves, pointer<void>(layer.weights[size_t(convolves->weight)]), bias, mix[0].rows, mix[1].rows, num_threads);
+  } else {
+    step.attend(layer.layer_idx, *attends, mix[0].rows, mix[1].rows, mix[2].rows, mix[3].rows, num_threads);
+  }
   layer.program->run(layer.middle, layer.program->num_steps(), num_rows, buffers, num_threads);
 }
 

@@ -1,5 +1,6 @@
 // Layer programs: rows of small operators and products with weights, one after the other, and the layers of a step that are such programs.
 #pragma once
+#include <variant>
 #include <vector>
 
 #include "step.h"
@@ -44,15 +45,18 @@ class Program {
   int64_t scratch_floats_, arena_bytes_, num_given_ = 0;
 };
 
+// How tokens of a layer mix.
+using MixForm = std::variant<AttendForm, ConvolveForm>;
+
 // Layers of a model that follow one another, attention included: each but the first takes the one before's result where the first takes an input.
 //
 //   inputs ── hidden ──> layer ──> layer ── ... ──> output
 //          └─ others, the same ──────┘
 class Layers {
  public:
-  // Steps [0, middle) of its program come before attention. Its given buffers: weights, inputs, q, k, v, what attention gives, outputs.
-  // The program must outlive this. Throws std::invalid_argument where something is out of range.
-  void add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const AttendForm& form, int32_t layer_idx);
+  // Steps [0, middle) of its program come before tokens mix. Its given buffers: weights, inputs, q, k, v and what attention gives, or x and what the
+  // convolution gives, outputs. The program must outlive this. Throws std::invalid_argument where something is out of range.
+  void add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const MixForm& form, int32_t layer_idx);
   void set_weights(int64_t index, std::vector<Address> addresses);
   int64_t size() const { return int64_t(layers_.size()); }
   // Of the first one, which all others have too.
@@ -70,9 +74,10 @@ class Layers {
   struct Layer {
     const Program* program;
     int64_t middle, num_weights, num_inputs;
-    AttendForm form;
+    MixForm form;
     int32_t layer_idx;
     std::vector<Address> weights;
+    int64_t first_output() const { return num_weights + num_inputs + (std::holds_alternative<AttendForm>(form) ? 4 : 2); }
   };
   void run_one(const Layer& layer, Step& step, int64_t num_rows, const std::vector<Address>& inputs, const std::vector<Address>& outputs,
                int32_t num_threads) const;

@@ -99,7 +99,50 @@ void Step::attend(int32_t layer_idx, const AttendForm& form, const void* q, cons
   check_attend(args);
   build_schedule(args, kernels, schedule);
   if (kernels.attend(&args, &error)) throw std::runtime_error(error.text);
-  // A forward may be run again in the same step (chain.py), and what it stages takes the place of what was.
+  note(layer_idx);
+}
+
+void Step::convolve(int32_t layer_idx, const ConvolveForm& form, const void* kernel, const void* bias, const void* x, void* out, int32_t num_threads) {
+  const LayerPlace& place = store_.place(layer_idx);
+  const RowLayout& row = place.layout.k;
+  const auto& [page_ids, page_start, num_page_ids] = tables_[size_t(place.group)];
+  ConvolveArgs args{};
+  args.layout = place.layout;
+  args.staged = rows_of(place);
+  if (x != args.staged.k || row.format != form.dtype || place.layout.num_kv_heads != 1 || place.layout.v.dim)
+    throw std::invalid_argument("rows of a convolution must be where they are staged, keys of one head of the pages' dtype");
+  args.out = out;
+  args.query_start = query_start_;
+  args.num_committed = num_committed_;
+  args.page_ids = pointer<int32_t>(page_ids);
+  args.page_start = pointer<int32_t>(page_start);
+  args.num_seqs = num_seqs_;
+  args.num_tokens = num_tokens_;
+  args.width = form.width;
+  args.dtype = form.dtype;
+  args.num_threads = num_threads;
+  args.weight = kernel;
+  args.bias = bias;
+  static thread_local std::vector<float> scratch;
+  scratch.resize(size_t(convolve_scratch_floats(row.dim, form.width)));
+  args.scratch = scratch.data();
+  AttendArgs seen{};
+  seen.layout = args.layout;
+  seen.query_start = args.query_start;
+  seen.num_committed = args.num_committed;
+  seen.page_ids = args.page_ids;
+  seen.page_start = args.page_start;
+  seen.num_page_ids = num_page_ids;
+  seen.num_seqs = args.num_seqs;
+  seen.num_tokens = args.num_tokens;
+  seen.window = form.width;
+  check_attend(seen);
+  active_kernels().convolve(&args);
+  note(layer_idx);
+}
+
+// A forward may be run again in the same step (chain.py), and what it stages takes the place of what was.
+void Step::note(int32_t layer_idx) {
   if (std::find(layers_.begin(), layers_.end(), layer_idx) == layers_.end()) layers_.push_back(layer_idx);
 }
 

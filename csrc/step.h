@@ -46,6 +46,11 @@ struct AttendForm {
   float scale, softcap;
 };
 
+// What a short convolution asks for: how wide its kernel [C, W] is, and which of its layer's weights are that and its bias, -1 for none.
+struct ConvolveForm {
+  int32_t dtype, width, weight, bias;
+};
+
 // page_ids, page_start and how many page_ids, of one group
 using TableForm = std::tuple<Address, Address, int32_t>;
 
@@ -66,12 +71,16 @@ class Step {
   // be where they are staged. Throws where a table or a length is out of range.
   void attend(int32_t layer_idx, const AttendForm& form, const void* q, const void* k, const void* v, void* out, int32_t num_threads);
 
+  // x [T, C] of form.dtype, where it is staged, along each sequence with a kernel [C, W] and a bias [C] or null -> out [T, C]. Throws as `attend`.
+  void convolve(int32_t layer_idx, const ConvolveForm& form, const void* kernel, const void* bias, const void* x, void* out, int32_t num_threads);
+
   // Write what was staged to pages: slots[g] int64 [T] of group g (page * B + offset), -1 for nowhere.
   void commit(const std::vector<Address>& slots, int32_t num_threads) const;
   const std::vector<int32_t>& staged_layers() const { return layers_; }
   int64_t staged_bytes() const { return store_.staged_bytes_ * num_tokens_; }  // that all layers' rows take
 
  private:
+  void note(int32_t layer_idx);
   Store& store_;
   const int32_t *query_start_, *num_committed_;
   int32_t num_seqs_, num_tokens_;

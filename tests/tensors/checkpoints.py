@@ -49,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 24, **_EXPERTS,
     },
     "cohere": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "cohere2": {"sliding_window": 24, "layer_types": _WINDOWS},
     "llama4_text": {
         **_FEW, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 100, "attention_chunk_size": 20,

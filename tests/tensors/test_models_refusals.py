@@ -32,7 +32,6 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("gptj", {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8}, "gptj: .*never calls transformers' attention interface"),
     ("mamba", {}, "mamba: "),
     ("qwen3_next", LINEAR, "qwen3_next: has layers of kind linear_attention"),
-    ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "lfm2: has layers of kind conv"),
     ("gpt2", {"add_cross_attention": True}, "gpt2: has cross-attention"),
     ("doge", {}, "attention mask of its own"),
     ("diffllama", {}, "diffllama: layers 0, 1, 2 run attention more than once"),

@@ -14,6 +14,7 @@ import torch
 from quire.policy.copies import PageCopy
 from quire.policy.groups import Arrangement
 from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StepInputs, page_rows
+from quire.tensors.attention.convolve import Reach, convolve, reach
 from quire.tensors.codec import RowFormat, row_format
 from quire.tensors.device import CPU, Device
 from quire.tensors.models.geometry import LayerGeometry
@@ -42,11 +43,13 @@ class CachedLayer:
 
 
 def cached_layers(layers: Iterable[LayerGeometry], dtype: torch.dtype, k_codec: str | None, v_codec: str | None) -> list[CachedLayer]:
-    """Layers whose keys and values are of `dtype`, as they are cached under codecs "int8", "int4" or None."""
-    return [
-        CachedLayer(x.layer_idx, x.num_kv_heads, row_format(k_codec, dtype, x.k_dim), row_format(v_codec, dtype, x.v_dim), x.window, x.chunk)
-        for x in layers
-    ]
+    """Layers whose keys and values are of `dtype`, as they are cached under codecs "int8", "int4" or None; what convolutions keep is plain."""
+
+    def cached(x: LayerGeometry) -> CachedLayer:
+        k, v = (None, None) if x.convolves else (k_codec, v_codec)
+        return CachedLayer(x.layer_idx, x.num_kv_heads, row_format(k, dtype, x.k_dim), row_format(v, dtype, x.v_dim), x.window, x.chunk)
+
+    return [cached(x) for x in layers]
 
 
 def layer_places(arrangement: Arrangement, layers: Iterable[CachedLayer]) -> list[LayerPlace]:
@@ -110,6 +113,7 @@ class StagedStep:
         """`slots[g]` int64 [T]: where each packed token of group g goes (page * B + offset), -1 for nowhere."""
         self._store, self._inputs, self._slots = store, inputs, slots
         self._staged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._reach: dict[tuple[int, int], Reach] = {}
         num_tokens = slots[0].shape[0] if slots else 0
         self.of_programs = store.program_steps(inputs, num_tokens) if store.program_steps is not None else None  # see `AttentionStep`
 
@@ -123,6 +127,14 @@ class StagedStep:
         v = _own(backend.encode(v, place.v))
         self._staged[layer_idx] = (k, v)
         return backend.attend(q, k, v, self._store.pages, place, self._inputs, mask)
+
+    def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Stage x [T,C], and convolve it along each sequence, whose earlier rows are in the cache; returns [T,C]."""
+        place, width = self._store.places[layer_idx], weight.shape[1]
+        self._staged[layer_idx] = (x.unsqueeze(1), x.new_empty(x.shape[0], 1, 0))
+        if (place.group, width) not in self._reach:
+            self._reach[place.group, width] = reach(self._inputs, place, width, x.shape[0])
+        return convolve(x, weight, bias, self._store.pages, place, self._reach[place.group, width])
 
     def commit(self) -> None:
         """Write what was staged, for all layers. Called once, when everything else in the step has succeeded."""

@@ -120,6 +120,8 @@ class TritonAttention:
         k_pages, v_pages = _element_rows(pages, place)
         if not len(slots):
             return
+        if not place.v.dim:  # of a convolution, which has no values: of what stands for them nothing is read
+            v, v_pages = k, k_pages
         _commit[(len(slots), place.num_kv_heads)](
             k, v, k_pages, v_pages, slots, *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
             PAGE=place.page_size, DK=place.k.dim, DV=place.v.dim, LANES_K=_lanes(place.k.dim), LANES_V=_lanes(place.v.dim), num_warps=1,
@@ -133,9 +135,9 @@ def _plain(row: RowFormat) -> torch.dtype:
 
 
 def _element_rows(pages: torch.Tensor, place: LayerPlace) -> tuple[torch.Tensor, torch.Tensor]:
-    """`page_rows` as elements: K [P, Hkv, B, Dk] and V [P, Hkv, B, Dv]."""
+    """`page_rows` as elements: K [P, Hkv, B, Dk] and V [P, Hkv, B, Dv], which has no dtype where it is empty."""
     k, v = page_rows(pages, place)
-    return k.view(_plain(place.k)), v.view(_plain(place.v))
+    return k.view(_plain(place.k)), v.view(_plain(place.v)) if place.v.dim else v
 
 
 def _lanes(dim: int) -> int:

@@ -20,7 +20,10 @@ from quire.tensors.models.facts import context_len, text_config
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """One attention layer. `window` and `chunk` are 0 where the layer has none."""
+    """One layer that mixes tokens, by attention or by a short convolution. `window` and `chunk` are 0 where the layer has none.
+
+    A convolution keeps its input of each token as one key, with no value, and its window is as wide as its kernel.
+    """
 
     layer_idx: int
     num_kv_heads: int
@@ -28,6 +31,11 @@ class LayerGeometry:
     v_dim: int
     window: int
     chunk: int
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a convolution."""
+        return not self.v_dim
 
 
 class DryRun:
@@ -43,6 +51,12 @@ class DryRun:
         self.layers.append(LayerGeometry(layer_idx, k.shape[1], k.shape[2], v.shape[2], mask.window, mask.chunk))
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
+    def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [1,C] -> [1,C]: what a sequence's first token gets."""
+        self.layers.append(LayerGeometry(layer_idx, 1, x.shape[1], 0, weight.shape[1], 0))
+        own = x.float() * weight[:, -1].float()
+        return (own if bias is None else own + bias.float()).to(x.dtype)
+
 
 class NoAttention:
     """An `AttentionStep` whose attention is zero: for a forward of which only shapes are of interest."""
@@ -52,6 +66,10 @@ class NoAttention:
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> zeros [T,Hq,Dv]."""
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+
+    def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T,C] -> zeros [T,C]."""
+        return torch.zeros_like(x)
 
 
 class NoProducts:

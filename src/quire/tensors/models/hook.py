@@ -36,7 +36,7 @@ _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", 
 
 
 class AttentionStep(Protocol):
-    """What a running forward calls for each attention layer. The engine's runner, the dry run and the probe are such steps."""
+    """What a running forward calls for each layer that mixes tokens. The engine's runner, the dry run and the probe are such steps."""
 
     @property
     def of_programs(self) -> ProgramStep | None:
@@ -45,6 +45,10 @@ class AttentionStep(Protocol):
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Attention of q [T,Hq,Dk] with this step's own k [T,Hkv,Dk] and v [T,Hkv,Dv], all contiguous; returns [T,Hq,Dv]."""
+        ...
+
+    def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The causal convolution of x [T,C], contiguous, along each sequence with weight [C,W] and bias [C] or None; returns [T,C]."""
         ...
 
 
@@ -118,18 +122,18 @@ def attention(
         raise UnsupportedModelError(
             f"attention {NAME!r} works only inside a forward of Quire; run a live model between requests, or choose another attn_implementation"
         )
-    layer_idx = cast(int, getattr(module, "layer_idx", None))  # None is refused by _examine
+    layer_idx = cast(int, getattr(module, "layer_idx", None))  # None is refused by examine
     if layer_idx not in forward.chunks:
-        forward.chunks[layer_idx] = _examine(module, layer_idx)
+        forward.chunks[layer_idx] = examine(module, layer_idx)
     if is_causal is False:
-        raise UnsupportedModelError(f"{_name(module)} is not causal")
+        raise UnsupportedModelError(f"{told(module)} is not causal")
     if attention_mask is not None:
-        raise UnsupportedModelError(f"{_name(module)} brings an attention mask of its own")
+        raise UnsupportedModelError(f"{told(module)} brings an attention mask of its own")
     if query.shape[0] != 1:
-        raise UnsupportedModelError(f"{_name(module)} calls attention with a batch of {query.shape[0]}, not 1")
+        raise UnsupportedModelError(f"{told(module)} calls attention with a batch of {query.shape[0]}, not 1")
     for name, given in others.items():
         if given is not None and (name in _REFUSED or (isinstance(given, torch.Tensor) and name not in _HARMLESS)):
-            raise UnsupportedModelError(f"{_name(module)} {_REFUSED.get(name, 'passes attention a tensor that is not known here')} ({name})")
+            raise UnsupportedModelError(f"{told(module)} {_REFUSED.get(name, 'passes attention a tensor that is not known here')} ({name})")
 
     mask = Mask(
         scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
@@ -147,12 +151,12 @@ def attention(
     return out.unsqueeze(0).contiguous(), None
 
 
-def _examine(module: nn.Module, layer_idx: object) -> int:
+def examine(module: nn.Module, layer_idx: object) -> int:
     """The chunk of a layer met for the first time; raises UnsupportedModelError if it can never be served."""
     if not isinstance(layer_idx, int):
-        raise UnsupportedModelError(f"{_name(module)} has no layer_idx, so its keys and values have no place in the cache")
+        raise UnsupportedModelError(f"{told(module)} has no layer_idx, so what it keeps of a token has no place in the cache")
     if not getattr(module, "is_causal", True):
-        raise UnsupportedModelError(f"{_name(module)} is not causal")
+        raise UnsupportedModelError(f"{told(module)} is not causal")
     config: Any = getattr(module, "config", None)  # no keyword carries the chunk; the mask we do not build would have
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None or layer_types[layer_idx] != "chunked_attention":
@@ -160,7 +164,8 @@ def _examine(module: nn.Module, layer_idx: object) -> int:
     return int(config.attention_chunk_size)
 
 
-def _name(module: nn.Module) -> str:
+def told(module: nn.Module) -> str:
+    """A module as refusals name it."""
     kind = getattr(getattr(module, "config", None), "model_type", None)
     return f"{f'{kind}: ' if kind else ''}{type(module).__name__} (layer {getattr(module, 'layer_idx', None)})"
 

@@ -13,7 +13,7 @@ from quire.tensors.models.chain import PASSED, Chain, Chains, LayerCall
 from quire.tensors.models.hook import current
 from quire.tensors.models.program import Program
 from quire.tensors.models.recording import Recording, Seen
-from quire.tensors.models.rowplan import Plan
+from quire.tensors.models.rowplan import Attend, Convolve, Plan
 from quire.tensors.native import DTYPE_CODES, lib
 from quire.tensors.packed import bytes_of
 
@@ -29,26 +29,27 @@ class LoweredLayer:
     def __init__(
         self, plan: Plan, program: Program, layer: nn.Module, recording: Recording, num_threads: int, *, live: bool, chains: Chains | None = None
     ) -> None:
-        attend = plan.attend
-        assert attend is not None
+        mix = plan.mix
+        assert mix is not None
         self.chain: Chain | None = None
         self.index = 0
         self.passing = False
         self._chains, self._live, self._num_threads = chains, live, num_threads
-        self._program, self._mask = program, attend.mask
+        self._program, self._mix = program, mix
         (self._layer_idx,) = layer_ids(layer)
         self._skeleton, self._result = recording.call.skeleton, recording.result
         weights = weights_of(layer)
         self._used = [(place, *weights[number], recording.weights[number]) for place, (_, number) in enumerate(plan.weights)]
         self._inputs = [(number, plan.sizes[value], plan.dtypes[value]) for value, number in plan.inputs]
         self._outputs = [(shape, plan.dtypes[value]) for value, shape in plan.outputs]
-        self._attended = [(shape, plan.dtypes[value]) for shape, value in zip(attend.shapes, attend.values, strict=True)]
-        self._gives = plan.sizes[attend.out], plan.dtypes[attend.out]
+        self._mixed = [(shape, plan.dtypes[value]) for shape, value in zip(mix.shapes, mix.values, strict=True)]
+        self._gives = plan.sizes[mix.out], plan.dtypes[mix.out]
         # The call's tensors that are as the one that it gives.
         self._alike = [number for number, size, dtype in self._inputs if [(size, dtype)] == [(prod(s), d) for s, d in self._outputs]]
         self.passes = len(self._alike) == 1
-        mask, heads = attend.mask, attend.shapes[0][0]
-        self._form = lib.AttendForm(DTYPE_CODES[plan.dtypes[attend.values[0]]], heads, mask.window, mask.chunk, mask.scale, mask.softcap)
+        given = [value for value, _ in plan.weights]
+        self._taps = [] if isinstance(mix, Attend) else [None if value is None else given.index(value) for value in (mix.weight, mix.bias)]
+        self._form = _form(mix, DTYPE_CODES[plan.dtypes[mix.values[0]]], self._taps)
         self._addresses = [0] * len(plan.weights)
         self._held: list[torch.Tensor] = []  # keeps the memory of a model of our own, whose weights are looked up once
         self._natives: list[tuple[Any, int]] = []
@@ -134,16 +135,31 @@ class LoweredLayer:
         """In a step that attends by itself."""
         self.look_up()
         running, native, middle = current(), self._program.native, self._program.middle
-        q, k, v = [torch.empty((num_tokens, *shape), dtype=dtype) for shape, dtype in self._attended]
-        where = [*self._addresses, *inputs, q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, *[x.data_ptr() for x in results]]
+        mixed = [torch.empty((num_tokens, *shape), dtype=dtype) for shape, dtype in self._mixed]
+        where = [*self._addresses, *inputs, *[x.data_ptr() for x in mixed], 0, *[x.data_ptr() for x in results]]
         native.run(0, middle, num_tokens, where, self._num_threads)
         with running.mode.paused():
-            out = running.step.attend(self._layer_idx, q, k, v, self._mask)
+            if isinstance(self._mix, Attend):
+                q, k, v = mixed
+                out = running.step.attend(self._layer_idx, q, k, v, self._mix.mask)
+            else:
+                weight, bias = (None if place is None else bytes_of(self._used[place][1][self._used[place][2]]) for place in self._taps)
+                assert weight is not None
+                out = running.step.convolve(self._layer_idx, mixed[0], weight.view(-1, self._mix.width), bias)
         size, dtype = self._gives
         if out.numel() != num_tokens * size or out.dtype is not dtype or not out.is_contiguous():
-            raise RuntimeError(f"layer {self._layer_idx}: attention gave {tuple(out.shape)} of {out.dtype}, not {size} of {dtype} a token")
-        where[len(self._addresses) + len(inputs) + 3] = out.data_ptr()
+            what = "attention" if isinstance(self._mix, Attend) else "convolution"
+            raise RuntimeError(f"layer {self._layer_idx}: {what} gave {tuple(out.shape)} of {out.dtype}, not {size} of {dtype} a token")
+        where[len(self._addresses) + len(inputs) + len(mixed)] = out.data_ptr()
         native.run(middle, self._program.end, num_tokens, where, self._num_threads)
+
+
+def _form(mix: Attend | Convolve, dtype: int, taps: list[int | None]) -> Any:
+    """What the native layer is told of it. `taps`: which of the layer's weights are the kernel and the bias of a convolution."""
+    if isinstance(mix, Convolve):
+        return lib.ConvolveForm(dtype, mix.width, *(-1 if place is None else place for place in taps))
+    mask = mix.mask
+    return lib.AttendForm(dtype, mix.shapes[0][0], mask.window, mask.chunk, mask.scale, mask.softcap)
 
 
 def _check(weight: torch.Tensor, seen: Seen, name: str, layer_idx: int) -> None:

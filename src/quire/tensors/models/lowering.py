@@ -1,4 +1,5 @@
-"""From a recorded layer to what is to be done with each token's row: a list of small operators, products with weights, and one call of attention.
+"""From a recorded layer to what is to be done with each token's row: a list of small operators, products with weights, and one meeting of tokens,
+attention or a convolution.
 
 Nothing is approximated or reordered here, and every result is rounded where torch rounded it. What is not in the tables below is refused.
 Values are numbered: rows of one size and dtype each, of weights, of the call's tensors, or made by a step.
@@ -16,17 +17,17 @@ import torch
 from quire.tensors.attention.base import Mask
 from quire.tensors.models.calls import same_skeleton
 from quire.tensors.models.recording import Done, Recording, Seen, UnlowerableError
-from quire.tensors.models.rowplan import Attend, Multiply, Operand, Plan, RowOp
-from quire.tensors.models.rowviews import Rows, RowView, collapsed, with_dimension
-from quire.tensors.native import DTYPE_CODES
+from quire.tensors.models.rowplan import Attend, Convolve, Multiply, Operand, Plan, RowOp
+from quire.tensors.models.rowviews import Rows, RowView, collapsed, contiguous, steps_apart, with_dimension
+from quire.tensors.native import DTYPE_CODES, lib
 from quire.tensors.native_products import format_code
 
 _ONE_BY_ONE = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "silu", "relu": "relu", "rsqrt": "rsqrt"}
 _TWO = {"add": "add", "sub": "sub", "mul": "mul", "div": "div"}
 
 
-def lower(few: Recording, more: Recording, *, attends: bool = True) -> Plan:
-    """The plan of a layer, or of a part that attends to nothing, recorded with two numbers of tokens; it must be the same for both.
+def lower(few: Recording, more: Recording, *, mixes: bool = True) -> Plan:
+    """The plan of a layer, or of a part in which no token meets another, recorded with two numbers of tokens; it must be the same for both.
 
     Raises UnlowerableError with the reason.
     """
@@ -36,7 +37,7 @@ def lower(few: Recording, more: Recording, *, attends: bool = True) -> Plan:
     counts = [{seen.shape[-axis] for seen, axis in zip(recording.inputs, axes, strict=True) if axis} for recording in (few, more)]
     if any(len(found) != 1 for found in counts):
         raise UnlowerableError("its arguments change from call to call in more than the number of tokens")
-    plans = [_Lowering(recording, count.pop(), axes, attends).plan() for recording, count in zip((few, more), counts, strict=True)]
+    plans = [_Lowering(recording, count.pop(), axes, mixes).plan() for recording, count in zip((few, more), counts, strict=True)]
     if plans[0] != plans[1]:
         raise UnlowerableError("it does something else for another number of tokens")
     return plans[0]
@@ -49,9 +50,9 @@ def _token_axis(a: Seen, b: Seen) -> int:
 
 
 class _Lowering:
-    def __init__(self, recording: Recording, num_tokens: int, axes: list[int], attends: bool) -> None:
-        if sum(done.name == "attend" for done in recording.done) != attends:
-            recording.problem = recording.problem or "it does not call attention once"
+    def __init__(self, recording: Recording, num_tokens: int, axes: list[int], mixes: bool) -> None:
+        if sum(done.name in ("attend", "convolve") for done in recording.done) != mixes:
+            recording.problem = recording.problem or "it does not call attention, or a convolution, once"
         if recording.problem:
             raise UnlowerableError(recording.problem)
         self._recording = recording
@@ -62,7 +63,7 @@ class _Lowering:
         self._inputs: dict[int, int] = {}
         self._steps: list[RowOp | Multiply] = []
         self._before: list[RowOp | Multiply] = []
-        self._attend: Attend | None = None
+        self._mix: Attend | Convolve | None = None
 
     def plan(self) -> Plan:
         for done in self._recording.done:
@@ -75,7 +76,7 @@ class _Lowering:
             raise UnlowerableError("it returns a tensor twice")
         shapes = tuple((value, self._without_tokens(shape)) for value, shape in outputs)
         weights, inputs = (tuple((value, number) for number, value in found.items()) for found in (self._weights, self._inputs))
-        return Plan(tuple(self._before), self._attend, tuple(self._steps), tuple(self._dtypes), tuple(self._rows.sizes), weights, inputs, shapes)
+        return Plan(tuple(self._before), self._mix, tuple(self._steps), tuple(self._dtypes), tuple(self._rows.sizes), weights, inputs, shapes)
 
     def _without_tokens(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) < 2 or shape[:2] != (1, self._rows.num_tokens):
@@ -126,7 +127,7 @@ class _Lowering:
         view = self._view(seen)
         if prod(view.shape[: len(view.shape) - view.axis]) != 1:
             raise UnlowerableError("it has a tensor whose first dimension does not count the tokens")
-        given = set(self._weights.values()) | set(self._inputs.values()) | {self._attend.out if self._attend else -1}
+        given = set(self._weights.values()) | set(self._inputs.values()) | {self._mix.out if self._mix else -1}
         fine = view.is_whole and prod(view.shape) == self._rows.sizes[view.value] and self._dtypes[view.value] == seen.dtype
         return view.value if fine and view.value not in given else self._copied(view, seen.dtype).value
 
@@ -275,8 +276,26 @@ class _Lowering:
                 values[i] = self._copied(self._view(qkv[i]), qkv[i].dtype).value
         out = self._new(done.out, 3)
         shapes = tuple(seen.shape[1:] for seen in qkv)
-        self._attend = Attend((values[0], values[1], values[2]), shapes, Mask(scale, window, chunk, softcap), out.value)
-        self._before, self._steps = self._steps, []
+        self._mixed(Attend(tuple(values), shapes, Mask(scale, window, chunk, softcap), out.value))
+
+    def _convolution(self, done: Done) -> None:
+        x, weight, bias = done.args
+        if weight.shape[1] > lib.most_taps:
+            raise UnlowerableError(f"its convolution has a kernel of {weight.shape[1]}, and at most {lib.most_taps} are served")
+        kernel, added = self._kernel(weight, x.dtype), None if bias is None else self._kernel(bias, x.dtype)
+        self._mixed(Convolve((self._whole(x),), (x.shape[1:],), weight.shape[1], kernel, added, self._new(done.out, 2).value))
+
+    def _kernel(self, seen: Seen, dtype: torch.dtype) -> int:
+        """The value of a weight of a convolution, of which all elements are read in order."""
+        if seen.storage < len(self._recording.weights):
+            weight = self._recording.weights[seen.storage]
+            in_order = steps_apart(seen.shape, seen.stride) == steps_apart(seen.shape, contiguous(seen.shape))
+            if in_order and (seen.offset, prod(seen.shape), seen.dtype) == (weight.offset, prod(weight.shape), dtype):
+                return self._weight(seen.storage)
+        raise UnlowerableError("its convolution is by what is not one of its weights, or is not of the rows' dtype")
+
+    def _mixed(self, mix: Attend | Convolve) -> None:
+        self._mix, self._before, self._steps = mix, self._steps, []
 
 
 _Handler = Callable[[_Lowering, Any], None]
@@ -287,5 +306,5 @@ _HANDLERS: dict[str, _Handler] = {
     **dict.fromkeys(("cat", "stack"), _Lowering._cat),
     **dict.fromkeys(("linear", "matmul"), _Lowering._product),
     "neg": _Lowering._neg, "gelu": _Lowering._gelu, "pow": _Lowering._pow, "mean": _Lowering._mean, "native_layer_norm": _Lowering._layer_norm,
-    "attend": _Lowering._attention,
+    "attend": _Lowering._attention, "convolve": _Lowering._convolution,
 }  # fmt: skip

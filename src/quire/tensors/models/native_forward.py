@@ -176,7 +176,7 @@ class _Part(NamedTuple):
 
 def _part(module: nn.Module, hidden: torch.Tensor) -> _Part:
     """Raises UnlowerableError where it cannot be that, bit for bit."""
-    plan = lower(*(_recorded(module, hidden, count) for count in (_FEW, _MORE)), attends=False)
+    plan = lower(*(_recorded(module, hidden, count) for count in (_FEW, _MORE)), mixes=False)
     if any(isinstance(work, RowOp) and work.op in _NEARLY for work in plan.after):  # a step that runs the modules themselves gives the same bits
         raise UnlowerableError("rows of it are not torch's, bit for bit")
     if [number for _, number in plan.inputs] != [0] or len(plan.outputs) != 1 or len(plan.outputs[0][1]) != 1:

@@ -1,10 +1,9 @@
-"""What the compiler must not look into: products and attention, as operators of torch's own registry.
+"""What the compiler must not look into: products, attention and convolutions, as operators of torch's own registry.
 
 In a layer's graph they are calls it can neither fuse nor reorder by what is inside; when the graph runs they go to the products and the step of the
-forward that runs on this thread. They know which of their rows are padding (see compiled.py): those are neither multiplied nor attended, and come
-back zero.
+forward that runs on this thread. They know which of their rows are padding (see compiled.py): those are left out, and come back zero.
 
-Shape letters: T packed tokens with padding, n tokens without, Hq/Hkv query/KV heads, Dk/Dv head sizes.
+Shape letters: T packed tokens with padding, n tokens without, Hq/Hkv query/KV heads, Dk/Dv head sizes, C channels.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias, int axis) -> Tens
 _library.define("matmul(Tensor x, Tensor weight, Tensor? bias, int axis) -> Tensor")
 _library.define("packed(Tensor x, Tensor packed, Tensor? bias, int n, int k, ScalarType dtype, str quantization, int axis) -> Tensor")
 _library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window, int chunk, float softcap) -> Tensor")
+_library.define("convolve(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 class OpaqueProducts:
@@ -56,6 +56,12 @@ class OpaqueStep:
         """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> [T,Hq,Dv]."""
         self.layers.append(layer_idx)
         out: torch.Tensor = torch.ops.quire.attend(q, k, v, mask.sinks, mask.scale, mask.window, mask.chunk, mask.softcap)
+        return out
+
+    def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T,C], weight [C,W], bias [C] -> [T,C]."""
+        self.layers.append(layer_idx)
+        out: torch.Tensor = torch.ops.quire.convolve(x, weight, bias)
         return out
 
 
@@ -114,6 +120,15 @@ def _attend(
     return functional.pad(out, (0, 0, 0, 0, 0, q.shape[0] - num_tokens)) if q.shape[0] != num_tokens else out.contiguous()
 
 
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    forward = current()
+    num_tokens = forward.positions.shape[0]
+    with forward.mode.paused():
+        rows = x[:num_tokens].clone(memory_format=torch.contiguous_format)  # staged, as above
+        out = forward.step.convolve(forward.layer_idx, rows, weight, bias)
+    return functional.pad(out, (0, 0, 0, x.shape[0] - num_tokens))
+
+
 def _linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -130,12 +145,17 @@ def _attend_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object)
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
+def _convolve_shape(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
 # Plain registrations: torch.library.custom_op wraps each call in several layers of Python, a tenth of a small layer's time.
 for _name, _run, _shape in (
     ("linear", _linear, _linear_shape),
     ("matmul", _matmul, _matmul_shape),
     ("packed", _packed, _packed_shape),
     ("attend", _attend, _attend_shape),
+    ("convolve", _convolve, _convolve_shape),
 ):
     _library.impl(_name, _run, "CPU")
     torch.library.register_fake(f"quire::{_name}", _shape, lib=_library)

@@ -33,7 +33,7 @@ Stretch = list[RowOp]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`native`: quire._native.Program. Steps [0, middle) come before attention, [middle, end) after it. `given`: the values whose addresses each run
+    """`native`: quire._native.Program. Steps [0, middle) come before tokens mix, [middle, end) after it. `given`: the values whose addresses each run
     takes, in order."""
 
     native: Any
@@ -44,8 +44,8 @@ class Program:
 
 def assemble(plan: Plan) -> Program:
     """The program of a plan."""
-    attended = [] if plan.attend is None else [*plan.attend.values, plan.attend.out]
-    given = [value for value, _ in (*plan.weights, *plan.inputs)] + attended + [value for value, _ in plan.outputs]
+    mixed = [] if plan.mix is None else [*plan.mix.values, plan.mix.out]
+    given = [value for value, _ in (*plan.weights, *plan.inputs)] + mixed + [value for value, _ in plan.outputs]
     read = Counter(value for step in (*plan.before, *plan.after) for value in step.reads) + Counter(given)
     before, after = (_stretches(_scheduled(_without_copies(steps, read))) for steps in (plan.before, plan.after))
     steps = [*before, *after]

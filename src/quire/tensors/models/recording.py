@@ -39,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """An operator that ran: its arguments, tensors as `Seen`, and its first result. "linear", "matmul" and "attend" are Quire's own."""
+    """An operator that ran: its arguments, tensors as `Seen`, and its first result. "linear", "matmul", "attend" and "convolve" are Quire's own."""
 
     name: str
     args: tuple[Any, ...]
@@ -207,7 +207,7 @@ class RecordingProducts:
 
 
 class RecordingStep:
-    """An `AttentionStep` that writes its calls down. Each query gets its own value: attention of sequences of one token."""
+    """An `AttentionStep` that writes its calls down. Each token is a sequence of its own: a query gets its value."""
 
     of_programs = None
 
@@ -218,3 +218,7 @@ class RecordingStep:
         """q [T,Hq,Dk], k [T,Hkv,Dk], v [T,Hkv,Dv] -> [T,Hq,Dv]."""
         args = (q, k, v, mask.scale, mask.window, mask.chunk, mask.softcap, mask.sinks)
         return self._recorder.whole("attend", args, lambda: self._own.attend(layer_idx, q, k, v, mask))
+
+    def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T,C], weight [C,W], bias [C] -> [T,C]."""
+        return self._recorder.whole("convolve", (x, weight, bias), lambda: self._own.convolve(layer_idx, x, weight, bias))

@@ -17,7 +17,7 @@ from quire.errors import UnsupportedModelError
 from quire.tensors.models.facts import output_embeddings
 from quire.tensors.models.ropes import refuse_ropes
 
-_SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "conv"}
 _FEW_MISFITS = 3  # named in a refusal
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

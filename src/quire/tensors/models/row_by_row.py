@@ -1,6 +1,6 @@
-"""Attention one query at a time, in plain torch: the probe's own, slow and easy to believe.
+"""Attention and convolution one token at a time, in plain torch: the probe's own, slow and easy to believe.
 
-Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes, n visible keys.
+Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes, n visible keys, C channels, W width of a kernel.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ class RowByRow:
                 rows.append(_row(queries[start + position], keys[seen], values[seen], sinks, mask))
             start += length
         return torch.stack(rows).view(q.shape[0], q.shape[1], v.shape[2]).to(q.dtype)
+
+    def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T,C], weight [C,W] -> [T,C] in x's dtype, computed in fp32."""
+        width, rows, start = weight.shape[1], [], 0
+        for length in self._lengths:
+            for position in range(length):
+                seen = x[max(start, start + position - width + 1) : start + position + 1].float()
+                rows.append((seen * weight[:, -len(seen) :].float().T).sum(0))
+            start += length
+        out = torch.stack(rows)
+        return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def _row(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None, mask: Mask) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is to be done with each token's row of a layer, as data: small operators, products with weights, and at most one call of attention.
+"""What is to be done with each token's row of a layer, as data: small operators, products with weights, and at most one way in which tokens mix.
 
 Values are numbered: rows of one size and dtype each, of weights, of the call's tensors, or made by a step.
 """
@@ -64,20 +64,32 @@ class Multiply:
 class Attend:
     """The layer's attention: whole values q [Hq,Dk], k [Hkv,Dk], v [Hkv,Dv], result [Hq,Dv] for each token."""
 
-    values: tuple[int, int, int]
+    values: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     mask: Mask
     out: int
 
 
 @dataclass(frozen=True, slots=True)
+class Convolve:
+    """The layer's convolution: a whole value x [C], a weight [C,W] and a bias [C], result [C] for each token."""
+
+    values: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    width: int
+    weight: int
+    bias: int | None
+    out: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """A layer, or a part that attends to nothing, all of it `after`. `dtypes`, `sizes` [value]; `weights`, `inputs`: values, and their numbers among
-    the layer's weights and its call's tensors; `outputs`: values and shapes of what it returns, with the dimension of tokens in front.
+    """A layer, or a part in which no token meets another, all of it `after`. `dtypes`, `sizes` [value]; `weights`, `inputs`: values, and their
+    numbers among the layer's weights and its call's tensors; `outputs`: values and shapes of what it returns, with the dimension of tokens in front.
     """
 
     before: tuple[RowOp | Multiply, ...]
-    attend: Attend | None
+    mix: Attend | Convolve | None
     after: tuple[RowOp | Multiply, ...]
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[int, ...]
