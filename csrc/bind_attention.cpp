@@ -165,10 +165,27 @@ PageLayout layout_of(uintptr_t pages, int64_t num_pages, int64_t page_bytes, int
           row_layout("V", slots, page_bytes, v_offset, v_dim, v_format, v_bytes), page_size, num_kv_heads};
 }
 
+void recur(int32_t dtype, Address q, Address k, Address v, Address decay, Address beta, Address out, const std::vector<Address>& before,
+                 Address after, int64_t after_stride, const std::vector<int64_t>& starts, const std::vector<int64_t>& of, int64_t num_k_heads,
+                 int64_t num_v_heads, int64_t k_dim, int64_t v_dim, float scale, bool normalized, bool corrects, int32_t num_threads) {
+  require(is_dtype(dtype), "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(num_k_heads > 0 && num_v_heads > 0 && num_v_heads % num_k_heads == 0, "num_v_heads must be a positive multiple of num_k_heads");
+  require(k_dim > 0 && k_dim <= kMostStateRows && v_dim > 0 && num_threads > 0, "k_dim, v_dim or num_threads is out of range");
+  require(of.size() == before.size() + 1 && of.front() == 0 && of.back() + 1 == int64_t(starts.size()), "segments and sequences do not fit");
+  std::vector<const float*> states;
+  for (const Address one : before) states.push_back(pointer<float>(one));
+  const RecurArgs args{pointer<void>(q), pointer<void>(k), pointer<void>(v), pointer<float>(decay), pointer<float>(beta), pointer<void>(out),
+                            states.data(), pointer<float>(after), after_stride, starts.data(), of.data(), int64_t(before.size()), num_k_heads,
+                            num_v_heads, k_dim, v_dim, dtype, num_threads, scale, normalized, corrects};
+  active_kernels().recur(&args);
+}
+
 void bind_attention(nb::module_& m) {
   m.def("attend", &attend);
   m.def("commit", &commit);
   m.def("encode", &encode);
+  m.def("recur", &recur, nb::call_guard<nb::gil_scoped_release>());
+  m.attr("most_state_rows") = kMostStateRows;
   m.def("shared_items", &shared_items);
   nb::class_<Store>(m, "Store").def(nb::init<Address, int64_t, int64_t, const std::vector<PlaceForm>&>());
   nb::class_<Step>(m, "Step")

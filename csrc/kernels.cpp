@@ -5,6 +5,7 @@
 #include "commit.h"
 #include "convolve.h"
 #include "encode.h"
+#include "recur.h"
 #include "kernels.h"
 #if !defined(QUIRE_ATTENTION_ALONE)
 #include "linear_table.h"
@@ -22,9 +23,9 @@ namespace {
 template <bool kVnni>
 constexpr Kernels kernels_of(const char* name) {
 #if defined(QUIRE_ATTENTION_ALONE)  // for a build that tests attention and nothing else: no other kernel may be called
-  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, &convolve, {}, {}, nullptr};
+  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, &convolve, &recur, {}, {}, nullptr};
 #else
-  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, &convolve, linear_kernels<kVnni>, sampling_kernels, &run_rows};
+  return {name, &block_rows, kSplitRows, &attend, &commit, &encode, &convolve, &recur, linear_kernels<kVnni>, sampling_kernels, &run_rows};
 #endif
 }
 }  // namespace

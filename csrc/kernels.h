@@ -121,6 +121,23 @@ struct ConvolveArgs {
 
 static constexpr int64_t convolve_scratch_floats(int64_t channels, int64_t width) { return (width + 2) * ((channels + 15) / 16 * 16); }
 
+constexpr int32_t kMostStateRows = 512;  // of the state of a head
+
+// States [Hv, Dk, Dv] of segments of a step's tokens, which are those of a sequence one after the other.
+struct RecurArgs {
+  const void *q, *k, *v;       // [T, Hk, Dk], [T, Hk, Dk] and [T, Hv, Dv], contiguous
+  const float *decay, *beta;   // [T, Hv]
+  void* out;                   // [T, Hv, Dv]
+  const float* const* before;  // [S], null where a sequence begins
+  float* after;                // [N], so many floats apart
+  int64_t after_stride;
+  const int64_t *starts, *of;  // [N + 1]: first tokens of segments; [S + 1]: first segments of sequences
+  int64_t num_seqs, num_k_heads, num_v_heads, k_dim, v_dim;
+  int32_t dtype, num_threads;
+  float scale;
+  bool normalized, corrects;
+};
+
 // x [T, H, dim] through strides in bytes, to rows [T, H, bytes] of a Format, contiguous.
 struct EncodeArgs {
   const void* x;
@@ -137,6 +154,7 @@ struct Kernels {
   int (*commit)(const CommitArgs*);
   int (*encode)(const EncodeArgs*);
   void (*convolve)(const ConvolveArgs*);
+  void (*recur)(const RecurArgs*);
   LinearKernels linear;
   SamplingKernels sampling;
   void (*run_rows)(const RowsArgs*);

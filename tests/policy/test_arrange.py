@@ -20,6 +20,7 @@ class Layer:
     v_bytes: int = 16
     window: int = 0
     chunk: int = 0
+    state_bytes: int = 0
 
 
 def check(layers: list[Layer], page_size: int) -> Arrangement:

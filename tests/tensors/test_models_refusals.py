@@ -25,13 +25,15 @@ from tests.tensors.test_models import load
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LINEAR = {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "num_experts": 4, "moe_intermediate_size": 36}
+LINEAR = ["linear_attention", "linear_attention", "full_attention"]
 FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("falcon", {}, "falcon: no layer had called transformers' attention interface"),
     ("bloom", {"n_layer": 3, "n_head": 4}, "bloom: .*takes no position_ids"),
     ("gptj", {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8}, "gptj: .*never calls transformers' attention interface"),
     ("mamba", {}, "mamba: "),
-    ("qwen3_next", LINEAR, "qwen3_next: has layers of kind linear_attention"),
+    ("jamba", {}, r"jamba: model.layers.0.mamba \(JambaMambaMixer\) is a recurrent layer, whose state would leak between sequences"),
+    ("minimax", {"layer_types": LINEAR, "head_dim": 16, "num_local_experts": 4}, "minimax: layers 0, 1 of 3 never call the attention interface"),
+    ("inkling_text", {}, "inkling_text: has layers of kind hybrid_sliding; served are chunked_attention, conv, full_attention, linear_attention, "),
     ("gpt2", {"add_cross_attention": True}, "gpt2: has cross-attention"),
     ("doge", {}, "attention mask of its own"),
     ("diffllama", {}, "diffllama: layers 0, 1, 2 run attention more than once"),

@@ -20,7 +20,7 @@ from quire.engine.kernels import Kernels, choose_kernels
 from quire.engine.runner import Runner
 from quire.engine.tier import DiskTier
 from quire.engine.verdicts import Verdict
-from quire.errors import ConfigError
+from quire.errors import ConfigError, UnsupportedModelError
 from quire.policy.cache import PageCache
 from quire.policy.drafts import MAX_DRAWN
 from quire.policy.groups import Arrangement, Group, arrange
@@ -28,6 +28,7 @@ from quire.policy.scheduler import MAX_SCORED, Scheduler
 from quire.request import Limits
 from quire.tensors.device import Device
 from quire.tensors.host import no_modes_of_callers
+from quire.tensors.models.geometry import NOT_TAKEN_BACK, carries
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import failures_told, probe
@@ -133,6 +134,8 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         )
     try:
         _context_len(config, model)  # refused before compiling and probing take their time
+        if carries(model.layers):
+            _check_carried(model, config, kernels)
         if config.compile:
             with model.turn:
                 model.compile()
@@ -141,6 +144,14 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
         model.close()
         raise
     return model
+
+
+def _check_carried(model: CausalModel, config: EngineConfig, kernels: Kernels) -> None:
+    """Raise for what a model with states cannot do."""
+    if kernels.attention.recur is None:
+        raise UnsupportedModelError(f"{model.model_type}: its recurrent layers are served on the CPU alone, by backend 'native' or 'reference'")
+    if config.prompt_lookup_num_tokens:
+        raise ConfigError(f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}: must be 0 for {model.model_type}, {NOT_TAKEN_BACK}")
 
 
 def _examine(model: CausalModel, kernels: Kernels, *, lower: bool) -> None:
@@ -308,6 +319,6 @@ def _layers(model: CausalModel, captured: CapturedSteps | None) -> str:
 
 
 def _describe(group: Group) -> str:
-    reach = group.window or group.chunk
+    reach = 0 if group.carries else group.window or group.chunk
     layers = [place.layer_idx for place in group.places]
     return f"{group.kind}{f' {reach}' if reach else ''}: layers {layers}, {group.page_size} tokens a page"

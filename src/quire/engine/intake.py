@@ -15,6 +15,7 @@ from quire.engine.build import Built
 from quire.errors import InvalidRequestError
 from quire.params import SamplingParams
 from quire.request import Request, check_fits, check_namespace, check_priority, check_prompt, num_committed_at_most
+from quire.tensors.models.geometry import NOT_TAKEN_BACK, carries
 
 Prompt = str | Sequence[int]
 
@@ -49,6 +50,10 @@ class Intake:
             raise InvalidRequestError("stop", params.stop, "left out: this model came without a tokenizer, and gives no text")
         if params.pooling is not None and self._built.model.hidden_size is None:
             raise InvalidRequestError("pooling", params.pooling, "None: this model has no plain output layer to take hidden states from")
+        if carries(self._built.model.layers):
+            for field in ("prompt_lookup_num_tokens", "prediction"):
+                if given := getattr(params, field):
+                    raise InvalidRequestError(field, given, f"left out for this model, {NOT_TAKEN_BACK}")
         whose = check_namespace(namespace), check_priority(priority)
         text = prompt if isinstance(prompt, str) else None
         token_ids = tuple(self._encode(prompt))

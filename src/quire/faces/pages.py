@@ -21,12 +21,13 @@ from quire.config import EngineConfig, split_codec
 from quire.engine.build import open_model
 from quire.engine.home import OwnThread
 from quire.engine.kernels import choose_kernels
-from quire.errors import InvalidRequestError
+from quire.errors import InvalidRequestError, UnsupportedModelError
 from quire.faces.checked import integer, integers, is_whole
 from quire.policy.copies import PageCopy
 from quire.policy.groups import in_one_group
 from quire.tensors.attention.base import StepInputs, TableInputs
 from quire.tensors.host import no_modes_of_callers, one_torch_thread_here
+from quire.tensors.models.geometry import carries
 from quire.tensors.store import PageStore, StagedStep, cached_layers, layer_places
 
 
@@ -71,6 +72,10 @@ class PagedCache:
         kernels = choose_kernels(backend, threads)
         with no_modes_of_callers():
             self._model = open_model(os.fspath(model) if isinstance(model, os.PathLike) else model, config, kernels)
+            if carries(self._model.layers):
+                self._model.close()
+                told = "a PagedCache goes on from any token, and a recurrent layer's state from the last alone"
+                raise UnsupportedModelError(f"{self._model.model_type}: {told}")
             layers = cached_layers(self._model.layers, self._model.dtype, *split_codec(kv_codec))
             arrangement = in_one_group(layers, page_size)
             self._store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention)

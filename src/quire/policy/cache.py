@@ -34,7 +34,8 @@ class PageCache:
         self.copies = Copies(self.pool)
         self.finder = HitFinder(self.groups, self.index, hash_bytes)
         self.unit, self.ids_by_size = self.finder.unit, self.finder.ids_by_size
-        self.keeps_parts = len(self.ids_by_size) == 1  # of pages, which can be told from whole ones only where all have one size
+        # Parts of pages can be told from whole ones only where all have one size; a state is that of all its page's tokens.
+        self.keeps_parts = len(self.ids_by_size) == 1 and not any(g.carries for g in groups)
         self.namespaces = Namespaces(identity, self.unit, hash_bytes)
         self._alike = alike(self.groups)
         self._windowed = [groups for groups in self._alike if groups.first.kind != "full"]

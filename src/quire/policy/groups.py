@@ -20,7 +20,8 @@ MAX_PADDING = 0.125  # of all layer places may stay empty in exchange for fewer,
 
 
 class LayerShape(Protocol):
-    """What of a layer decides its group. `window` and `chunk` are 0 where there is none; `k_bytes` and `v_bytes` are those of one token and head."""
+    """What of a layer decides its group. `window` and `chunk` are 0 where there is none; `k_bytes` and `v_bytes` are those of one token and head,
+    `state_bytes` those of a state that it keeps in place of them, one a page."""
 
     @property
     def layer_idx(self) -> int: ...
@@ -34,6 +35,8 @@ class LayerShape(Protocol):
     def window(self) -> int: ...
     @property
     def chunk(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
 
 
 class Place(NamedTuple):
@@ -53,6 +56,7 @@ class Group:
     window: int
     chunk: int
     places: tuple[Place, ...]
+    carries: bool = False  # a state a page, of the last of its tokens: no part of a page stands for fewer of them
 
     def first_visible(self, position: int) -> int:
         """The lowest position a query at `position` may see."""
@@ -74,8 +78,8 @@ class Group:
 
     @property
     def kind(self) -> str:
-        """`full`, `sliding` or `chunked`."""
-        return "sliding" if self.window else "chunked" if self.chunk else "full"
+        """`full`, `sliding`, `chunked` or `carried`."""
+        return "carried" if self.carries else "sliding" if self.window else "chunked" if self.chunk else "full"
 
 
 class Need(NamedTuple):
@@ -128,19 +132,17 @@ def arrange(layers: Sequence[LayerShape], page_size: int) -> Arrangement:
     """Group `layers`; full-attention pages hold `page_size` tokens (pages of the first kind, where there is no full one)."""
     kinds: dict[tuple[int, ...], list[LayerShape]] = {}
     for layer in sorted(layers, key=lambda x: (bool(x.window), bool(x.chunk), x.layer_idx)):
-        kinds.setdefault((layer.window, layer.chunk, layer.num_kv_heads, layer.k_bytes, layer.v_bytes), []).append(layer)
+        kinds.setdefault((layer.window, layer.chunk, layer.num_kv_heads, layer.k_bytes, layer.v_bytes, layer.state_bytes), []).append(layer)
     members = list(kinds.values())
     per_group = _layers_per_group([len(m) for m in members])
     places = [min(per_group, len(m)) for m in members]
     page_bytes = max(places[0] * _layer_bytes(members[0][0], page_size), *(n * _layer_bytes(m[0], 1) for n, m in zip(places, members, strict=True)))
     groups: list[Group] = []
     for kind, n in zip(members, places, strict=True):
-        tokens = page_bytes // (n * kind[0].num_kv_heads * (kind[0].k_bytes + kind[0].v_bytes))
-        while n * _layer_bytes(kind[0], tokens) > page_bytes:
-            tokens -= 1
+        tokens = _tokens_of(kind[0], page_bytes // n) or (groups[0].page_size if groups else page_size)
         for start in range(0, len(kind), per_group):
             group = tuple(_place(layer, i, tokens) for i, layer in enumerate(kind[start : start + per_group]))
-            groups.append(Group(len(groups), tokens, kind[0].window, kind[0].chunk, group))
+            groups.append(Group(len(groups), tokens, kind[0].window, kind[0].chunk, group, bool(kind[0].state_bytes)))
     return Arrangement(tuple(groups), page_bytes)
 
 
@@ -159,7 +161,17 @@ def _rows_bytes(layer: LayerShape, row_bytes: int, tokens: int) -> int:
 
 
 def _layer_bytes(layer: LayerShape, tokens: int) -> int:
-    return _rows_bytes(layer, layer.k_bytes, tokens) + _rows_bytes(layer, layer.v_bytes, tokens)
+    return _rows_bytes(layer, layer.k_bytes, tokens) + _rows_bytes(layer, layer.v_bytes, tokens) + layer.state_bytes
+
+
+def _tokens_of(layer: LayerShape, num_bytes: int) -> int:
+    """How many tokens' rows go into so many bytes; 0 for a state, into which any number does."""
+    if layer.state_bytes:
+        return 0
+    tokens = num_bytes // (layer.num_kv_heads * (layer.k_bytes + layer.v_bytes))
+    while _layer_bytes(layer, tokens) > num_bytes:
+        tokens -= 1
+    return tokens
 
 
 def _place(layer: LayerShape, index: int, tokens: int) -> Place:

@@ -29,6 +29,8 @@ def stacked_view(store: PageStore, slots: dict[tuple[str, int], tuple[int, int]]
     Raises:
         ConfigError: layers of several kinds, or packed ones, have no such view.
     """
+    if store.states:
+        raise ConfigError("cache_layout='stacked': layers that carry a state have no such view")
     places = [store.places[layer_idx] for layer_idx in sorted(store.places)]
     first, dtype = places[0], places[0].k.dtype
     alike = {(place.group, place.num_kv_heads, place.k, place.v) for place in places}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from quire.policy.copies import PageCopy
-from quire.policy.groups import Arrangement
-from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StepInputs, page_rows
+from quire.policy.groups import Arrangement, Group, Place
+from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StatePlace, StepInputs, page_rows
+from quire.tensors.attention.carried import CarriedStates, Recurrence
 from quire.tensors.attention.convolve import Reach, convolve, reach
 from quire.tensors.codec import RowFormat, row_format
 from quire.tensors.device import CPU, Device
@@ -22,7 +23,8 @@ from quire.tensors.models.geometry import LayerGeometry
 
 @dataclass(frozen=True, slots=True)
 class CachedLayer:
-    """What the cache must know of one layer: how its rows of keys and values lie, and what decides its group. `window` and `chunk` 0: none."""
+    """What the cache must know of one layer: how its rows of keys and values lie, or how long its state is, and what decides its group. `window`,
+    `chunk` and `state_bytes` 0: none."""
 
     layer_idx: int
     num_kv_heads: int
@@ -30,6 +32,7 @@ class CachedLayer:
     v: RowFormat
     window: int
     chunk: int
+    state_bytes: int = 0
 
     @property
     def k_bytes(self) -> int:
@@ -43,32 +46,27 @@ class CachedLayer:
 
 
 def cached_layers(layers: Iterable[LayerGeometry], dtype: torch.dtype, k_codec: str | None, v_codec: str | None) -> list[CachedLayer]:
-    """Layers whose keys and values are of `dtype`, as they are cached under codecs "int8", "int4" or None; what convolutions keep is plain."""
+    """Layers whose keys and values are of `dtype`, as they are cached under codecs "int8", "int4" or None; what other layers keep is plain."""
 
     def cached(x: LayerGeometry) -> CachedLayer:
-        k, v = (None, None) if x.convolves else (k_codec, v_codec)
-        return CachedLayer(x.layer_idx, x.num_kv_heads, row_format(k, dtype, x.k_dim), row_format(v, dtype, x.v_dim), x.window, x.chunk)
+        k, v = (k_codec, v_codec) if x.v_dim else (None, None)
+        rows = row_format(k, dtype, x.k_dim), row_format(v, dtype, x.v_dim)
+        return CachedLayer(x.layer_idx, x.num_kv_heads, *rows, x.window, x.chunk, x.state_bytes)
 
     return [cached(x) for x in layers]
 
 
-def layer_places(arrangement: Arrangement, layers: Iterable[CachedLayer]) -> list[LayerPlace]:
-    """Where each layer's rows lie, as `arrange` put them."""
+def layer_places(arrangement: Arrangement, layers: Iterable[CachedLayer]) -> list[LayerPlace | StatePlace]:
+    """Where each layer's rows lie, or its state, as `arrange` put them."""
     shapes = {layer.layer_idx: layer for layer in layers}
-    return [
-        LayerPlace(
-            layer_idx=place.layer_idx,
-            group=group.group_id,
-            page_size=group.page_size,
-            num_kv_heads=shapes[place.layer_idx].num_kv_heads,
-            k=shapes[place.layer_idx].k,
-            v=shapes[place.layer_idx].v,
-            k_offset=place.k_offset,
-            v_offset=place.v_offset,
-        )
-        for group in arrangement.groups
-        for place in group.places
-    ]
+
+    def placed(group: Group, at: Place) -> LayerPlace | StatePlace:
+        shape, where = shapes[at.layer_idx], (at.layer_idx, group.group_id, group.page_size)
+        if shape.state_bytes:
+            return StatePlace(*where, at.k_offset, shape.state_bytes)
+        return LayerPlace(*where, shape.num_kv_heads, shape.k, shape.v, at.k_offset, at.v_offset)
+
+    return [placed(group, at) for group in arrangement.groups for at in group.places]
 
 
 class PageStore:
@@ -77,9 +75,13 @@ class PageStore:
     The CPU's memory is taken from the system as pages are first written, an accelerator's when the store is made.
     """
 
-    def __init__(self, places: Iterable[LayerPlace], num_pages: int, page_bytes: int, backend: AttentionBackend, device: Device = CPU) -> None:
+    def __init__(
+        self, places: Iterable[LayerPlace | StatePlace], num_pages: int, page_bytes: int, backend: AttentionBackend, device: Device = CPU
+    ) -> None:
         """Raises ConfigError where the device has no room for so many pages."""
-        self.places = {place.layer_idx: place for place in places}
+        every = list(places)
+        self.places = {place.layer_idx: place for place in every if isinstance(place, LayerPlace)}
+        self.states = {place.layer_idx: place for place in every if isinstance(place, StatePlace)}
         self.pages = device.room_for_pages(num_pages * page_bytes).view(num_pages, page_bytes)
         self.backend, self.device = backend, device
         self.program_steps = backend.program_steps(self.pages, self.places.values())
@@ -90,8 +92,10 @@ class PageStore:
         return self.pages.shape[1]
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
-        """Copy the first tokens of pages."""
+        """Copy the first tokens of pages; of a group that carries states, those."""
         for source, target, group_id, num_tokens in copies:
+            for state in [state for state in self.states.values() if state.group == group_id]:
+                self.pages[target, state.offset : state.offset + state.num_bytes] = self.pages[source, state.offset : state.offset + state.num_bytes]
             for place in [place for place in self.places.values() if place.group == group_id]:
                 for rows in page_rows(self.pages, place):
                     rows[target, :, :num_tokens] = rows[source, :, :num_tokens]
@@ -114,6 +118,7 @@ class StagedStep:
         self._store, self._inputs, self._slots = store, inputs, slots
         self._staged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._reach: dict[tuple[int, int], Reach] = {}
+        self._carried = CarriedStates(store.pages, inputs, slots, store.backend.recur)
         num_tokens = slots[0].shape[0] if slots else 0
         self.of_programs = store.program_steps(inputs, num_tokens) if store.program_steps is not None else None  # see `AttentionStep`
 
@@ -136,14 +141,24 @@ class StagedStep:
             self._reach[place.group, width] = reach(self._inputs, place, width, x.shape[0])
         return convolve(x, weight, bias, self._store.pages, place, self._reach[place.group, width])
 
+    def convolve_carried(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Convolve x [T,C] along each sequence, and stage its last rows as part of the layer's state; returns [T,C]."""
+        return self._carried.convolve(self._store.states[layer_idx], x, weight, bias)
+
+    def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
+        """Go on from the states in the cache, and stage those behind the step; returns [T,Hv,Dv]."""
+        return self._carried.recur(self._store.states[layer_idx], given)
+
     def commit(self) -> None:
         """Write what was staged, for all layers. Called once, when everything else in the step has succeeded."""
-        programs = self.of_programs
-        missing = self._store.places.keys() - self._staged.keys() - set(programs.staged_layers if programs is not None else ())
+        programs, store = self.of_programs, self._store
+        staged = self._staged.keys() | self._carried.layers | set(programs.staged_layers if programs is not None else ())
+        missing = (store.places.keys() | store.states.keys()) - staged
         if missing:
             raise RuntimeError(f"layers {sorted(missing)} staged nothing in this step")
         if programs is not None:
             programs.commit(self._slots)
+        self._carried.commit()
         for layer_idx, (k, v) in self._staged.items():
             place = self._store.places[layer_idx]
             self._store.backend.commit(k, v, self._store.pages, place, self._slots[place.group])

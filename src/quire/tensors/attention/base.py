@@ -57,6 +57,17 @@ class LayerPlace:
     v_offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class StatePlace:
+    """Where in a page of its group the state of a layer that carries one begins, and how long it is, in bytes."""
+
+    layer_idx: int
+    group: int
+    page_size: int
+    offset: int
+    num_bytes: int
+
+
 def page_rows(pages: torch.Tensor, place: LayerPlace) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's rows of K [P, Hkv, B, bytes] and of V [P, Hkv, B, bytes] as views of pages [P, page_bytes] uint8."""
     shape, num_rows = (pages.shape[0], place.num_kv_heads, place.page_size), place.num_kv_heads * place.page_size
@@ -104,6 +115,11 @@ class AttentionBackend(Protocol):
     """One operator, what goes before it and what after. Implementations promise that a row's bits depend on its own sequence alone."""
 
     name: str
+
+    @property
+    def recur(self) -> Callable[..., None] | None:
+        """As `carried.recurrence`; None where layers with a state cannot be served."""
+        ...
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> Callable[[StepInputs, int], ProgramStep] | None:
         """What makes a step of so many tokens over pages [P,page_bytes] for layers that are native programs; None if they cannot attend here."""

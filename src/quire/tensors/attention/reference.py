@@ -11,6 +11,7 @@ import torch
 
 from quire.tensors import codec
 from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, page_rows
+from quire.tensors.attention.carried import recurrence
 from quire.tensors.codec import RowFormat
 
 
@@ -18,6 +19,8 @@ class ReferenceAttention:
     """See `AttentionBackend`. Computes in fp32."""
 
     name = "reference"
+
+    recur = staticmethod(recurrence)
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> None:
         return None

@@ -5,7 +5,9 @@ Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes.
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,14 +17,21 @@ from transformers import PreTrainedModel
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import Mask
+from quire.tensors.attention.carried import Recurrence
 from quire.tensors.models.facts import context_len, text_config
+
+STATE_REACH = 2  # the window of a layer with a state: its next token needs the page of the one before
+STATE_LINE = 64  # bytes; what the parts of a state begin at
+ALONE = frozenset(("mlp", "moe"))  # kinds of layers in which no token meets another
+NOT_TAKEN_BACK = "whose recurrent layers cannot take back a token that was guessed"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """One layer that mixes tokens, by attention or by a short convolution. `window` and `chunk` are 0 where the layer has none.
+    """One layer that mixes tokens. `window` and `chunk` are 0 where the layer has none.
 
-    A convolution keeps its input of each token as one key, with no value, and its window is as wide as its kernel.
+    A short convolution keeps its input of each token as one key, with no value, and its window is as wide as its kernel. A recurrent layer keeps one
+    state of `state_bytes` for all tokens, and no rows.
     """
 
     layer_idx: int
@@ -31,11 +40,17 @@ class LayerGeometry:
     v_dim: int
     window: int
     chunk: int
+    state_bytes: int = 0
 
     @property
     def convolves(self) -> bool:
-        """Whether it is a convolution."""
-        return not self.v_dim
+        """Whether it is a convolution, and no more."""
+        return not self.v_dim and not self.state_bytes
+
+
+def carries(layers: Iterable[LayerGeometry]) -> bool:
+    """Whether any of them keeps a state: of such a model no token can be taken back, and no part of a page stands for fewer of its tokens."""
+    return any(layer.state_bytes for layer in layers)
 
 
 class DryRun:
@@ -45,6 +60,7 @@ class DryRun:
 
     def __init__(self) -> None:
         self.layers: list[LayerGeometry] = []
+        self._convolved_bytes = 0  # of the state of the layer that is running
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """q [1,Hq,Dk], k [1,Hkv,Dk], v [1,Hkv,Dv] -> v for every query head, [1,Hq,Dv]."""
@@ -54,8 +70,18 @@ class DryRun:
     def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [1,C] -> [1,C]: what a sequence's first token gets."""
         self.layers.append(LayerGeometry(layer_idx, 1, x.shape[1], 0, weight.shape[1], 0))
-        own = x.float() * weight[:, -1].float()
-        return (own if bias is None else own + bias.float()).to(x.dtype)
+        return _of_one_token(x, weight, bias)
+
+    def convolve_carried(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `convolve`."""
+        self._convolved_bytes = (weight.shape[1] - 1) * x.shape[1] * x.element_size()
+        return _of_one_token(x, weight, bias)
+
+    def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
+        """v [1,Hv,Dv] -> [1,Hv,Dv], zeros."""
+        rule_bytes = 4 * math.prod(given.state_shape)
+        self.layers.append(LayerGeometry(layer_idx, 1, 0, 0, STATE_REACH, 0, -(-self._convolved_bytes // STATE_LINE) * STATE_LINE + rule_bytes))
+        return torch.zeros_like(given.v)
 
 
 class NoAttention:
@@ -70,6 +96,17 @@ class NoAttention:
     def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [T,C] -> zeros [T,C]."""
         return torch.zeros_like(x)
+
+    convolve_carried = convolve
+
+    def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
+        """v [T,Hv,Dv] -> zeros [T,Hv,Dv]."""
+        return torch.zeros_like(given.v)
+
+
+def _of_one_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    own = x.float() * weight[:, -1].float()
+    return (own if bias is None else own + bias.float()).to(x.dtype)
 
 
 class NoProducts:
@@ -106,12 +143,13 @@ def check_layers(layers: list[LayerGeometry], model: PreTrainedModel) -> tuple[L
         twice = sorted({i for i in called if called.count(i) > 1})
         raise UnsupportedModelError(f"{config.model_type}: layers {_some(twice)} run attention more than once in a forward")
     expected = config.num_hidden_layers
-    missing = sorted(set(range(expected)) - set(called))
+    layer_types = getattr(config, "layer_types", None)
+    alone = {i for i, kind in enumerate(layer_types or ()) if kind in ALONE}
+    missing = sorted(set(range(expected)) - set(called) - alone)
     if missing:
         raise UnsupportedModelError(
             f"{config.model_type}: layers {_some(missing)} of {expected} never call the attention interface (recurrent, or attention of their own)"
         )
-    layer_types = getattr(config, "layer_types", None)
     for layer in layers:
         kind = layer_types[layer.layer_idx] if layer_types is not None and layer.layer_idx < len(layer_types) else None
         if (kind == "sliding_attention" and not layer.window) or (kind == "full_attention" and layer.window):

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import Mask, ProgramStep
+from quire.tensors.attention.carried import Recurrence
 from quire.tensors.models.exact import ExactMode, in_whole_vectors
 
 NAME = "quire"  # plain on purpose: transformers diverts names that hold flash, sdpa, flex_attention, paged| or a slash
@@ -49,6 +50,14 @@ class AttentionStep(Protocol):
 
     def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The causal convolution of x [T,C], contiguous, along each sequence with weight [C,W] and bias [C] or None; returns [T,C]."""
+        ...
+
+    def convolve_carried(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The same in a layer whose recurrence comes next: they keep one state."""
+        ...
+
+    def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
+        """The recurrence along each sequence; returns [T,Hv,Dv] of v's dtype."""
         ...
 
 

@@ -51,6 +51,8 @@ def _token_axis(a: Seen, b: Seen) -> int:
 
 class _Lowering:
     def __init__(self, recording: Recording, num_tokens: int, axes: list[int], mixes: bool) -> None:
+        if any(done.name == "recur" for done in recording.done):
+            recording.problem = "it carries a state from token to token"
         if sum(done.name in ("attend", "convolve") for done in recording.done) != mixes:
             recording.problem = recording.problem or "it does not call attention, or a convolution, once"
         if recording.problem:

@@ -14,7 +14,9 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
+from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import Mask, PackingProducts
+from quire.tensors.attention.carried import Recurrence
 from quire.tensors.models.hook import current
 from quire.tensors.packed import PackedLayout, PackedWeight, operands
 
@@ -63,6 +65,14 @@ class OpaqueStep:
         self.layers.append(layer_idx)
         out: torch.Tensor = torch.ops.quire.convolve(x, weight, bias)
         return out
+
+    def convolve_carried(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """No compiled layer carries a state."""
+        raise UnsupportedModelError("it carries a state from token to token, which compiled layers do not")
+
+    def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
+        """No compiled layer carries a state."""
+        raise UnsupportedModelError("it carries a state from token to token, which compiled layers do not")
 
 
 def _token_axis(x: torch.Tensor) -> int:

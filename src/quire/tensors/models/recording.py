@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quire.tensors.attention.base import Mask, Products
+from quire.tensors.attention.carried import Recurrence
 from quire.tensors.models.calls import Call, take_apart, weights_of
 from quire.tensors.models.geometry import DryRun
 from quire.tensors.packed import bytes_of, form_of
@@ -222,3 +223,11 @@ class RecordingStep:
     def convolve(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [T,C], weight [C,W], bias [C] -> [T,C]."""
         return self._recorder.whole("convolve", (x, weight, bias), lambda: self._own.convolve(layer_idx, x, weight, bias))
+
+    def convolve_carried(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `convolve`; no program carries a state."""
+        return self._recorder.whole("convolve_carried", (x, weight, bias), lambda: self._own.convolve_carried(layer_idx, x, weight, bias))
+
+    def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
+        """v [T,Hv,Dv] -> [T,Hv,Dv]; no program recurs."""
+        return self._recorder.whole("recur", tuple(given), lambda: self._own.recur(layer_idx, given))

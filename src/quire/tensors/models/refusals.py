@@ -15,9 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.models.facts import output_embeddings
+from quire.tensors.models.geometry import ALONE
+from quire.tensors.models.mixing import recurs
 from quire.tensors.models.ropes import refuse_ropes
 
-_SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "conv"}
+_SERVED_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "conv", "linear_attention", *ALONE}
 _FEW_MISFITS = 3  # named in a refusal
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +58,7 @@ def refuse_model(model: PreTrainedModel, where: torch.device, *, live: bool) -> 
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None:
             raise UnsupportedModelError(f"{kind}: {name or 'the model'} is compiled (nn.Module.compile), so its attention cannot be replaced")
-        if "A_log" in module._parameters or "time_decay" in module._parameters:
+        if ("A_log" in module._parameters or "time_decay" in module._parameters) and not recurs(module):
             raise UnsupportedModelError(f"{kind}: {name} ({type(module).__name__}) is a recurrent layer, whose state would leak between sequences")
 
 

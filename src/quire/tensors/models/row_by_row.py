@@ -6,10 +6,12 @@ Shape letters: T packed tokens, Hq/Hkv query/KV heads, Dk/Dv head sizes, n visib
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
 from quire.tensors.attention.base import Mask
+from quire.tensors.attention.carried import Recurrence, Segments, recurrence
 
 
 class RowByRow:
@@ -48,6 +50,15 @@ class RowByRow:
             start += length
         out = torch.stack(rows)
         return (out if bias is None else out + bias.float()).to(x.dtype)
+
+    convolve_carried = convolve
+
+    def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
+        """See `recurrence`: that is a token at a time, too."""
+        count, out = len(self._lengths), torch.empty_like(given.v)
+        whole = Segments([0, *accumulate(self._lengths)], list(range(count + 1)), [-1] * count, [-1] * count)
+        recurrence(given, whole, [None] * count, given.decay.new_empty(count, *given.state_shape), out)
+        return out
 
 
 def _row(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None, mask: Mask) -> torch.Tensor:

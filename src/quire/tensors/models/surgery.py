@@ -21,7 +21,7 @@ from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
 from quire.tensors.attention.base import Products, RowReductions
-from quire.tensors.models import convolutions
+from quire.tensors.models import mixing
 from quire.tensors.models.calls import Change, changed, is_foreign
 from quire.tensors.models.exact import VECTOR, ExactMode, in_whole_vectors
 from quire.tensors.models.hook import NAME, QueryScale
@@ -138,8 +138,8 @@ def _forward_of(module: nn.Module, mode: ExactMode, live: bool) -> Forward | Non
         return _activation(module)
     if is_rotary(module):
         return _rotary(module)
-    if "forward" not in module.__dict__ and convolutions.is_convolution(module):
-        return convolutions.forward_of(module)
+    if "forward" not in module.__dict__ and mixing.convolves(module):
+        return mixing.forward_of(module)
     if live and is_foreign(module):  # it may do tomorrow what it does not do today
         return _in_mode(module, mode)
     if not isinstance(module, nn.Embedding) and any(weight is not None and weight.dim() > 1 for weight in module._parameters.values()):

@@ -21,7 +21,7 @@ NUM_TOKENS = 64
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """Bytes that the tensors of a forward take at their most: `fixed`, and `per_token` of its packed tokens, keys and values staged included, and
-    `per_row` of logits."""
+    `per_row` of logits, which are as many as its sequences at least: each stages its states."""
 
     fixed: int
     per_token: int
@@ -93,7 +93,8 @@ def measure(model: CausalModel) -> Workspace:
     with programs.first_of_each() if programs is not None else nullcontext(), model.with_products(NoProducts(), forwards=dict(alike[:-1])):
         short, long = _peak(model, NUM_TOKENS), _peak(model, 2 * NUM_TOKENS)
     per_token = -(-(long - short) // NUM_TOKENS)
-    return Workspace(max(0, short - per_token * NUM_TOKENS), per_token, model.vocab_size * model.dtype.itemsize)
+    states = sum(layer.state_bytes for layer in model.layers)
+    return Workspace(max(0, short - per_token * NUM_TOKENS), per_token, model.vocab_size * model.dtype.itemsize + states)
 
 
 def _peak(model: CausalModel, num_tokens: int) -> int:

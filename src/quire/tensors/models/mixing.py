@@ -1,0 +1,135 @@
+"""Ways in which tokens mix that are no attention, found in a model and handed to the step that is running: short causal convolutions, and behind them
+recurrences, those of gated delta nets and of Mamba 2.
+
+A layer that mixes so calls functions that its forward finds in its module, with nothing that tells sequences apart. For the time of our forwards it
+gets a forward of the same code that finds ours there: nothing that others could meet is changed.
+
+Shape letters: T packed tokens, C channels, W width of the kernel, Hk/Hv heads of keys and of values, Dk/Dv their sizes; of Mamba 2 H heads of size P,
+G groups of states of N.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from quire.errors import UnsupportedModelError
+from quire.tensors.attention.carried import Recurrence
+from quire.tensors.models.exact import in_whole_vectors
+from quire.tensors.models.hook import Running, current, examine, told
+
+_CONVOLUTION, _DELTA_RULE, _MAMBA2 = "causal_conv1d_fn", "torch_chunk_gated_delta_rule", "mamba2_chunk_scan"
+
+
+def convolves(module: nn.Module) -> bool:
+    """Whether a module's forward calls transformers' short convolution."""
+    return _calls(module, _CONVOLUTION)
+
+
+def recurs(module: nn.Module) -> bool:
+    """Whether it calls a recurrence that we have, behind it."""
+    return convolves(module) and (_calls(module, _DELTA_RULE) or _calls(module, _MAMBA2))
+
+
+def _calls(module: nn.Module, name: str) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    return isinstance(forward, FunctionType) and name in forward.__code__.co_names and name in forward.__globals__
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward that such a module gets."""
+    own = inspect.unwrap(type(module).forward)
+    assert isinstance(own, FunctionType)
+    functions: dict[str, Callable[..., Any]] = {_CONVOLUTION: _convolution, _DELTA_RULE: _gated_delta_rule, _MAMBA2: _mamba2_scan}
+    found = own.__globals__ | {name: partial(function, module) for name, function in functions.items()}
+    ours = FunctionType(own.__code__, found, own.__name__, own.__defaults__, own.__closure__)
+    ours.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(ours, module)
+
+
+def _convolution(
+    module: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None, **others: object
+) -> torch.Tensor:
+    """transformers' function: x [1,C,T], weight [C,W], bias [C] -> [1,C,T]. Raises UnsupportedModelError for a call it cannot serve."""
+    forward, layer_idx = _running(module, x.shape[0], others)
+    rows = x[0].transpose(0, 1).contiguous()
+    with forward.mode.paused():
+        convolve = forward.step.convolve_carried if recurs(module) else forward.step.convolve
+        out = convolve(layer_idx, rows, weight, bias)
+    if activation is not None:
+        out = in_whole_vectors(ACT2FN[activation], out)
+    return out.transpose(0, 1).unsqueeze(0)
+
+
+def _gated_delta_rule(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    chunk_size: int = 64,
+    initial_state: None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' function: query, key [1,T,Hk,Dk], value [1,T,Hv,Dv], g and beta [1,T,Hv] -> ([1,T,Hv,Dv], None). Raises as `_convolution`."""
+    q, k, v = (x[0].contiguous() for x in (query, key, value))
+    decay, scale = in_whole_vectors(torch.exp, g[0].float().contiguous()), key.shape[-1] ** -0.5
+    given = Recurrence(q, k, v, decay, beta[0].float().contiguous(), scale, normalized=use_qk_l2norm_in_kernel, corrects=True)
+    return _recur(module, given, query.shape[0], others), None
+
+
+def _mamba2_scan(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_states: None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **others: object,
+) -> torch.Tensor:
+    """transformers' function: hidden_states [1,T,H,P], dt [1,T,H], A, D and dt_bias [H], B and C [1,T,G,N] -> fp32 [1,T,H,P].
+
+    Raises as `_convolution`.
+    """
+    step = dt[0].contiguous() if dt_bias is None else dt[0] + dt_bias.to(dt.dtype)
+    step = (in_whole_vectors(functional.softplus, step) if dt_softplus else step).clamp(*dt_limit).float()
+    decay = in_whole_vectors(torch.exp, A.float() * step)
+    q, k, v = (x[0].float().contiguous() for x in (C, B, hidden_states))
+    out = _recur(module, Recurrence(q, k, v, decay, step, 1.0, normalized=False, corrects=False), dt.shape[0], others)
+    return out if D is None else out + D[:, None] * v
+
+
+def _recur(module: nn.Module, given: Recurrence, batch: int, others: dict[str, object]) -> torch.Tensor:
+    forward, layer_idx = _running(module, batch, others)
+    with forward.mode.paused():
+        return forward.step.recur(layer_idx, given).unsqueeze(0)
+
+
+def _running(module: nn.Module, batch: int, others: dict[str, object]) -> tuple[Running, int]:
+    """The forward in progress and the module's layer_idx."""
+    forward, layer_idx = current(), cast(int, getattr(module, "layer_idx", None))  # None is refused by examine
+    if layer_idx not in forward.chunks:
+        forward.chunks[layer_idx] = examine(module, layer_idx)
+    if batch != 1:
+        raise UnsupportedModelError(f"{told(module)} mixes a batch of {batch}, not 1")
+    if foreign := [name for name, given in others.items() if isinstance(given, torch.Tensor) and name != "position_ids"]:
+        raise UnsupportedModelError(f"{told(module)} mixes tokens by tensors that are not known here ({', '.join(foreign)})")
+    return forward, layer_idx
