@@ -283,7 +283,7 @@ class _Lowering:
     def _convolution(self, done: Done) -> None:
         x, weight, bias = done.args
         if weight.shape[1] > lib.most_taps:
-            raise UnlowerableError(f"its convolution has a kernel of {weight.shape[1]}, and at most {lib.most_taps} are served")
+            raise UnlowerableError(f"its convolution has a kernel of {weight.shape[1]}, where a program takes at most {lib.most_taps}")
         kernel, added = self._kernel(weight, x.dtype), None if bias is None else self._kernel(bias, x.dtype)
         self._mixed(Convolve((self._whole(x),), (x.shape[1:],), weight.shape[1], kernel, added, self._new(done.out, 2).value))
 
