@@ -37,6 +37,7 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"add_cross_attention": True}, "gpt2: has cross-attention"),
     ("doge", {}, "attention mask of its own"),
     ("diffllama", {}, "diffllama: layers 0, 1, 2 run attention more than once"),
+    ("llama", {"layer_types": ["conv", "full_attention", "conv"]}, "llama: layer 0 is of kind conv but calls attention"),
     ("roberta", {"is_decoder": True}, "roberta: .* its own positions do not begin at 0"),
 ]
 
@@ -101,6 +102,14 @@ def test_a_layer_whose_kind_and_window_disagree() -> None:
     model = tiny_model("gemma3_text", sliding_window=1000)
     model.model.layers[0].self_attn.sliding_window = None
     with pytest.raises(UnsupportedModelError, match="layer 0 is of kind sliding_attention but passes a window of 0"):
+        load(model)
+
+
+def test_a_convolution_with_a_forward_put_around_it() -> None:
+    model = tiny_model("lfm2")
+    convolution = model.model.layers[0].conv
+    convolution.forward = lambda *args, own=convolution.forward, **kwargs: own(*args, **kwargs) / 2
+    with pytest.raises(UnsupportedModelError, match=r"^lfm2: layers 0 of 3 never call .* a convolution by transformers' own forward \(.* wrapped\)"):
         load(model)
 
 

@@ -148,12 +148,16 @@ def check_layers(layers: list[LayerGeometry], model: PreTrainedModel) -> tuple[L
     missing = sorted(set(range(expected)) - set(called) - alone)
     if missing:
         raise UnsupportedModelError(
-            f"{config.model_type}: layers {_some(missing)} of {expected} never call the attention interface (recurrent, or attention of their own)"
+            f"{config.model_type}: layers {_some(missing)} of {expected} never call the attention interface, nor a convolution by transformers'"
+            " own forward (recurrent, of code of their own, or wrapped)"
         )
     for layer in layers:
         kind = layer_types[layer.layer_idx] if layer_types is not None and layer.layer_idx < len(layer_types) else None
         if (kind == "sliding_attention" and not layer.window) or (kind == "full_attention" and layer.window):
             raise UnsupportedModelError(f"{config.model_type}: layer {layer.layer_idx} is of kind {kind} but passes a window of {layer.window}")
+        if kind is not None and (kind == "conv") != layer.convolves:
+            what = "has a convolution" if layer.convolves else "calls attention"
+            raise UnsupportedModelError(f"{config.model_type}: layer {layer.layer_idx} is of kind {kind} but {what}")
     window = getattr(config, "sliding_window", None)
     told = layer_types is not None or any(layer.window for layer in layers)
     if not told and isinstance(window, int) and 0 < window < context_len(config) and _makes_windows(model):
