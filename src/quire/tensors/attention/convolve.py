@@ -36,7 +36,8 @@ def sources(query_start: torch.Tensor, before: int, num_tokens: int) -> torch.Te
     tokens = torch.arange(num_tokens, device=starts.device)
     seqs = torch.searchsorted(starts[1:], tokens, right=True).clamp_(max=starts.shape[0] - 2)
     at = (tokens - starts[seqs])[:, None] + torch.arange(-before, 1, device=starts.device)  # of the step's own, from its first
-    return torch.where(at >= 0, before * (starts.shape[0] - 1) + starts[seqs][:, None] + at, before * (seqs[:, None] + 1) + at)
+    found = torch.where(at >= 0, before * (starts.shape[0] - 1) + starts[seqs][:, None] + at, before * (seqs[:, None] + 1) + at)
+    return found.clamp_(min=0)  # of padding in a step without any sequence
 
 
 def reach(step: StepInputs, place: LayerPlace, width: int, num_tokens: int) -> Reach:
