@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,14 @@ install()
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=0)
 FEW = dataclasses.replace(PARAMS, max_tokens=3)
 PROMPTS = [list(range(5, 5 + count)) for count in (3, 13, 7)]
-WINDOWS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}  # the second prompt leaves it behind
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },  # the second prompt leaves it
+    "lfm2": {"num_hidden_layers": 1, "layer_types": ["conv"]},
+}
 
 
 def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint: Checkpoint) -> None:
@@ -45,16 +53,17 @@ def test_together_in_chunks_and_preempted_as_alone_and_as_on_the_cpu(checkpoint:
     [
         ("gemma3_text", "int8", "plain, steps of up to 8 tokens captured"),
         ("gpt2", "int4", "plain"),
+        ("lfm2", "none", "plain, steps of up to 8 tokens captured"),
         ("mixtral", "none", "plain, no step captured (RuntimeError: nonzero: called a synchronizing operation)"),
     ],
 )
 def test_families(checkpoint: Checkpoint, family: str, quantization: str, told: str) -> None:
-    """Windows; layer norms, and weights the other way round; experts, of which alone steps wait more than once, to learn which tokens are theirs,
-    so that no graph can hold them.
+    """Windows; layer norms, and weights the other way round; a convolution; experts, of which alone steps wait more than once, to learn which tokens
+    are theirs, so that no graph can hold them.
 
     One layer where all are alike: of several, above.
     """
-    folder = checkpoint(family, **WINDOWS if family == "gemma3_text" else {"num_hidden_layers": 1})
+    folder = checkpoint(family, **CHANGES.get(family, {"num_hidden_layers": 1}))
     with LLM(folder, backend="reference", quantization=quantization, page_size=4) as llm:
         expected = [output.outputs[0] for output in llm.generate(PROMPTS[:2], FEW)]
     options = {"page_size": 4, "quantization": quantization, "max_tokens_per_step": 8, "cache_bytes": 2**20, "enforce_eager": told == "plain"}

@@ -317,6 +317,7 @@ def install() -> Fake:
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     _library.fallback(FAKE.run, "PrivateUse1")
+    _aten.impl("convolution_overrideable", functools.partial(FAKE.run, torch.ops.aten.convolution.default), "PrivateUse1")  # no fallback reaches it
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
     torch.Tensor.to = _home(torch.Tensor.to)  # type: ignore[method-assign]
     _guard_addresses()
@@ -325,4 +326,4 @@ def install() -> Fake:
     return FAKE
 
 
-_library = torch.library.Library("_", "IMPL")
+_library, _aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")

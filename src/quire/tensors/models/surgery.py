@@ -54,7 +54,7 @@ class Surgery:
         self._settings: list[Change] = []
         self._states = [module.__dict__ for module in model.modules()] if live else []
         for module in model.modules():
-            forward = _product_of(module, products)
+            forward = _product_of(module, products) or _mixing_of(module)
             if forward is None and rows is None:  # with them the whole forward is in exact mode, and in no need of whole vectors
                 forward = _forward_of(module, self.mode, live)
             if forward is not None and (whole_vectors or not isinstance(module, _ACTIVATIONS)):
@@ -132,14 +132,17 @@ def _product_of(module: nn.Module, products: Products) -> Forward | None:
     return _conv1d(module, products) if is_plain(module, Conv1D) else None
 
 
+def _mixing_of(module: nn.Module) -> Forward | None:
+    """The forward of a module that mixes tokens in another way than attention, for the time of ours."""
+    return mixing.forward_of(module) if "forward" not in module.__dict__ and mixing.convolves(module) else None
+
+
 def _forward_of(module: nn.Module, mode: ExactMode, live: bool) -> Forward | None:
     """The forward that any other module gets, or None if its own will do."""
     if isinstance(module, _ACTIVATIONS):
         return _activation(module)
     if is_rotary(module):
         return _rotary(module)
-    if "forward" not in module.__dict__ and mixing.convolves(module):
-        return mixing.forward_of(module)
     if live and is_foreign(module):  # it may do tomorrow what it does not do today
         return _in_mode(module, mode)
     if not isinstance(module, nn.Embedding) and any(weight is not None and weight.dim() > 1 for weight in module._parameters.values()):
