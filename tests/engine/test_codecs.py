@@ -28,6 +28,7 @@ def jobs() -> tuple[list[list[int]], list[SamplingParams]]:
         ("int4", "gemma3_text", torch.float32),
         ("k=int8,v=int4", "gemma3_text", torch.bfloat16),
         ("k=none,v=int8", "deepseek_v3", torch.float32),
+        ("int4", "lfm2", torch.bfloat16),  # what convolutions keep stays as it is
     ],
 )
 def test_bits_do_not_move(checkpoint: Checkpoint, codec: str, family: str, dtype: torch.dtype) -> None:

@@ -23,8 +23,10 @@ from tests.tensors.checkpoints import VOCAB, tiny_model
 
 CXX = os.environ.get("CXX", "g++")
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX}) on this machine")
-CASES = [("llama", torch.bfloat16), ("gemma3_text", torch.float32)]  # one kind of layers, and two with a window
-KINDS = {"llama": 1, "gemma3_text": 2}
+# One kind of layers, two with a window, and one that convolves.
+CASES = [("llama", torch.bfloat16), ("gemma3_text", torch.float32), ("lfm2", torch.bfloat16)]
+KINDS = {"llama": 1, "gemma3_text": 2, "lfm2": 1}
+CHANGES: dict[str, dict[str, Any]] = {"lfm2": {"num_hidden_layers": 1, "layer_types": ["conv"]}}
 
 
 def compilations() -> dict[str, int]:
@@ -36,7 +38,7 @@ def compilations() -> dict[str, int]:
 @pytest.mark.parametrize(("family", "dtype"), CASES, ids=lambda x: str(x).removeprefix("torch."))
 def test_the_same_bits_and_nothing_compiled_on_the_way(checkpoint: Checkpoint, family: str, dtype: torch.dtype) -> None:
     """Not even at the next start, which finds the code that the first one has left."""
-    folder, work = checkpoint(family, dtype), jobs(5, 6)
+    folder, work = checkpoint(family, dtype, **CHANGES.get(family, {})), jobs(5, 6)
     expected = alone(folder, work, compile=True)
     for page_size, budget, threads, seed in ((16, 512, 2, 0), (4, 7, 1, 1)):
         order = list(range(len(work)))
@@ -57,7 +59,8 @@ def test_close_to_plain_layers() -> None:
     for family, dtype in CASES:
         ids, lengths = torch.randint(3, VOCAB, (70,)), [40, 1, 29]
         positions = torch.cat([torch.arange(length) for length in lengths])
-        models = [CausalModel(tiny_model(family, dtype), ReferenceProducts(), name=family, identity="", live=False) for _ in range(2)]
+        alike = [tiny_model(family, dtype, **CHANGES.get(family, {})) for _ in range(2)]
+        models = [CausalModel(model, ReferenceProducts(), name=family, identity="", live=False) for model in alike]
         models[1].compile()
         assert models[1].compiled and models[1].identity != models[0].identity
         plain, compiled = (model.forward(RowByRow(lengths), ids, positions, torch.arange(70)).float() for model in models)

@@ -48,6 +48,7 @@ CASES = [
     ("llama", torch.bfloat16, {"kv_codec": "int8", "quantization": "int8"}),
     ("gemma3_text", torch.bfloat16, {}),
     ("llama4_text", torch.float32, {}),
+    ("lfm2", torch.float32, {}),
 ]
 
 

@@ -28,15 +28,30 @@ def own_generate(model: PreTrainedModel, prompt: list[int], num: int) -> list[in
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers(checkpoint: Checkpoint, family: str) -> None:
-    folder = checkpoint(family)
+CONVOLVES = {"layer_types": ["conv", "full_attention", "conv"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "num_dense_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        *((family, {}, "") for family in FAMILIES),
+        ("lfm2", {"conv_bias": True, "conv_L_cache": 5}, "3 of 3 as programs"),
+        ("lfm2", {"conv_L_cache": 17}, "(Lfm2DecoderLayer is plain: its convolution has a kernel of 17, and at most 16 are served)"),
+        ("lfm2_moe", {**CONVOLVES, **EXPERTS}, "1 of 3 as programs"),
+        ("lfm3", CONVOLVES, "3 of 3 as programs"),
+    ],
+)
+def test_greedy_equals_transformers(checkpoint: Checkpoint, family: str, changes: dict[str, Any], told: str, one_thread: None) -> None:
+    """One thread: of transformers' small operators each waits for a second one, many times as long where others want the core."""
+    folder = checkpoint(family, **changes)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rng = random.Random(3)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(n)] for n in (3, 16, 61)]
     expected = [own_generate(model, p, 20) for p in prompts]
     with LLM(folder, max_tokens_per_step=19) as llm:
         got = [o.outputs[0].token_ids for o in llm.generate(prompts, SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))]
+        assert told in llm.info.layers
     assert got == expected
 
 

@@ -12,7 +12,9 @@ from tests.engine.test_codecs import jobs
 from tests.engine.test_transparency import bits
 
 
-@pytest.mark.parametrize(("quantization", "family", "dtype"), [("int8", "gemma3_text", torch.bfloat16), ("int4", "llama", torch.float32)])
+@pytest.mark.parametrize(
+    ("quantization", "family", "dtype"), [("int8", "gemma3_text", torch.bfloat16), ("int4", "llama", torch.float32), ("int8", "lfm2", torch.bfloat16)]
+)
 def test_bits_do_not_move(checkpoint: Checkpoint, quantization: str, family: str, dtype: torch.dtype) -> None:
     folder, (prompts, params) = checkpoint(family, dtype), jobs()
     with LLM(folder, quantization=quantization, num_threads=1, prefix_sharing=False) as llm:

@@ -37,7 +37,7 @@ CODECS = (None, None, "int8", "int4", "k=int8,v=none", "k=none,v=int8")
 # What another engine over the same folder may differ in, with pages of the same size.
 OTHER_WEIGHTS = {"llama": "llama again", "llama again": "llama"}
 OTHER_CODEC = {"k=int8,v=none": "k=none,v=int8", "k=none,v=int8": "k=int8,v=none"}
-MODELS = ("llama", "llama", "llama again", "gemma3_text", "live", "live")
+MODELS = ("llama", "llama", "llama again", "gemma3_text", "lfm2", "live", "live")
 ADAPTERS = ("", "a", "b")
 DRAWN = SamplingParams(max_tokens=MOST_DRAWN, temperature=1.0, seed=0, logprobs=2, ignore_eos=True)
 KINDS = {

@@ -30,7 +30,7 @@ def bits(outputs: list[RequestOutput]) -> list[tuple[object, ...]]:
     return [tuple((one.token_ids, one.logprobs, one.top_logprobs) for one in output.outputs) for output in outputs]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "lfm2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restored_pages_give_the_same_bits(checkpoint: Checkpoint, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder, options = checkpoint(family, dtype), {"page_size": 4, "max_tokens_per_step": 24}

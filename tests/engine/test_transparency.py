@@ -60,8 +60,8 @@ def together(llm: LLM, work: Sequence[Job]) -> list[tuple[object, ...]]:
     return [bits(output) for output in outputs]
 
 
-FAMILIES = ("llama", "gemma3_text", "gpt_oss", "llama4_text")
-NUM_JOBS = {"gpt_oss": 8, "llama4_text": 8}  # of experts, which take several times as long
+FAMILIES = ("llama", "gemma3_text", "lfm2", "gpt_oss", "llama4_text")
+NUM_JOBS = {"lfm2": 8, "gpt_oss": 8, "llama4_text": 8}  # of some, to save time: experts take several times as long
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -86,7 +86,7 @@ def test_one_token_a_step(checkpoint: Checkpoint) -> None:
         assert together(llm, work) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("family", FAMILIES[:3])
 def test_preemption(checkpoint: Checkpoint, family: str) -> None:
     folder = checkpoint(family, torch.bfloat16)
     rng = random.Random(3)
@@ -139,7 +139,7 @@ def test_branches_are_requests_with_seeds_of_their_own(checkpoint: Checkpoint) -
     assert len({tuple(c.token_ids) for c in branches}) == 3
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", FAMILIES[:3])
 def test_poison(checkpoint: Checkpoint, family: str) -> None:
     """Unused slots, free pages and pages that left a window hold NaN; nothing changes."""
     folder, work = checkpoint(family, torch.bfloat16), jobs(6, 8)

@@ -54,7 +54,7 @@ class Models:
                 layer.mlp = Adapted(layer.mlp, seed)
             return model
         family, _, again = name.partition(" ")
-        windows = {} if family == "llama" else WINDOWS
+        windows = WINDOWS if family == "gemma3_text" else {}
         return make(self._root / name, family, torch.bfloat16 if windows else torch.float32, seed=len(again), **windows)
 
     @cache  # noqa: B019

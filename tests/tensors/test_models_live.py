@@ -23,7 +23,7 @@ from tests.tensors.test_models import ids, load, packed
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ["llama", "gpt2", "gemma3_text", "gpt_oss", "qwen3_moe", "llama4_text"]
+FAMILIES = ["llama", "gpt2", "gemma3_text", "gpt_oss", "qwen3_moe", "llama4_text", "lfm2"]
 Snapshot = list[tuple[object, dict[str, Any]]]
 
 
