@@ -165,6 +165,35 @@ PageLayout layout_of(uintptr_t pages, int64_t num_pages, int64_t page_bytes, int
           row_layout("V", slots, page_bytes, v_offset, v_dim, v_format, v_bytes), page_size, num_kv_heads};
 }
 
+// Rows x [T, C] behind `before` [S, W - 1, C], which lie as pages would that hold so many tokens.
+void convolve(int32_t dtype, Address before, Address x, Address weight, Address bias, Address out, Address query_start, int32_t num_seqs, int32_t num_tokens,
+              int32_t channels, int32_t width, int32_t num_threads) {
+  require(is_dtype(dtype), "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(num_seqs >= 0 && num_tokens >= 0 && channels > 0 && num_threads > 0, "num_seqs, num_tokens, channels or num_threads is out of range");
+  require(width > 0 && width <= kMostTaps, "width is out of range");
+  const int32_t size = width > 1 ? width - 1 : 1, bytes = row_bytes(dtype, channels);
+  std::vector<int32_t> committed(size_t(num_seqs), width - 1), pages(size_t(num_seqs) + 1);
+  for (int32_t s = 0; s <= num_seqs; ++s) pages[size_t(s)] = s;
+  std::vector<float> scratch(size_t(convolve_scratch_floats(channels, width)));
+  ConvolveArgs args{};
+  args.layout = {pointer<void>(before), num_seqs, int64_t(size) * bytes, {0, channels, dtype, bytes}, {}, size, 1};
+  args.staged.k = pointer<void>(x);
+  args.staged.k_token_stride = bytes;
+  args.weight = pointer<void>(weight);
+  args.bias = pointer<void>(bias);
+  args.out = pointer<void>(out);
+  args.scratch = scratch.data();
+  args.query_start = pointer<int32_t>(query_start);
+  args.num_committed = committed.data();
+  args.page_ids = args.page_start = pages.data();
+  args.num_seqs = num_seqs;
+  args.num_tokens = num_tokens;
+  args.width = width;
+  args.dtype = dtype;
+  args.num_threads = num_threads;
+  active_kernels().convolve(&args);
+}
+
 void recur(int32_t dtype, Address q, Address k, Address v, Address decay, Address beta, Address out, const std::vector<Address>& before,
                  Address after, int64_t after_stride, const std::vector<int64_t>& starts, const std::vector<int64_t>& of, int64_t num_k_heads,
                  int64_t num_v_heads, int64_t k_dim, int64_t v_dim, float scale, bool normalized, bool corrects, int32_t num_threads) {
@@ -184,6 +213,7 @@ void bind_attention(nb::module_& m) {
   m.def("attend", &attend);
   m.def("commit", &commit);
   m.def("encode", &encode);
+  m.def("convolve", &convolve, nb::call_guard<nb::gil_scoped_release>());
   m.def("recur", &recur, nb::call_guard<nb::gil_scoped_release>());
   m.attr("most_state_rows") = kMostStateRows;
   m.def("shared_items", &shared_items);

@@ -157,6 +157,7 @@ void Layers::run_one(const Layer& layer, Step& step, int64_t num_rows, const std
   for (size_t i = 0; i < count; ++i) mix[i].rows = memory + from[i];
   const Staged staged = step.rows_of(place);
   if (convolves) {
+    require(at.k.format == convolves->dtype && at.num_kv_heads == 1 && !at.v.dim, "rows of a convolution are keys of one head, of the pages' dtype");
     mix[0].rows = (char*)staged.k;
   } else {
     if (at.k.format < kInt8) mix[1].rows = (char*)staged.k;

@@ -2,7 +2,7 @@
 //
 //   S *= decay;  S += k (beta (v - k S)), or without a correction k (beta v);  out = scale (q S)
 //
-// in fp32, sums over Dk ascending. A head of a sequence is computed by one thread, sixteen columns of S after the other, which stay in the first cache:
+// in fp32, sums over Dk ascending. A head of a sequence is computed by one thread, some columns of S after the other, each of which is a sum of its own:
 // so what a token gets depends on nothing but its own sequence.
 #pragma once
 #include <math.h>
@@ -29,29 +29,61 @@ void recur_row(const RecurArgs& g, const void* rows, int64_t row, float factor, 
   for (int64_t i = 0; i < g.k_dim; ++i) to[i] *= factor;
 }
 
-void recur_token(const RecurArgs& g, int64_t t, int64_t head, float* state) {
+constexpr int kStateVectors = 4;  // of sixteen columns at once: sums enough to hide a multiply-add's latency
+
+struct RecurToken {
   float q[kMostStateRows], k[kMostStateRows];
-  const int64_t element = element_bytes(g.dtype), key_head = t * g.num_k_heads + head / (g.num_v_heads / g.num_k_heads), row = t * g.num_v_heads + head;
-  recur_row(g, g.q, key_head, g.scale, q);
-  recur_row(g, g.k, key_head, 1.0f, k);
-  const F32x16 decay = set1(g.decay[row]), beta = set1(g.beta[row]);
-  for (int64_t c = 0; c < g.v_dim; c += 16) {
-    const int n = int(g.v_dim - c < 16 ? g.v_dim - c : 16);
-    float* const column = state + c;
-    F32x16 known = zero(), out = zero();
-    for (int64_t i = 0; i < g.k_dim; ++i) {
-      const F32x16 s = mul(load_n(column + i * g.v_dim, n), decay);
-      store_n(column + i * g.v_dim, s, n);
-      known = fma(set1(k[i]), s, known);
-    }
-    const F32x16 v = load_elements_n(g.dtype, (const char*)g.v + (row * g.v_dim + c) * element, n), added = mul(g.corrects ? sub(v, known) : v, beta);
-    for (int64_t i = 0; i < g.k_dim; ++i) {
-      const F32x16 s = fma(set1(k[i]), added, load_n(column + i * g.v_dim, n));
-      store_n(column + i * g.v_dim, s, n);
-      out = fma(set1(q[i]), s, out);
-    }
-    store_elements_n(g.dtype, (char*)g.out + (row * g.v_dim + c) * element, out, n);
+  F32x16 decay, beta;
+};
+
+// Columns of a state from `state` on, `n` of the last vector.
+template <int N>
+QUIRE_INLINE void recur_columns(const RecurArgs& g, const RecurToken& token, const char* v, float* state, char* out, int n) {
+  const int64_t element = element_bytes(g.dtype);
+  const auto state_at = [&](int64_t i, int j) {
+    const float* const at = state + i * g.v_dim + 16 * j;
+    return mul(N > 1 || n == 16 ? load(at) : load_n(at, n), token.decay);
+  };
+  F32x16 added[N], sums[N];
+  QUIRE_UNROLL for (int j = 0; j < N; ++j) {
+    added[j] = load_elements_n(g.dtype, v + 16 * j * element, n);
+    sums[j] = zero();
   }
+  if (g.corrects) {
+    for (int64_t i = 0; i < g.k_dim; ++i) {
+      const F32x16 k = set1(token.k[i]);
+      QUIRE_UNROLL for (int j = 0; j < N; ++j) sums[j] = fma(k, state_at(i, j), sums[j]);
+    }
+  }
+  QUIRE_UNROLL for (int j = 0; j < N; ++j) {
+    added[j] = mul(g.corrects ? sub(added[j], sums[j]) : added[j], token.beta);
+    sums[j] = zero();
+  }
+  for (int64_t i = 0; i < g.k_dim; ++i) {
+    const F32x16 k = set1(token.k[i]), q = set1(token.q[i]);
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) {
+      float* const at = state + i * g.v_dim + 16 * j;
+      const F32x16 s = fma(k, added[j], state_at(i, j));
+      N > 1 || n == 16 ? store(at, s) : store_n(at, s, n);
+      sums[j] = fma(q, s, sums[j]);
+    }
+  }
+  QUIRE_UNROLL for (int j = 0; j < N; ++j) store_elements_n(g.dtype, out + 16 * j * element, sums[j], n);
+}
+
+void recur_token(const RecurArgs& g, int64_t t, int64_t head, float* state) {
+  RecurToken token;
+  const int64_t element = element_bytes(g.dtype), key_head = t * g.num_k_heads + head / (g.num_v_heads / g.num_k_heads), row = t * g.num_v_heads + head;
+  recur_row(g, g.q, key_head, g.scale, token.q);
+  recur_row(g, g.k, key_head, 1.0f, token.k);
+  token.decay = set1(g.decay[row]);
+  token.beta = set1(g.beta[row]);
+  const char* const v = (const char*)g.v + row * g.v_dim * element;
+  char* const out = (char*)g.out + row * g.v_dim * element;
+  int64_t c = 0;
+  for (; c + 16 * kStateVectors <= g.v_dim; c += 16 * kStateVectors)
+    recur_columns<kStateVectors>(g, token, v + c * element, state + c, out + c * element, 16);
+  for (; c < g.v_dim; c += 16) recur_columns<1>(g, token, v + c * element, state + c, out + c * element, int(g.v_dim - c < 16 ? g.v_dim - c : 16));
 }
 
 void recur(const RecurArgs* args) {

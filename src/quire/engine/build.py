@@ -148,7 +148,7 @@ def open_model(source: str | PreTrainedModel, config: EngineConfig, kernels: Ker
 
 def _check_carried(model: CausalModel, config: EngineConfig, kernels: Kernels) -> None:
     """Raise for what a model with states cannot do."""
-    if kernels.attention.recur is None:
+    if kernels.attention.carried is None:
         raise UnsupportedModelError(f"{model.model_type}: its recurrent layers are served on the CPU alone, by backend 'native' or 'reference'")
     if config.prompt_lookup_num_tokens:
         raise ConfigError(f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}: must be 0 for {model.model_type}, {NOT_TAKEN_BACK}")

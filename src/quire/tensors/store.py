@@ -118,7 +118,7 @@ class StagedStep:
         self._store, self._inputs, self._slots = store, inputs, slots
         self._staged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._reach: dict[tuple[int, int], Reach] = {}
-        self._carried = CarriedStates(store.pages, inputs, slots, store.backend.recur)
+        self._carried = CarriedStates(store.pages, inputs, slots, store.backend.carried)
         num_tokens = slots[0].shape[0] if slots else 0
         self.of_programs = store.program_steps(inputs, num_tokens) if store.program_steps is not None else None  # see `AttentionStep`
 

@@ -117,8 +117,8 @@ class AttentionBackend(Protocol):
     name: str
 
     @property
-    def recur(self) -> Callable[..., None] | None:
-        """As `carried.recurrence`; None where layers with a state cannot be served."""
+    def carried(self) -> Any:
+        """The `CarriedKernels` (carried.py), None where layers with a state cannot be served."""
         ...
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> Callable[[StepInputs, int], ProgramStep] | None:

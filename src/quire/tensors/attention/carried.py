@@ -12,15 +12,17 @@ Dk/Dv their sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from quire.tensors.attention.base import StatePlace, StepInputs
 from quire.tensors.attention.convolve import convolved, sources
+
+MOST_WIDTH, MOST_K_DIM = 16, 512  # of what native kernels take (csrc/kernels.h)
 
 
 class Recurrence(NamedTuple):
@@ -74,11 +76,25 @@ class Segments:
         return found
 
 
+class CarriedKernels(Protocol):
+    """What computes in layers that carry a state. A row's bits depend on its own sequence alone."""
+
+    def convolve(
+        self, before: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, query_start: torch.Tensor
+    ) -> torch.Tensor:
+        """The convolution (convolve.py) of x [T,C] behind `before` [S,W-1,C], the rows that each sequence had last; [T,C]. `query_start` [S + 1]."""
+        ...
+
+    def recur(self, given: Recurrence, seg: Segments, before: Sequence[torch.Tensor | None], after: torch.Tensor, out: torch.Tensor) -> None:
+        """The recurrence: before [Hv,Dk,Dv] of each sequence, None where one begins, -> after [N,Hv,Dk,Dv], and out [T,Hv,Dv]."""
+        ...
+
+
 class CarriedStates:
     """The states of one step: what they are before it, and, staged, what they are behind its segments."""
 
-    def __init__(self, pages: torch.Tensor, inputs: StepInputs, slots: Sequence[torch.Tensor], rule: Callable[..., None] | None) -> None:
-        self._pages, self._inputs, self._slots, self._rule = pages, inputs, slots, rule
+    def __init__(self, pages: torch.Tensor, inputs: StepInputs, slots: Sequence[torch.Tensor], kernels: CarriedKernels | None) -> None:
+        self._pages, self._inputs, self._slots, self._kernels = pages, inputs, slots, kernels
         self._segments: dict[int, Segments] = {}
         self._staged: dict[int, tuple[StatePlace, torch.Tensor]] = {}
 
@@ -92,13 +108,15 @@ class CarriedStates:
         seg, back, staged = self._cut(place), weight.shape[1] - 1, self._stage(place)
         size = back * x.shape[1] * x.element_size()
         none = torch.zeros(size, dtype=torch.uint8)
-        before = [none if page < 0 else self._pages[page, place.offset : place.offset + size] for page in seg.before]
-        rows = torch.stack(before).view(x.dtype).view(-1, x.shape[1])
-        seen = sources(self._inputs.query_start, back, x.shape[0])
-        rows = torch.cat([rows, x])
-        last = torch.tensor(seg.starts[1:], dtype=torch.long) - 1
-        staged[:, :size] = rows[seen[last][:, 1:]].flatten(1).view(torch.uint8)
-        return convolved(rows, seen, weight, bias)
+        before = torch.stack([none if page < 0 else self._pages[page, place.offset : place.offset + size] for page in seg.before])
+        before = before.view(x.dtype).view(len(seg.before), back, x.shape[1])
+        for s, (first, end) in enumerate(pairwise(seg.of)):
+            for n in range(first, end) if back else ():
+                stop = seg.starts[n + 1]
+                last = torch.cat([before[s], x[max(seg.starts[first], stop - back) : stop]])[-back:]
+                staged[n, :size] = last.contiguous().view(torch.uint8).flatten()
+        assert self._kernels is not None, "refused where there are none"
+        return self._kernels.convolve(before, x, weight, bias, self._inputs.query_start)
 
     def recur(self, place: StatePlace, given: Recurrence) -> torch.Tensor:
         """[T,Hv,Dv] of v's dtype; the state [Hv,Dk,Dv] fp32 is the last part of a layer's."""
@@ -108,8 +126,8 @@ class CarriedStates:
         before = [None if page < 0 else self._pages[page, end - size : end].view(torch.float32).view(shape) for page in seg.before]
         after = staged[:, place.num_bytes - size :].view(torch.float32).view(-1, *shape)
         out = torch.empty_like(given.v)
-        assert self._rule is not None, "refused where there is none"
-        self._rule(given, seg, before, after, out)
+        assert self._kernels is not None, "refused where there are none"
+        self._kernels.recur(given, seg, before, after, out)
         return out
 
     def commit(self) -> None:
@@ -130,21 +148,29 @@ class CarriedStates:
         return self._staged[place.layer_idx][1]
 
 
-def recurrence(given: Recurrence, seg: Segments, before: Sequence[torch.Tensor | None], after: torch.Tensor, out: torch.Tensor) -> None:
-    """The recurrence in plain torch, a token at a time: before [Hv,Dk,Dv] of each sequence, None where one begins, -> after [N,Hv,Dk,Dv], and
-    out [T,Hv,Dv]. What a token gets depends on its own sequence alone."""
-    q, k = (unit(x) if given.normalized else x.float() for x in (given.q, given.k))
-    each = given.v.shape[1] // given.k.shape[1]
-    for s, (first, end) in enumerate(pairwise(seg.of)):
-        state = given.v.new_zeros(given.state_shape, dtype=torch.float32) if (began := before[s]) is None else began
-        for n in range(first, end):
-            for t in range(seg.starts[n], seg.starts[n + 1]):
-                key, query = (x[t].repeat_interleave(each, 0).unsqueeze(1) for x in (k, q * given.scale))  # [Hv,1,Dk]
-                state = state * given.decay[t, :, None, None]
-                value = given.v[t].float() - (key @ state).squeeze(1) if given.corrects else given.v[t].float()
-                state = state + key.transpose(1, 2) * (value * given.beta[t, :, None]).unsqueeze(1)
-                out[t] = (query @ state).squeeze(1)
-            after[n] = state
+class PlainCarried:
+    """`CarriedKernels` in plain torch, a token at a time."""
+
+    def convolve(
+        self, before: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, query_start: torch.Tensor
+    ) -> torch.Tensor:
+        """See `CarriedKernels`."""
+        return convolved(torch.cat([before.flatten(0, 1), x]), sources(query_start, before.shape[1], x.shape[0]), weight, bias)
+
+    def recur(self, given: Recurrence, seg: Segments, before: Sequence[torch.Tensor | None], after: torch.Tensor, out: torch.Tensor) -> None:
+        """See `CarriedKernels`."""
+        q, k = (unit(x) if given.normalized else x.float() for x in (given.q, given.k))
+        each = given.v.shape[1] // given.k.shape[1]
+        for s, (first, end) in enumerate(pairwise(seg.of)):
+            state = given.v.new_zeros(given.state_shape, dtype=torch.float32) if (began := before[s]) is None else began
+            for n in range(first, end):
+                for t in range(seg.starts[n], seg.starts[n + 1]):
+                    key, query = (x[t].repeat_interleave(each, 0).unsqueeze(1) for x in (k, q * given.scale))  # [Hv,1,Dk]
+                    state = state * given.decay[t, :, None, None]
+                    value = given.v[t].float() - (key @ state).squeeze(1) if given.corrects else given.v[t].float()
+                    state = state + key.transpose(1, 2) * (value * given.beta[t, :, None]).unsqueeze(1)
+                    out[t] = (query @ state).squeeze(1)
+                after[n] = state
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,12 @@ depend on its own sequence alone: key tiles start at absolute positions and each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
 from quire.tensors.attention.base import LayerPlace, Mask, StepInputs
-from quire.tensors.attention.carried import Recurrence, Segments
+from quire.tensors.attention.native_carried import NativeCarried
 from quire.tensors.attention.native_step import NativeSteps, native_store
 from quire.tensors.codec import RowFormat
 from quire.tensors.native import DTYPE_CODES, lib
@@ -29,6 +29,7 @@ class NativeAttention:
         if num_threads < 1:
             raise ValueError(f"num_threads={num_threads}: must be at least 1")
         self.num_threads = num_threads
+        self.carried = NativeCarried(num_threads)
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> NativeSteps:
         """See `AttentionBackend.program_steps`. Raises ValueError for pages and places that do not fit."""
@@ -87,15 +88,6 @@ class NativeAttention:
             0 if sinks is None else sinks.data_ptr(), 0 if sinks is None else DTYPE_CODES[sinks.dtype], self.num_threads,
         )  # fmt: skip
         return out
-
-    def recur(self, given: Recurrence, seg: Segments, before: Sequence[torch.Tensor | None], after: torch.Tensor, out: torch.Tensor) -> None:
-        """See `recurrence`. Raises ValueError of what is out of range."""
-        heads, k_dim, v_dim = given.state_shape
-        lib.recur(
-            DTYPE_CODES[given.v.dtype], given.q.data_ptr(), given.k.data_ptr(), given.v.data_ptr(), given.decay.data_ptr(), given.beta.data_ptr(),
-            out.data_ptr(), [0 if state is None else state.data_ptr() for state in before], after.data_ptr(), after.stride(0), seg.starts, seg.of,
-            given.k.shape[1], heads, k_dim, v_dim, given.scale, given.normalized, given.corrects, self.num_threads,
-        )  # fmt: skip
 
     def commit(self, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, place: LayerPlace, slots: torch.Tensor) -> None:
         """See `AttentionBackend.commit`. Raises as `attend` does."""

@@ -11,7 +11,7 @@ import torch
 
 from quire.tensors import codec
 from quire.tensors.attention.base import LayerPlace, Mask, StepInputs, page_rows
-from quire.tensors.attention.carried import recurrence
+from quire.tensors.attention.carried import PlainCarried
 from quire.tensors.codec import RowFormat
 
 
@@ -20,7 +20,7 @@ class ReferenceAttention:
 
     name = "reference"
 
-    recur = staticmethod(recurrence)
+    carried = PlainCarried()
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> None:
         return None

@@ -27,7 +27,7 @@ is imported) they run on CPU tensors: slow, for tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 import torch
@@ -63,7 +63,7 @@ class TritonAttention:
     """See `AttentionBackend`. Queries, keys and values of one dtype, float32, bfloat16 or float16; rows of an encoded format raise ConfigError."""
 
     name = "triton"
-    recur: Callable[..., None] | None = None
+    carried = None
 
     def __init__(self, cut: Cut | None = None) -> None:
         """`cut`: which calls meet the parts of their keys apart, none by default."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from quire.errors import UnsupportedModelError
 from quire.tensors.attention.base import Mask
-from quire.tensors.attention.carried import Recurrence
+from quire.tensors.attention.carried import MOST_K_DIM, MOST_WIDTH, Recurrence
 from quire.tensors.models.facts import context_len, text_config
 
 STATE_REACH = 2  # the window of a layer with a state: its next token needs the page of the one before
@@ -74,12 +74,18 @@ class DryRun:
 
     def convolve_carried(self, layer_idx: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `convolve`."""
+        if weight.shape[1] > MOST_WIDTH:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} convolves {weight.shape[1]} tokens in front of its state, and at most {MOST_WIDTH} are served"
+            )
         self._convolved_bytes = (weight.shape[1] - 1) * x.shape[1] * x.element_size()
         return _of_one_token(x, weight, bias)
 
     def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
         """v [1,Hv,Dv] -> [1,Hv,Dv], zeros."""
         rule_bytes = 4 * math.prod(given.state_shape)
+        if given.k.shape[2] > MOST_K_DIM:
+            raise UnsupportedModelError(f"layer {layer_idx} has states for keys of {given.k.shape[2]}, and at most {MOST_K_DIM} are served")
         self.layers.append(LayerGeometry(layer_idx, 1, 0, 0, STATE_REACH, 0, -(-self._convolved_bytes // STATE_LINE) * STATE_LINE + rule_bytes))
         return torch.zeros_like(given.v)
 

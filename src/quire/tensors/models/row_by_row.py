@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 
 from quire.tensors.attention.base import Mask
-from quire.tensors.attention.carried import Recurrence, Segments, recurrence
+from quire.tensors.attention.carried import PlainCarried, Recurrence, Segments
 
 
 class RowByRow:
@@ -54,10 +54,10 @@ class RowByRow:
     convolve_carried = convolve
 
     def recur(self, layer_idx: int, given: Recurrence) -> torch.Tensor:
-        """See `recurrence`: that is a token at a time, too."""
+        """See `PlainCarried`: it goes a token at a time, too."""
         count, out = len(self._lengths), torch.empty_like(given.v)
         whole = Segments([0, *accumulate(self._lengths)], list(range(count + 1)), [-1] * count, [-1] * count)
-        recurrence(given, whole, [None] * count, given.decay.new_empty(count, *given.state_shape), out)
+        PlainCarried().recur(given, whole, [None] * count, given.decay.new_empty(count, *given.state_shape), out)
         return out
 
 
