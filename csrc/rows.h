@@ -45,6 +45,14 @@ QUIRE_INLINE F32x16 negated(F32x16 x) { return floats(xor_(bits(x), set1_u32(0x8
 QUIRE_INLINE F32x16 sigmoid(F32x16 x) { return div(set1(1.0f), add(set1(1.0f), exp(negated(x)))); }
 QUIRE_INLINE F32x16 silu(F32x16 x) { return div(x, add(set1(1.0f), exp(negated(x)))); }
 
+// log(1 + e^x): beyond 0 what is more than x is log(1 + y) with y = e^-|x|, 2 atanh(y / (2 + y)), whose series is done in fp32 at the 13th power.
+QUIRE_INLINE F32x16 softplus(F32x16 x) {
+  const F32x16 y = exp(floats(or_(bits(x), set1_u32(0x80000000u)))), r = div(y, add(set1(2.0f), y)), z = mul(r, r);
+  F32x16 p = set1(2.0f / 13);
+  for (int i = 11; i > 0; i -= 2) p = fma(p, z, set1(2.0f / float(i)));
+  return add(select(lt(x, zero()), zero(), x), mul(p, r));
+}
+
 QUIRE_INLINE F32x16 gelu_tanh(F32x16 x) {
   const F32x16 inner = mul(set1(0.7978845608f), add(x, mul(set1(0.044715f), mul(mul(x, x), x))));
   return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(inner)));
@@ -253,6 +261,8 @@ void run_one(const RowInstruction& g, const RowBuffer* buffers, int64_t row, flo
     case kRowSilu: return each_of_one(g, s, [](F32x16 a) { return silu(a); });
     case kRowGelu: return each_of_one(g, s, [](F32x16 a) { return gelu(a); });
     case kRowGeluTanh: return each_of_one(g, s, [](F32x16 a) { return gelu_tanh(a); });
+    case kRowExp: return each_of_one(g, s, [](F32x16 a) { return exp(a); });
+    case kRowSoftplus: return each_of_one(g, s, [](F32x16 a) { return softplus(a); });
     case kRowRelu: return each_of_one(g, s, [](F32x16 a) { return select(lt(a, zero()), zero(), a); });
     case kRowMean: return mean(g, s);
     case kRowLayerNorm: return layer_norm(g, s);

@@ -10,7 +10,7 @@ enum RowOp : int32_t {
   kRowLoad, kRowStore,  // between a buffer and scratch: `buffer`, all n[2] elements from its row
   kRowCopy, kRowAdd, kRowSub, kRowMul, kRowDiv,
   kRowAddScalar, kRowMulScalar, kRowDivScalar,
-  kRowRsqrt, kRowTanh, kRowSigmoid, kRowSilu, kRowGelu, kRowGeluTanh, kRowRelu,
+  kRowRsqrt, kRowTanh, kRowSigmoid, kRowSilu, kRowGelu, kRowGeluTanh, kRowRelu, kRowExp, kRowSoftplus,
   kRowMean,       // over the last dimension
   kRowLayerNorm,  // over the last dimension: a normalised, times b, plus c, epsilon in `scalar`
   kNumRowOps

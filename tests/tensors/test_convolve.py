@@ -94,7 +94,7 @@ class Native:
         program, weights = _program(layer, x.dtype), [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
         layers, out = native.lib.Layers(), torch.full_like(x, NAN)
         form = native.lib.ConvolveForm(native.DTYPE_CODES[x.dtype], layer.width, 0, -1 if layer.bias is None else 1)
-        layers.add(program.native, program.middle, len(weights), 1, form, layer_idx)
+        layers.add(program.native, program.ends[0], len(weights), 1, form, layer_idx)
         layers.set_weights(0, [weight.data_ptr() for weight in weights])
         assert step.of_programs is not None
         layers.run(step.of_programs.handle, len(x), [x.data_ptr()], 0, [out.data_ptr()], self.num_threads)
@@ -111,9 +111,9 @@ def _program(layer: Layer, dtype: torch.dtype) -> Program:
     weights, added = ((weight, 0), (bias, 1)), bias
     if layer.bias is None:
         weights, added = weights[:1], None
-    mix = Convolve((mixed,), ((c,),), layer.width, weight, added, gives)
+    mix = Convolve((mixed,), ((c,),), layer.width, weight, added, gives, False)
     sizes = (c, c, c, c, c * layer.width, c)
-    return assemble(Plan((copy(given, mixed),), mix, (copy(gives, out),), (dtype,) * 6, sizes, weights, ((given, 0),), ((out, (c,)),)))
+    return assemble(Plan(((copy(given, mixed),), (copy(gives, out),)), (mix,), (dtype,) * 6, sizes, weights, ((given, 0),), ((out, (c,)),)))
 
 
 class Cache:
@@ -276,10 +276,9 @@ def doubled(module: torch.nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (with_given(activation="silu"), r"has an activation \(silu\) in its convolution"),
-        (with_given(seq_idx=torch.zeros(1)), r"passes its convolution tensors that are not known here \(seq_idx\)"),
+        (with_given(seq_idx=torch.zeros(1)), r"mixes tokens by tensors that are not known here \(seq_idx\)"),
         (with_given(initial_states=torch.zeros(1), activation=None), r"tensors that are not known here \(initial_states\)"),
-        (doubled, "calls its convolution with a batch of 2, not 1"),
+        (doubled, "mixes a batch of 2, not 1"),
         (lambda module: delattr(module, "layer_idx"), "has no layer_idx, so what it keeps of a token has no place in the cache"),
     ],
 )

@@ -33,7 +33,6 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("mamba", {}, "mamba: "),
     ("jamba", {}, r"jamba: model.layers.0.mamba \(JambaMambaMixer\) is a recurrent layer, whose state would leak between sequences"),
     ("minimax", {"layer_types": LINEAR, "head_dim": 16, "num_local_experts": 4}, "minimax: layers 0, 1 of 3 never call the attention interface"),
-    ("inkling_text", {}, "inkling_text: has layers of kind hybrid_sliding; served are chunked_attention, conv, full_attention, linear_attention, "),
     ("gpt2", {"add_cross_attention": True}, "gpt2: has cross-attention"),
     ("doge", {}, "attention mask of its own"),
     ("diffllama", {}, "diffllama: layers 0, 1, 2 run attention more than once"),

@@ -57,6 +57,7 @@ class ExactMode(TorchFunctionMode):
             self._handlers = {func: handler for func, handler in _HANDLERS.items() if handler is not _elementwise}
         if rows is not None:
             self._handlers |= row_handlers(rows)
+        self.whole_vectors = whole_vectors and rows is None
         self._paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,7 +2,7 @@
 
     load     two short forwards ── recording.py ──> operators ── lowering.py ──> a plan ── program.py ──> a program for each kind of layer
     step     layer(hidden, ...) ──> lowered_layer.py: its program, which attends in `step.of_programs`; in a step without, step.attend between two
-             halves. Layers that follow one another are one native call (chain.py)
+             parts, as layers with a state always do. Layers that follow one another are one native call (chain.py)
 
 Products and attention are those of plain layers. What lies between them is computed a token at a time, in one order, by any number of threads, so a
 token's bits depend on nothing else by construction; they are those of torch's operators but for functions such as silu, which differ in the last

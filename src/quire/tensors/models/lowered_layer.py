@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from quire.tensors.attention.carried import Recurrence
 from quire.tensors.models.calls import layer_ids, put_together, take_apart_as, weights_of
 from quire.tensors.models.chain import PASSED, Chain, Chains, LayerCall
 from quire.tensors.models.hook import current
 from quire.tensors.models.program import Program
 from quire.tensors.models.recording import Recording, Seen
-from quire.tensors.models.rowplan import Attend, Convolve, Plan
+from quire.tensors.models.rowplan import Attend, Convolve, Mix, Plan, Recur
 from quire.tensors.native import DTYPE_CODES, lib
 from quire.tensors.packed import bytes_of
 
@@ -29,36 +30,35 @@ class LoweredLayer:
     def __init__(
         self, plan: Plan, program: Program, layer: nn.Module, recording: Recording, num_threads: int, *, live: bool, chains: Chains | None = None
     ) -> None:
-        mix = plan.mix
-        assert mix is not None
         self.chain: Chain | None = None
         self.index = 0
         self.passing = False
         self._chains, self._live, self._num_threads = chains, live, num_threads
-        self._program, self._mix = program, mix
+        self._program, self._mixes = program, plan.mixes
         (self._layer_idx,) = layer_ids(layer)
         self._skeleton, self._result = recording.call.skeleton, recording.result
         weights = weights_of(layer)
         self._used = [(place, *weights[number], recording.weights[number]) for place, (_, number) in enumerate(plan.weights)]
         self._inputs = [(number, plan.sizes[value], plan.dtypes[value]) for value, number in plan.inputs]
         self._outputs = [(shape, plan.dtypes[value]) for value, shape in plan.outputs]
-        self._mixed = [(shape, plan.dtypes[value]) for shape, value in zip(mix.shapes, mix.values, strict=True)]
-        self._gives = plan.sizes[mix.out], plan.dtypes[mix.out]
+        self._mixed = [[(shape, plan.dtypes[value]) for shape, value in zip(mix.shapes, mix.values, strict=True)] for mix in plan.mixes]
+        self._gives = [(plan.sizes[mix.out], plan.dtypes[mix.out]) for mix in plan.mixes]
         # The call's tensors that are as the one that it gives.
         self._alike = [number for number, size, dtype in self._inputs if [(size, dtype)] == [(prod(s), d) for s, d in self._outputs]]
         self.passes = len(self._alike) == 1
-        given = [value for value, _ in plan.weights]
-        self._taps = [] if isinstance(mix, Attend) else [None if value is None else given.index(value) for value in (mix.weight, mix.bias)]
-        self._form = _form(mix, DTYPE_CODES[plan.dtypes[mix.values[0]]], self._taps)
+        self._places = {value: place for place, (value, _) in enumerate(plan.weights)}
         self._addresses = [0] * len(plan.weights)
         self._held: list[torch.Tensor] = []  # keeps the memory of a model of our own, whose weights are looked up once
         self._natives: list[tuple[Any, int]] = []
-        self.native = lib.Layers()
-        self.add_to(self.native, 0)
+        self.native: Any = None
+        if len(plan.mixes) == 1:  # what carries a state is computed in parts, and its tokens meet where the step keeps states
+            self._form = self._form_of(plan.mixes[0], DTYPE_CODES[plan.dtypes[plan.mixes[0].values[0]]])
+            self.native = lib.Layers()
+            self.add_to(self.native, 0)
 
     def add_to(self, native: Any, index: int) -> None:
         """Make it the next one, number `index`, of `native`, a quire._native.Layers."""
-        native.add(self._program.native, self._program.middle, len(self._addresses), len(self._inputs), self._form, self._layer_idx)
+        native.add(self._program.native, self._program.ends[0], len(self._addresses), len(self._inputs), self._form, self._layer_idx)
         self._natives.append((native, index))
         if all(self._addresses):
             native.set_weights(index, self._addresses)
@@ -108,8 +108,8 @@ class LoweredLayer:
             return put_together(self._result, iter([tensors[self._alike[0]]]))
         results = [torch.empty((1, num_tokens, *shape), dtype=dtype) for shape, dtype in self._outputs]
         inputs = [x.data_ptr() for x in given]
-        if step is None:
-            self._run_in_halves(num_tokens, inputs, results)
+        if step is None or self.native is None:
+            self._run_in_parts(num_tokens, inputs, results)
         elif chain is not None and self.index == 0:
             chain.begin([*args, *kwargs.values()], step, num_tokens, inputs, results[0], self._num_threads)
             passed = PASSED
@@ -131,35 +131,52 @@ class LoweredLayer:
                 raise RuntimeError(f"layer {self._layer_idx}: {tuple(x.shape)} of {x.dtype} is not {size} of {dtype} for each of {num_tokens} tokens")
         return given, num_tokens
 
-    def _run_in_halves(self, num_tokens: int, inputs: list[int], results: list[torch.Tensor]) -> None:
-        """In a step that attends by itself."""
+    def _run_in_parts(self, num_tokens: int, inputs: list[int], results: list[torch.Tensor]) -> None:
+        """Where tokens meet in the step itself."""
         self.look_up()
-        running, native, middle = current(), self._program.native, self._program.middle
-        mixed = [torch.empty((num_tokens, *shape), dtype=dtype) for shape, dtype in self._mixed]
-        where = [*self._addresses, *inputs, *[x.data_ptr() for x in mixed], 0, *[x.data_ptr() for x in results]]
-        native.run(0, middle, num_tokens, where, self._num_threads)
-        with running.mode.paused():
-            if isinstance(self._mix, Attend):
-                q, k, v = mixed
-                out = running.step.attend(self._layer_idx, q, k, v, self._mix.mask)
-            else:
-                weight, bias = (None if place is None else bytes_of(self._used[place][1][self._used[place][2]]) for place in self._taps)
-                assert weight is not None
-                out = running.step.convolve(self._layer_idx, mixed[0], weight.view(-1, self._mix.width), bias)
-        size, dtype = self._gives
-        if out.numel() != num_tokens * size or out.dtype is not dtype or not out.is_contiguous():
-            what = "attention" if isinstance(self._mix, Attend) else "convolution"
-            raise RuntimeError(f"layer {self._layer_idx}: {what} gave {tuple(out.shape)} of {out.dtype}, not {size} of {dtype} a token")
-        where[len(self._addresses) + len(inputs) + len(mixed)] = out.data_ptr()
-        native.run(middle, self._program.end, num_tokens, where, self._num_threads)
+        mode, begin = current().mode, 0
+        mixed = [[torch.empty((num_tokens, *shape), dtype=dtype) for shape, dtype in tensors] for tensors in self._mixed]
+        where, places, held = [*self._addresses, *inputs], [], []
+        for tensors in mixed:
+            where += [x.data_ptr() for x in tensors]
+            places.append(len(where))
+            where.append(0)
+        where += [x.data_ptr() for x in results]
+        for mix, tensors, place, end, (size, dtype) in zip(self._mixes, mixed, places, self._program.ends, self._gives, strict=False):
+            self._program.native.run(begin, end, num_tokens, where, self._num_threads)
+            with mode.paused():
+                out = self._met(mix, tensors)
+            if out.numel() != num_tokens * size or out.dtype is not dtype or not out.is_contiguous():
+                what = type(mix).__name__.lower()
+                raise RuntimeError(f"layer {self._layer_idx}: {what} gave {tuple(out.shape)} of {out.dtype}, not {size} of {dtype} a token")
+            where[place], begin = out.data_ptr(), end
+            held.append(out)
+        self._program.native.run(begin, self._program.ends[-1], num_tokens, where, self._num_threads)
 
+    def _met(self, mix: Mix, given: list[torch.Tensor]) -> torch.Tensor:
+        """What the running step makes of these tensors."""
+        step = current().step
+        if isinstance(mix, Attend):
+            q, k, v = given
+            return step.attend(self._layer_idx, q, k, v, mix.mask)
+        if isinstance(mix, Recur):
+            q, k, v, decay, beta = given
+            return step.recur(self._layer_idx, Recurrence(q, k, v, decay, beta, mix.scale, mix.normalized, mix.corrects))
+        weight, bias = (None if value is None else self._weight(self._places[value]) for value in (mix.weight, mix.bias))
+        assert weight is not None
+        return (step.convolve_carried if mix.carried else step.convolve)(self._layer_idx, given[0], weight.view(-1, mix.width), bias)
 
-def _form(mix: Attend | Convolve, dtype: int, taps: list[int | None]) -> Any:
-    """What the native layer is told of it. `taps`: which of the layer's weights are the kernel and the bias of a convolution."""
-    if isinstance(mix, Convolve):
-        return lib.ConvolveForm(dtype, mix.width, *(-1 if place is None else place for place in taps))
-    mask = mix.mask
-    return lib.AttendForm(dtype, mix.shapes[0][0], mask.window, mask.chunk, mask.scale, mask.softcap)
+    def _weight(self, place: int) -> torch.Tensor:
+        _, part, name, _ = self._used[place]
+        return bytes_of(part[name])
+
+    def _form_of(self, mix: Mix, dtype: int) -> Any:
+        """What the native layer is told of how its tokens meet."""
+        if isinstance(mix, Attend):
+            mask = mix.mask
+            return lib.AttendForm(dtype, mix.shapes[0][0], mask.window, mask.chunk, mask.scale, mask.softcap)
+        assert isinstance(mix, Convolve)
+        return lib.ConvolveForm(dtype, mix.width, self._places[mix.weight], -1 if mix.bias is None else self._places[mix.bias])
 
 
 def _check(weight: torch.Tensor, seen: Seen, name: str, layer_idx: int) -> None:

@@ -1,5 +1,4 @@
-"""From a recorded layer to what is to be done with each token's row: a list of small operators, products with weights, and one meeting of tokens,
-attention or a convolution.
+"""From a recorded layer to what is to be done with each token's row: small operators, products with weights, and where tokens meet.
 
 Nothing is approximated or reordered here, and every result is rounded where torch rounded it. What is not in the tables below is refused.
 Values are numbered: rows of one size and dtype each, of weights, of the call's tensors, or made by a step.
@@ -7,7 +6,7 @@ Values are numbered: rows of one size and dtype each, of weights, of the call's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -17,12 +16,13 @@ import torch
 from quire.tensors.attention.base import Mask
 from quire.tensors.models.calls import same_skeleton
 from quire.tensors.models.recording import Done, Recording, Seen, UnlowerableError
-from quire.tensors.models.rowplan import Attend, Convolve, Multiply, Operand, Plan, RowOp
-from quire.tensors.models.rowviews import Rows, RowView, collapsed, contiguous, steps_apart, with_dimension
+from quire.tensors.models.rowplan import Attend, Convolve, Mix, Multiply, Operand, Plan, Recur, RowOp
+from quire.tensors.models.rowviews import Rows, RowView, collapsed, with_dimension
 from quire.tensors.native import DTYPE_CODES, lib
 from quire.tensors.native_products import format_code
 
-_ONE_BY_ONE = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "silu", "relu": "relu", "rsqrt": "rsqrt"}
+_ONE_BY_ONE = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "silu", "relu": "relu", "rsqrt": "rsqrt", "exp": "exp", "softplus": "softplus"}
+_MEETINGS = (["attend"], ["convolve"], ["convolve_carried", "recur"])  # of a layer's tokens
 _TWO = {"add": "add", "sub": "sub", "mul": "mul", "div": "div"}
 
 
@@ -51,10 +51,9 @@ def _token_axis(a: Seen, b: Seen) -> int:
 
 class _Lowering:
     def __init__(self, recording: Recording, num_tokens: int, axes: list[int], mixes: bool) -> None:
-        if any(done.name == "recur" for done in recording.done):
-            recording.problem = "it carries a state from token to token"
-        if sum(done.name in ("attend", "convolve") for done in recording.done) != mixes:
-            recording.problem = recording.problem or "it does not call attention, or a convolution, once"
+        met = [done.name for done in recording.done if any(done.name in names for names in _MEETINGS)]
+        if (met not in _MEETINGS) if mixes else met:
+            recording.problem = recording.problem or "its tokens do not meet once, in attention, a convolution or a recurrence"
         if recording.problem:
             raise UnlowerableError(recording.problem)
         self._recording = recording
@@ -64,8 +63,9 @@ class _Lowering:
         self._weights: dict[int, int] = {}  # number of a weight -> its value
         self._inputs: dict[int, int] = {}
         self._steps: list[RowOp | Multiply] = []
-        self._before: list[RowOp | Multiply] = []
-        self._mix: Attend | Convolve | None = None
+        self._parts: list[tuple[RowOp | Multiply, ...]] = []
+        self._mixes: list[Mix] = []
+        self._copies: dict[int, tuple[Seen, RowView]] = {}  # storage -> what was copied to it, as it is and as the source has it
 
     def plan(self) -> Plan:
         for done in self._recording.done:
@@ -78,7 +78,8 @@ class _Lowering:
             raise UnlowerableError("it returns a tensor twice")
         shapes = tuple((value, self._without_tokens(shape)) for value, shape in outputs)
         weights, inputs = (tuple((value, number) for number, value in found.items()) for found in (self._weights, self._inputs))
-        return Plan(tuple(self._before), self._mix, tuple(self._steps), tuple(self._dtypes), tuple(self._rows.sizes), weights, inputs, shapes)
+        parts = (*self._parts, tuple(self._steps))
+        return Plan(parts, tuple(self._mixes), tuple(self._dtypes), tuple(self._rows.sizes), weights, inputs, shapes)
 
     def _without_tokens(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) < 2 or shape[:2] != (1, self._rows.num_tokens):
@@ -99,6 +100,13 @@ class _Lowering:
                 raise UnlowerableError("it reads an argument that no dimension of counts the tokens")
             self._inputs[number] = self._rows.new(self._recording.inputs[number], self._axes[number]).value
             self._dtypes.append(self._float(seen.dtype))
+        try:
+            return self._rows.view(seen)
+        except UnlowerableError:
+            if seen.storage not in self._copies:
+                raise
+        copy, source = self._copies.pop(seen.storage)  # in place of which its source will not do: it is flattened, or cut otherwise
+        self._work("copy", copy.dtype, self._new(copy, source.axis), (source,))
         return self._rows.view(seen)
 
     def _weight(self, number: int) -> int:
@@ -129,7 +137,7 @@ class _Lowering:
         view = self._view(seen)
         if prod(view.shape[: len(view.shape) - view.axis]) != 1:
             raise UnlowerableError("it has a tensor whose first dimension does not count the tokens")
-        given = set(self._weights.values()) | set(self._inputs.values()) | {self._mix.out if self._mix else -1}
+        given = set(self._weights.values()) | set(self._inputs.values()) | {mix.out for mix in self._mixes}
         fine = view.is_whole and prod(view.shape) == self._rows.sizes[view.value] and self._dtypes[view.value] == seen.dtype
         return view.value if fine and view.value not in given else self._copied(view, seen.dtype).value
 
@@ -166,7 +174,10 @@ class _Lowering:
             raise UnlowerableError(f"it calls {done.name} on what is no tensor")
 
     def _one_by_one(self, done: Done) -> None:
-        self._elementwise(_ONE_BY_ONE[done.name], done.out, done.args[0])
+        x, *others = done.args
+        if others not in ([], [1], [1, 20]):  # softplus as it is by default
+            raise UnlowerableError(f"it calls {done.name} with {others}")
+        self._elementwise(_ONE_BY_ONE[done.name], done.out, x)
 
     def _neg(self, done: Done) -> None:
         self._elementwise("mul_scalar", done.out, done.args[0], scalar=-1.0)
@@ -192,6 +203,7 @@ class _Lowering:
         if prod(source.shape) != prod(done.out.shape):
             raise UnlowerableError(f"it calls {done.name} with another shape")
         if done.out.dtype == source.dtype or done.out.dtype == torch.float32:
+            self._copies[done.out.storage] = (done.out, view)
             return self._rows.same(done.out, source)
         self._work("copy", done.out.dtype, self._new(done.out, view.axis), (view,))
 
@@ -259,12 +271,13 @@ class _Lowering:
         bias_value = None if bias is None else self._whole_weight(bias)
         self._steps.append(Multiply(weight_format, view.value, view.at, stride, weight_value, row, bias_value, rows, n, k, result.value))
 
-    def _whole_weight(self, seen: Seen) -> int:
-        """The value of a weight that is used as a whole, transposed or not."""
+    def _whole_weight(self, seen: Seen, *, flat: bool = False) -> int:
+        """The value of a weight that is used as a whole, transposed or not; `flat`: in order, whatever its shape."""
         if seen.storage < len(self._recording.weights):
             weight = self._recording.weights[seen.storage]
-            order = sorted(zip(weight.shape, weight.stride, strict=True))
-            if seen.offset == weight.offset and sorted(zip(seen.shape, seen.stride, strict=True)) == order:
+            one, other = (sorted(zip(x.shape, x.stride, strict=True)) for x in (seen, weight))
+            whole = RowView(0, 0, seen.shape, seen.stride, 0).is_whole if flat else one == other
+            if whole and (seen.offset, prod(seen.shape)) == (weight.offset, prod(weight.shape)):
                 return self._weight(seen.storage)
         raise UnlowerableError("it multiplies by what is not one of its weights")
 
@@ -272,32 +285,37 @@ class _Lowering:
         *qkv, scale, window, chunk, softcap, sinks = done.args
         if sinks is not None:
             raise UnlowerableError("its attention has sinks")
-        values = [self._whole(seen) for seen in qkv]
-        for i in range(3):  # three tensors, even where two are one
+        values, shapes = self._tensors(qkv)
+        self._mixed(Attend(values, shapes, Mask(scale, window, chunk, softcap), self._new(done.out, 3).value))
+
+    def _recurrence(self, done: Done) -> None:
+        *given, scale, normalized, corrects = done.args
+        values, shapes = self._tensors(given)
+        self._mixed(Recur(values, shapes, scale, normalized, corrects, self._new(done.out, 3).value))
+
+    def _tensors(self, given: Sequence[Seen]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        """Whole values of these tensors, and the shapes of their rows."""
+        values = [self._whole(seen) for seen in given]
+        for i, seen in enumerate(given):  # as many tensors, even where two are one
             if values[i] in values[:i]:
-                values[i] = self._copied(self._view(qkv[i]), qkv[i].dtype).value
-        out = self._new(done.out, 3)
-        shapes = tuple(seen.shape[1:] for seen in qkv)
-        self._mixed(Attend(tuple(values), shapes, Mask(scale, window, chunk, softcap), out.value))
+                values[i] = self._copied(self._view(seen), seen.dtype).value
+        return tuple(values), tuple(seen.shape[1:] for seen in given)
 
     def _convolution(self, done: Done) -> None:
         x, weight, bias = done.args
         if weight.shape[1] > lib.most_taps:
             raise UnlowerableError(f"its convolution has a kernel of {weight.shape[1]}, where a program takes at most {lib.most_taps}")
-        kernel, added = self._kernel(weight, x.dtype), None if bias is None else self._kernel(bias, x.dtype)
-        self._mixed(Convolve((self._whole(x),), (x.shape[1:],), weight.shape[1], kernel, added, self._new(done.out, 2).value))
+        if any(seen is not None and seen.dtype != x.dtype for seen in (weight, bias)):
+            raise UnlowerableError("its convolution's kernel is not of the rows' dtype")
+        kernel, added = self._whole_weight(weight, flat=True), None if bias is None else self._whole_weight(bias, flat=True)
+        self._mixed(
+            Convolve((self._whole(x),), (x.shape[1:],), weight.shape[1], kernel, added, self._new(done.out, 2).value, done.name != "convolve")
+        )
 
-    def _kernel(self, seen: Seen, dtype: torch.dtype) -> int:
-        """The value of a weight of a convolution, of which all elements are read in order."""
-        if seen.storage < len(self._recording.weights):
-            weight = self._recording.weights[seen.storage]
-            in_order = steps_apart(seen.shape, seen.stride) == steps_apart(seen.shape, contiguous(seen.shape))
-            if in_order and (seen.offset, prod(seen.shape), seen.dtype) == (weight.offset, prod(weight.shape), dtype):
-                return self._weight(seen.storage)
-        raise UnlowerableError("its convolution is by what is not one of its weights, or is not of the rows' dtype")
-
-    def _mixed(self, mix: Attend | Convolve) -> None:
-        self._mix, self._before, self._steps = mix, self._steps, []
+    def _mixed(self, mix: Mix) -> None:
+        self._mixes.append(mix)
+        self._parts.append(tuple(self._steps))
+        self._steps = []
 
 
 _Handler = Callable[[_Lowering, Any], None]
@@ -308,5 +326,5 @@ _HANDLERS: dict[str, _Handler] = {
     **dict.fromkeys(("cat", "stack"), _Lowering._cat),
     **dict.fromkeys(("linear", "matmul"), _Lowering._product),
     "neg": _Lowering._neg, "gelu": _Lowering._gelu, "pow": _Lowering._pow, "mean": _Lowering._mean, "native_layer_norm": _Lowering._layer_norm,
-    "attend": _Lowering._attention, "convolve": _Lowering._convolution,
+    "attend": _Lowering._attention, "recur": _Lowering._recurrence, "convolve": _Lowering._convolution, "convolve_carried": _Lowering._convolution,
 }  # fmt: skip

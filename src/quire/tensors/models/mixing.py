@@ -11,6 +11,7 @@ G groups of states of N.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType, MethodType
@@ -65,7 +66,7 @@ def _convolution(
         convolve = forward.step.convolve_carried if recurs(module) else forward.step.convolve
         out = convolve(layer_idx, rows, weight, bias)
     if activation is not None:
-        out = in_whole_vectors(ACT2FN[activation], out)
+        out = _curve(forward, ACT2FN[activation], out)
     return out.transpose(0, 1).unsqueeze(0)
 
 
@@ -84,7 +85,7 @@ def _gated_delta_rule(
 ) -> tuple[torch.Tensor, None]:
     """transformers' function: query, key [1,T,Hk,Dk], value [1,T,Hv,Dv], g and beta [1,T,Hv] -> ([1,T,Hv,Dv], None). Raises as `_convolution`."""
     q, k, v = (x[0].contiguous() for x in (query, key, value))
-    decay, scale = in_whole_vectors(torch.exp, g[0].float().contiguous()), key.shape[-1] ** -0.5
+    decay, scale = _curve(current(), torch.exp, g[0].float().contiguous()), key.shape[-1] ** -0.5
     given = Recurrence(q, k, v, decay, beta[0].float().contiguous(), scale, normalized=use_qk_l2norm_in_kernel, corrects=True)
     return _recur(module, given, query.shape[0], others), None
 
@@ -110,8 +111,9 @@ def _mamba2_scan(
     Raises as `_convolution`.
     """
     step = dt[0].contiguous() if dt_bias is None else dt[0] + dt_bias.to(dt.dtype)
-    step = (in_whole_vectors(functional.softplus, step) if dt_softplus else step).clamp(*dt_limit).float()
-    decay = in_whole_vectors(torch.exp, A.float() * step)
+    step = _curve(current(), functional.softplus, step) if dt_softplus else step
+    step = (step if dt_softplus and tuple(dt_limit) == (0.0, math.inf) else step.clamp(*dt_limit)).float()
+    decay = _curve(current(), torch.exp, A.float() * step)
     q, k, v = (x[0].float().contiguous() for x in (C, B, hidden_states))
     out = _recur(module, Recurrence(q, k, v, decay, step, 1.0, normalized=False, corrects=False), dt.shape[0], others)
     return out if D is None else out + D[:, None] * v
@@ -121,6 +123,11 @@ def _recur(module: nn.Module, given: Recurrence, batch: int, others: dict[str, o
     forward, layer_idx = _running(module, batch, others)
     with forward.mode.paused():
         return forward.step.recur(layer_idx, given).unsqueeze(0)
+
+
+def _curve(forward: Running, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """function(x), elementwise, in whole vectors where that matters."""
+    return in_whole_vectors(function, x) if forward.mode.whole_vectors else function(x)
 
 
 def _running(module: nn.Module, batch: int, others: dict[str, object]) -> tuple[Running, int]:

@@ -39,7 +39,7 @@ Stage = tuple[Chain | LoweredLayer, list[int]]  # layers, and what each of their
 _FEW, _MORE = 3, 5  # rows of the recorded calls
 _OF_POSITION = frozenset({"default", "linear", "llama3", "yarn", "proportional"})  # others change with the length of what is there
 _PLAIN_ROWS = 0  # csrc/linear_args.h
-_NEARLY = frozenset({"layer_norm", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid"})  # differ from torch's in the last bit
+_NEARLY = frozenset({"layer_norm", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "exp", "softplus"})  # differ from torch's in the last bit
 
 
 class NativeForward:
@@ -123,7 +123,7 @@ def _stages(layers: Sequence[ModuleCall], hidden: int, tables: Sequence[int]) ->
     stages: list[Stage] = []
     for call in layers:
         run = call.run
-        if not isinstance(run, Chain | LoweredLayer):
+        if not isinstance(run, Chain | LoweredLayer) or run.native is None:
             return [], hidden
         taken = [call.places[number] for number in (run.layers[0] if isinstance(run, Chain) else run).inputs]
         if len(call.gives) != 1 or any(place != hidden and place not in tables for place in taken):
@@ -177,7 +177,7 @@ class _Part(NamedTuple):
 def _part(module: nn.Module, hidden: torch.Tensor) -> _Part:
     """Raises UnlowerableError where it cannot be that, bit for bit."""
     plan = lower(*(_recorded(module, hidden, count) for count in (_FEW, _MORE)), mixes=False)
-    if any(isinstance(work, RowOp) and work.op in _NEARLY for work in plan.after):  # a step that runs the modules themselves gives the same bits
+    if any(isinstance(work, RowOp) and work.op in _NEARLY for work in plan.parts[0]):  # a step that runs the modules themselves gives the same bits
         raise UnlowerableError("rows of it are not torch's, bit for bit")
     if [number for _, number in plan.inputs] != [0] or len(plan.outputs) != 1 or len(plan.outputs[0][1]) != 1:
         raise UnlowerableError("it takes or gives something else than rows")

@@ -10,6 +10,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -22,7 +23,7 @@ from quire.tensors.native import DTYPE_CODES, lib
 # csrc/rows_args.h: RowOp, by number.
 _OPS = (
     "load", "store", "copy", "add", "sub", "mul", "div", "add_scalar", "mul_scalar", "div_scalar",
-    "rsqrt", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "mean", "layer_norm",
+    "rsqrt", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "exp", "softplus", "mean", "layer_norm",
 )  # fmt: skip
 _CODES = {name: code for code, name in enumerate(_OPS)}
 _INSTRUCTION, _BUFFER, _STEP = struct.Struct("=6if16i"), struct.Struct("=3q"), struct.Struct("=13q")
@@ -33,22 +34,20 @@ Stretch = list[RowOp]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`native`: quire._native.Program. Steps [0, middle) come before tokens mix, [middle, end) after it. `given`: the values whose addresses each run
-    takes, in order."""
+    """`native`: quire._native.Program. `ends`: the step behind each part of the plan. `given`: the values whose addresses a run takes, in order."""
 
     native: Any
-    middle: int
-    end: int
+    ends: tuple[int, ...]
     given: tuple[int, ...]
 
 
 def assemble(plan: Plan) -> Program:
     """The program of a plan."""
-    mixed = [] if plan.mix is None else [*plan.mix.values, plan.mix.out]
+    mixed = [value for mix in plan.mixes for value in (*mix.values, mix.out)]
     given = [value for value, _ in (*plan.weights, *plan.inputs)] + mixed + [value for value, _ in plan.outputs]
-    read = Counter(value for step in (*plan.before, *plan.after) for value in step.reads) + Counter(given)
-    before, after = (_stretches(_scheduled(_without_copies(steps, read))) for steps in (plan.before, plan.after))
-    steps = [*before, *after]
+    read = Counter(value for part in plan.parts for step in part for value in step.reads) + Counter(given)
+    parts = [_stretches(_scheduled(_without_copies(part, read))) for part in plan.parts]
+    steps = [step for part in parts for step in part]
     if len(set(given)) != len(given):
         raise UnlowerableError("two of its results are one tensor")
     if any(count > 1 for count in Counter(value for step in steps for value in _written(step)).values()):
@@ -77,7 +76,7 @@ def assemble(plan: Plan) -> Program:
         instructions += made
         scratch_floats = max(scratch_floats, floats)
     native = lib.Program(b"".join(instructions), buffers, b"".join(packed), scratch_floats, arena_bytes)
-    return Program(native, len(before), len(steps), tuple(given))
+    return Program(native, tuple(accumulate(map(len, parts))), tuple(given))
 
 
 def _without_copies(steps: Sequence[RowOp | Multiply], read: Counter[int]) -> list[RowOp | Multiply]:

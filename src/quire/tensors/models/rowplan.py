@@ -1,4 +1,4 @@
-"""What is to be done with each token's row of a layer, as data: small operators, products with weights, and at most one way in which tokens mix.
+"""What is to be done with each token's row of a layer, as data: small operators, products with weights, and where tokens meet.
 
 Values are numbered: rows of one size and dtype each, of weights, of the call's tensors, or made by a step.
 """
@@ -72,7 +72,7 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Convolve:
-    """The layer's convolution: a whole value x [C], a weight [C,W] and a bias [C], result [C] for each token."""
+    """A convolution: a whole value x [C], a weight [C,W] and a bias [C], result [C] for each token. `carried`: of a layer that carries a state."""
 
     values: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -80,17 +80,33 @@ class Convolve:
     weight: int
     bias: int | None
     out: int
+    carried: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recur:
+    """A recurrence (attention/carried.py): whole values q, k [Hk,Dk], v [Hv,Dv], decay and beta [Hv], result [Hv,Dv] for each token."""
+
+    values: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    scale: float
+    normalized: bool
+    corrects: bool
+    out: int
+
+
+Mix = Attend | Convolve | Recur
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A layer, or a part in which no token meets another, all of it `after`. `dtypes`, `sizes` [value]; `weights`, `inputs`: values, and their
-    numbers among the layer's weights and its call's tensors; `outputs`: values and shapes of what it returns, with the dimension of tokens in front.
+    """A layer, or a part of a model: what is done before tokens meet, between two such `mixes`, and behind the last. `dtypes`, `sizes` [value];
+    `weights`, `inputs`: values, and their numbers among the layer's weights and its call's tensors; `outputs`: values and shapes of what it returns,
+    with the dimension of tokens in front.
     """
 
-    before: tuple[RowOp | Multiply, ...]
-    mix: Attend | Convolve | None
-    after: tuple[RowOp | Multiply, ...]
+    parts: tuple[tuple[RowOp | Multiply, ...], ...]
+    mixes: tuple[Mix, ...]
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[int, ...]
     weights: tuple[tuple[int, int], ...]

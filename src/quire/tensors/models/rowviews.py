@@ -63,6 +63,7 @@ class Rows:
         """A new value for a tensor of a storage of its own, as a view of itself; its rows are laid out in the order of its dimensions."""
         made = self.value(self._row_shape(seen, axis) if axis else seen.shape, axis)
         self._made[seen.storage] = (seen, made)
+        self._places.pop(seen.storage, None)
         return made
 
     def same(self, seen: Seen, source: Seen) -> None:
