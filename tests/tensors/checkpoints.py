@@ -51,6 +51,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "cohere2": {"sliding_window": 24, "layer_types": _WINDOWS},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"], "head_dim": 16, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 100, "mamba_n_heads": 8,
+        "mamba_d_head": 16, "mamba_d_state": 24, "mamba_n_groups": 2, "mamba_chunk_size": 16,
+    },
     "llama4_text": {
         **_FEW, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 100, "attention_chunk_size": 20,
         "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"], "floor_scale": 8,
