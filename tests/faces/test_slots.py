@@ -64,9 +64,11 @@ def test_slots_are_requests_alone(checkpoint: Checkpoint, alone: Alone, family: 
     assert got == {slot: alone(folder, PROMPTS[i], len(got[slot]), DRAWN) for slot, i in ((0, 0), (1, 3), (2, 2))}
 
 
-def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that its caller can free that one and go on with the others; and a prompt behind which there are none leaves nothing in the cache."""
-    folder = checkpoint("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, alone: Alone, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its caller can free that one and go on with the others, whose states have not moved on; and a prompt behind which there are none leaves
+    nothing in the cache."""
+    folder = checkpoint(family)
     expected = alone(folder, PROMPTS[0], 4, DRAWN)
     original = CausalModel.forward
 

@@ -150,21 +150,26 @@ class ManualEngine:
 
     def _step(self, named: Mapping[str, Held], num_tokens: int, rows: list[Row]) -> list[Sampled]:
         works = tuple(Work(held.sequence, num_tokens) for held in named.values())
+        drawing = [name for name, work in zip(named, works, strict=True) if work.draws]
+
+        def check(drawn: Sequence[Sampled]) -> None:
+            if broken := [name for name, token in zip(drawing, drawn, strict=True) if token.failure == "not_finite"]:
+                for name in broken:
+                    named[name].suspect = True
+                raise NonFiniteLogitsError(f"{', '.join(broken)}: the model's logits hold NaN or infinity")
+            if not all(token.ok for token in drawn):
+                raise NothingToDrawError("allowed_token_ids and logit_bias together leave no token to draw")
+
+        asked = [[row] for row, work in zip(rows, works, strict=True) if work.draws]
         try:
-            drawn, _ = self._runner.run(StepPlan(works, ()), [[row] for row, work in zip(rows, works, strict=True) if work.draws])
+            drawn, _ = self._runner.run(StepPlan(works, ()), asked, before_commit=check)
+        except (NonFiniteLogitsError, NothingToDrawError):
+            raise
         except Exception as error:
             raise StepError(f"the model's forward failed: {type(error).__name__}: {error}") from error
-        flat = [token for together in drawn for token in together]
-        drawing = [name for name, work in zip(named, works, strict=True) if work.draws]
-        if broken := [name for name, token in zip(drawing, flat, strict=True) if token.failure == "not_finite"]:
-            for name in broken:
-                named[name].suspect = True
-            raise NonFiniteLogitsError(f"{', '.join(broken)}: the model's logits hold NaN or infinity")
-        if not all(token.ok for token in flat):
-            raise NothingToDrawError("allowed_token_ids and logit_bias together leave no token to draw")
         for work in works:
             self._cache.commit(work.sequence, work.num_tokens)
-        return flat
+        return [token for together in drawn for token in together]
 
     def _copy(self) -> None:
         copies = self._cache.copies.take()

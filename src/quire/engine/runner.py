@@ -28,13 +28,18 @@ class Runner:
         self._batches, self._captured = Batches(groups, store.device), captured
 
     def run(
-        self, plan: StepPlan, rows: Sequence[Sequence[Row]], before_sampling: Callable[[], None] = lambda: None
+        self,
+        plan: StepPlan,
+        rows: Sequence[Sequence[Row]],
+        before_sampling: Callable[[], None] = lambda: None,
+        before_commit: Callable[[Sequence[Sampled]], None] = lambda drawn: None,
     ) -> tuple[list[list[Sampled]], torch.Tensor]:
         """Compute the plan and draw or score a token for each of `rows[i]`, all from the i-th row of logits that its works give.
 
         Returns these, and the final hidden states [H, D] of the tokens that its works pool, one work after the other, on the CPU. Logits and states
         are what a step brings back from its device, and all that it waits for.
-        The rows' masks are read after `before_sampling` has returned; until then somebody else may still be filling them.
+        The rows' masks are read after `before_sampling` has returned; until then somebody else may still be filling them. Where `before_commit`
+        raises of what was drawn, nothing has happened: what a step computes twice must be committed once, for a state moves on with each commit.
         """
         self.store.copy_pages(plan.copies)
         logits, states, commit = (self._captured.run(plan) if self._captured is not None else None) or self._forward(plan)
@@ -44,9 +49,11 @@ class Runner:
         if any(len(together) != 1 for together in rows):
             logits = logits[torch.tensor([i for i, together in enumerate(rows) for _ in together], dtype=torch.long)]
         before_sampling()
-        drawn = iter(self.sampler.sample(logits, flat))
+        sampled = self.sampler.sample(logits, flat)
         self.log.mark("sample")
+        before_commit(sampled)
         commit()
+        drawn = iter(sampled)
         return [[next(drawn) for _ in together] for together in rows], states
 
     def _forward(self, plan: StepPlan) -> Forward:
