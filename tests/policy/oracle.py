@@ -1,14 +1,15 @@
 """The policy's oracle: a store that remembers which token prefix lies in every slot, and a driver that plays the engine over it.
 
 Before a step's "forward" the driver looks up, for every sequence and group, each committed position that the step's queries may see, and
-demands that the page and slot hold exactly that sequence's prefix. It writes what the step computes through the same tables, so a page that is
-shared too early, evicted too late, merged wrongly or copied at the wrong time shows as a wrong prefix, whoever is to blame.
+demands that the page and slot hold exactly that sequence's prefix; a page of a group that carries has one slot, for the last prefix that wrote it.
+It writes what the step computes through the same tables, so a page that is shared too early, evicted too late, merged wrongly or copied at the
+wrong time shows as a wrong prefix, whoever is to blame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from hypothesis import settings
@@ -22,6 +23,7 @@ from quire.policy.plan import StepPlan, Work
 from quire.policy.prefix import PrefixKey, blake2b_128, pack
 from quire.policy.scheduler import Scheduler
 from quire.policy.sequence import Sequence as TokenSequence
+from quire.tensors.models.geometry import STATE_REACH
 from quire.tensors.store import PageStore
 from tests.policy.stand_ins import Poisoned, Prefixes
 
@@ -40,9 +42,13 @@ def chunked(page_size: int, chunk: int, group_id: int = 0) -> Group:
     return Group(group_id, page_size, 0, chunk, ())
 
 
+def carried(page_size: int, group_id: int = 0) -> Group:
+    return Group(group_id, page_size, STATE_REACH, 0, (), carries=True)
+
+
 def numbered(*groups: Group) -> tuple[Group, ...]:
     """The groups, with their place as their id."""
-    return tuple(Group(i, g.page_size, g.window, g.chunk, ()) for i, g in enumerate(groups))
+    return tuple(replace(g, group_id=i) for i, g in enumerate(groups))
 
 
 def one_bit(data: bytes) -> bytes:
@@ -225,6 +231,7 @@ class Driver:
 
     def _copy(self, copy: PageCopy) -> None:
         self.num_copies += 1
+        assert not any(group.carries for group in self.groups), "a state of other tokens than a part's is taken for theirs"
         self.pages[copy.target].update({slot: held for slot, held in self.pages[copy.source].items() if slot < copy.num_tokens})
 
     def _check_plan(self, plan: StepPlan) -> None:
@@ -255,8 +262,9 @@ class Driver:
         for seq in (work.sequence for work in plan.works):
             numbers = self.numbers(self.clients[seq.arrival])
             for group, table in zip(self.groups, seq.tables, strict=True):
-                for position in range(group.first_visible(seq.num_committed), seq.num_committed):
-                    page_id, slot = table[position // group.page_size], position % group.page_size
+                first = max(0, seq.num_committed - 1) if group.carries else group.first_visible(seq.num_committed)
+                for position in range(first, seq.num_committed):
+                    page_id, slot = table[position // group.page_size], slot_of(group, position)
                     assert page_id >= 0, f"position {position} of {seq.num_committed} is visible and not stored, group {group}"
                     held = self.pages[page_id].get(slot)
                     assert held == (group.group_id, numbers[position]), f"position {position} of {seq.arrival} reads {held}, group {group}"
@@ -276,8 +284,9 @@ class Driver:
                     holders -= self.cache.pool._aside[page_id]
                     assert holders == 1, "a shared page is written"
                     key = self.cache.index._pages.get(page_id)  # it may be indexed under the part it had when its prompt ended
-                    assert key is None or len(key.tokens) // 4 <= position % group.page_size, "an indexed slot is written"
-                    self.pages[page_id][position % group.page_size] = (group.group_id, numbers[position])
+                    part = 0 if group.carries else position % group.page_size
+                    assert key is None or len(key.tokens) // 4 <= part, "an indexed slot is written"
+                    self.pages[page_id][slot_of(group, position)] = (group.group_id, numbers[position])
 
     def check(self) -> None:
         """Between steps: the policy's own integrity, and every indexed page holds what its key says."""
@@ -287,9 +296,10 @@ class Driver:
             assert client.seq.num_known - client.seq.num_committed >= 1
         for key in self.cache.index._keys.values():
             numbers = self._key_numbers(key)
-            for group_id, page_id in enumerate(key.pages):
-                for slot, number in enumerate(numbers if page_id >= 0 else ()):
-                    assert self.pages[page_id].get(slot) == (group_id, number), f"page {page_id} does not hold what it is indexed under"
+            for group, page_id in zip(self.groups, key.pages, strict=True):
+                held = {slot_of(group, slot): (group.group_id, number) for slot, number in enumerate(numbers)}
+                for slot, number in held.items() if page_id >= 0 else ():
+                    assert self.pages[page_id].get(slot) == number, f"page {page_id} does not hold what it is indexed under"
 
     def _key_numbers(self, key: PrefixKey) -> list[int]:
         """The prefix numbers of a key's own tokens."""
@@ -305,6 +315,10 @@ class Driver:
                 known = self.prefixes.extend([], memoryview(child.tokens).cast("i").tolist(), known[-1])
             self._numbered[id(child)] = (child, known)  # the key is kept, so that its id stays its own
         return known
+
+
+def slot_of(group: Group, position: int) -> int:
+    return 0 if group.carries else position % group.page_size
 
 
 def key_of(driver: Driver, tokens: Sequence[int], page_size: int) -> list[PrefixKey]:

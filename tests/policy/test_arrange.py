@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.policy.groups import ALIGNMENT, MAX_PADDING, Arrangement, arrange
+from quire.tensors.models.geometry import STATE_REACH
 from tests.policy.oracle import SOAK
 
 
@@ -37,10 +38,16 @@ def check(layers: list[Layer], page_size: int) -> Arrangement:
             assert (layer.window, layer.chunk) == (group.window, group.chunk)
             tokens = group.page_size * layer.num_kv_heads
             ranges += [(place.k_offset, place.k_offset + tokens * layer.k_bytes), (place.v_offset, place.v_offset + tokens * layer.v_bytes)]
+            if layer.state_bytes:
+                ranges = [*ranges[:-2], (place.k_offset, place.k_offset + layer.state_bytes)]
             assert place.k_offset % ALIGNMENT == place.v_offset % ALIGNMENT == 0
         ranges.sort()
         assert ranges[0][0] >= 0 and ranges[-1][1] <= arrangement.page_bytes
         assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+        assert group.carries == bool(layer.state_bytes)
+        if group.carries:  # a state fits whatever the page holds; with the others' tokens a page of it ends where a page of theirs does
+            assert group.page_size == (arrangement.groups[0].page_size if group.group_id else page_size)
+            continue
         # One more token would not fit: no page is larger than its group needs.
         shapes, tokens = [by_idx[p.layer_idx] for p in group.places], group.page_size + 1
         longer = sum(-(-tokens * x.num_kv_heads * row // ALIGNMENT) * ALIGNMENT for x in shapes for row in (x.k_bytes, x.v_bytes))
@@ -59,9 +66,10 @@ kinds = st.tuples(
     st.sampled_from([1, 8, 16]),
     st.sampled_from([(0, 0), (0, 0), (5, 0), (512, 0), (0, 16)]),
 )
-layer_sets = st.lists(kinds, min_size=1, max_size=4).flatmap(
+states = st.tuples(st.just(1), st.just(0), st.just(0), st.just((STATE_REACH, 0)), st.sampled_from([4, 64, 1000, 40000]))
+layer_sets = st.lists(st.one_of(kinds, kinds, states), min_size=1, max_size=4).flatmap(
     lambda kinds: st.lists(st.sampled_from(kinds), min_size=1, max_size=40).map(
-        lambda chosen: [Layer(i, heads, k, v, *mask) for i, (heads, k, v, mask) in enumerate(chosen)]
+        lambda chosen: [Layer(i, heads, k, v, *mask, *state) for i, (heads, k, v, mask, *state) in enumerate(chosen)]
     )
 )
 
@@ -70,7 +78,7 @@ layer_sets = st.lists(kinds, min_size=1, max_size=4).flatmap(
 @given(layers=layer_sets, page_size=st.sampled_from([1, 4, 16, 20, 128]))
 def test_any_layers(layers: list[Layer], page_size: int) -> None:
     arrangement = check(layers, page_size)
-    kinds = {(x.window, x.chunk, x.num_kv_heads, x.k_bytes, x.v_bytes) for x in layers}
+    kinds = {(x.window, x.chunk, x.num_kv_heads, x.k_bytes, x.v_bytes, x.state_bytes) for x in layers}
     places = len(kinds) and sum(max(len(h.places) for h in arrangement.groups) for _ in arrangement.groups)
     assert places - len(layers) <= MAX_PADDING * len(layers) or len(kinds) == 1
 
@@ -94,3 +102,12 @@ def test_one_kind_is_one_group() -> None:
 def test_layers_of_another_geometry_hold_another_number_of_tokens() -> None:
     layers = [Layer(i) for i in range(4)] + [Layer(4 + i, num_kv_heads=1, window=64) for i in range(4)]
     assert [group.page_size for group in check(layers, 16).groups] == [16, 32]
+
+
+@pytest.mark.parametrize(("state_bytes", "tokens"), [(1000, 16), (4 * 64 * 16 + 64, 65)])
+def test_a_page_holds_one_state_and_as_many_tokens_as_fill_what_that_takes(state_bytes: int, tokens: int) -> None:
+    """As in a model with three recurrent layers for one of attention: all pages are as long as a state, where rows of tokens are shorter."""
+    layers = [Layer(i) if i % 4 == 3 else Layer(i, 1, 0, 0, STATE_REACH, 0, state_bytes) for i in range(8)]
+    arrangement = check(layers, 16)
+    assert [(group.kind, len(group.places), group.page_size) for group in arrangement.groups] == [("full", 2, tokens)] + [("carried", 2, tokens)] * 3
+    assert arrangement.page_bytes == 2 * max(state_bytes, 64 * 16)

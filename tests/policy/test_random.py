@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from quire.errors import InvalidRequestError
 from quire.policy.groups import Group
 from quire.policy.prefix import Hash, blake2b_128
-from tests.policy.oracle import SOAK, Client, Driver, chunked, full, numbered, one_bit, sliding
+from tests.policy.oracle import SOAK, Client, Driver, carried, chunked, full, numbered, one_bit, sliding
 
 MOST_TOKENS = 50
 GROUPS = [
@@ -25,11 +25,14 @@ GROUPS = [
     lambda b: numbered(full(b), chunked(b, 2 * b)),
     lambda b: numbered(full(b), full(2 * b), sliding(4 * b, 9)),
     lambda b: numbered(full(2 * b), full(3 * b), sliding(b, 3 * b)),
+    lambda b: numbered(full(b), carried(b)),
+    lambda b: numbered(full(b), carried(b), carried(b), sliding(b, 7)),
+    lambda b: numbered(full(b), full(2 * b), carried(b)),
 ]
 any_group = st.builds(
-    lambda page_size, kind, reach: [full(page_size), sliding(page_size, reach), chunked(page_size, reach)][kind],
+    lambda page_size, kind, reach: [full(page_size), sliding(page_size, reach), chunked(page_size, reach), carried(page_size)][kind],
     st.sampled_from([1, 2, 3, 4, 5, 8]),
-    st.integers(0, 2),
+    st.integers(0, 3),
     st.integers(1, 20),
 )
 group_sets = st.one_of(
@@ -54,6 +57,7 @@ class CacheMachine(RuleBasedStateMachine):
         drafts=st.sampled_from([0, 1, 4, 15]),
     )
     def start(self, groups: tuple[Group, ...], budget: int, roominess: float, max_sequences: int, sharing: bool, vocab: int, drafts: int) -> None:
+        drafts = 0 if any(group.carries for group in groups) else drafts  # they are refused: no state takes one back
         driver = Driver(groups, 1, budget=budget)  # only to ask how many pages the longest request needs
         num_pages = int(driver.cache.pages_to_finish(MOST_TOKENS) * roominess)
         options: dict[str, Any] = {"budget": budget, "max_sequences": max_sequences, "sharing": sharing, "vocab": vocab, "drafts": drafts}
