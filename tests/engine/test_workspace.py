@@ -22,7 +22,22 @@ PARAMS = SamplingParams(max_tokens=4, temperature=0.0, logprobs=1, ignore_eos=Tr
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_steps_stay_within_what_was_foreseen(checkpoint: Checkpoint, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, peaks = CausalModel.forward, [0]
+    peaks = [0]
+    folder = checkpoint(family, dtype, max_position_embeddings=1024) if family != "gpt2" else checkpoint(family, dtype, n_positions=1024)
+    with LLM(folder, max_tokens_per_step=300, backend="native") as llm:
+        _watch(monkeypatch, peaks)
+        whole = llm.generate(PROMPTS, PARAMS)
+        bound = llm.info.workspace_bytes
+        assert 0.3 * bound < max(peaks) <= bound, (max(peaks), bound)
+    with LLM(folder, workspace_bytes=bound // 3, backend="native") as llm:
+        peaks.clear()  # the probe's
+        assert [one.outputs for one in llm.generate(PROMPTS, PARAMS)] == [one.outputs for one in whole]
+        assert llm.info.max_tokens_per_step < 300 and max(peaks) <= llm.info.workspace_bytes <= bound // 3
+
+
+def _watch(monkeypatch: pytest.MonkeyPatch, peaks: list[int]) -> None:
+    """Add the peak of each forward from here on."""
+    forward = CausalModel.forward
 
     def watched(self: CausalModel, step: Any, ids: torch.Tensor, *args: Any) -> torch.Tensor:
         live = LiveBytes()
@@ -32,16 +47,19 @@ def test_real_steps_stay_within_what_was_foreseen(checkpoint: Checkpoint, family
         peaks.append(live.peak + (programs.handle.staged_bytes if programs is not None else 0))
         return logits
 
-    folder = checkpoint(family, dtype, max_position_embeddings=1024) if family != "gpt2" else checkpoint(family, dtype, n_positions=1024)
-    with LLM(folder, max_tokens_per_step=300, backend="native") as llm:
-        monkeypatch.setattr(CausalModel, "forward", watched)
-        whole = llm.generate(PROMPTS, PARAMS)
-        bound = llm.info.workspace_bytes
-        assert 0.3 * bound < max(peaks) <= bound, (max(peaks), bound)
-    with LLM(folder, workspace_bytes=bound // 3, backend="native") as llm:
-        peaks.clear()  # the probe's
-        assert [one.outputs for one in llm.generate(PROMPTS, PARAMS)] == [one.outputs for one in whole]
-        assert llm.info.max_tokens_per_step < 300 and max(peaks) <= llm.info.workspace_bytes <= bound // 3
+    monkeypatch.setattr(CausalModel, "forward", watched)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_states_that_a_step_stages_are_foreseen(tmp_path: Path, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One behind each page of a prompt, or behind the one token of each of many sequences."""
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
+    folder, peaks = make(tmp_path, "qwen3_5_text", layer_types=["linear_attention"] * 3, **heads), [0]
+    long, many = page_size == 1, [[3 + i] for i in range(100)]
+    with LLM(folder, max_tokens_per_step=300 if long else 100, max_sequences=1 if long else 100, page_size=page_size, backend="native") as llm:
+        _watch(monkeypatch, peaks)
+        llm.generate(PROMPTS[:1] if long else many, PARAMS)
+        assert 0.3 * llm.info.workspace_bytes < max(peaks) <= llm.info.workspace_bytes, (max(peaks), llm.info.workspace_bytes)
 
 
 def test_a_bound_that_nothing_fits_in_is_refused(checkpoint: Checkpoint) -> None:

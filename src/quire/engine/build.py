@@ -172,9 +172,9 @@ def _examine(model: CausalModel, kernels: Kernels, *, lower: bool) -> None:
             verdict.write(model.everywhere)
 
 
-def _measured(model: CausalModel) -> Workspace:
+def _measured(model: CausalModel, page_size: int) -> Workspace:
     with model.turn:
-        return measure(model)
+        return measure(model, page_size)
 
 
 def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
@@ -182,12 +182,12 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     if config.cache_layout == "stacked":
         config = replace(config, page_size=context_len)
     device = kernels.device
-    workspace = device.on_a_thread(lambda: _measured(model))
-    device.give_back_freed()  # of loading and probing, before the pool is sized by what there is
-    config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     codec = split_codec(config.kv_codec)
     layers = cached_layers(model.layers, model.dtype, *codec)
     arrangement = arrange(layers, config.page_size)
+    workspace = device.on_a_thread(lambda: _measured(model, arrangement.groups[0].page_size))
+    device.give_back_freed()  # of loading and probing, before the pool is sized by what there is
+    config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     num_pages = _num_pages(config, arrangement, context_len, device)
     store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention, device)
     identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()

@@ -20,8 +20,8 @@ NUM_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Bytes that the tensors of a forward take at their most: `fixed`, and `per_token` of its packed tokens, keys and values staged included, and
-    `per_row` of logits, which are as many as its sequences at least: each stages its states."""
+    """Bytes that the tensors of a forward take at their most: `fixed`, and `per_token` of its packed tokens, keys, values and states staged included,
+    and `per_row` of logits, which are as many as its sequences at least: each stages its states behind its last token, too."""
 
     fixed: int
     per_token: int
@@ -85,16 +85,18 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def measure(model: CausalModel) -> Workspace:
-    """The workspace of a model's forwards. Of layers that are one program, in a model without code of its own, the first is watched, and the last of
-    all: what goes into the very first is held by the model, too, and would be missed."""
+def measure(model: CausalModel, page_size: int = 1) -> Workspace:
+    """The workspace of a model's forwards, which stage a state for each page of so many tokens. Of layers that are one program, in a model without
+    code of its own, the first is watched, and the last of all: what goes into the very first is held by the model, too, and would be missed."""
     programs = model.lowered if not model.owned else None
     alike = [(layer, forward) for layer, forward in programs.alike.items() if forward.passes] if programs is not None else []
     with programs.first_of_each() if programs is not None else nullcontext(), model.with_products(NoProducts(), forwards=dict(alike[:-1])):
         short, long = _peak(model, NUM_TOKENS), _peak(model, 2 * NUM_TOKENS)
     per_token = -(-(long - short) // NUM_TOKENS)
-    states = sum(layer.state_bytes for layer in model.layers)
-    return Workspace(max(0, short - per_token * NUM_TOKENS), per_token, model.vocab_size * model.dtype.itemsize + states)
+    sizes = [layer.state_bytes for layer in model.layers]
+    staged, at_once = sum(sizes), max(sizes)  # by all layers; and one that runs has rows of its convolution twice
+    fixed, per_row = max(0, short - per_token * NUM_TOKENS), model.vocab_size * model.dtype.itemsize + staged + at_once
+    return Workspace(fixed, per_token - -staged // page_size, per_row)
 
 
 def _peak(model: CausalModel, num_tokens: int) -> int:
