@@ -37,7 +37,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
     [
         *((family, {}, "") for family in FAMILIES),
         ("lfm2", {"conv_bias": True, "conv_L_cache": 5}, "3 of 3 as programs"),
-        ("lfm2", {"conv_L_cache": 17}, "(Lfm2DecoderLayer is plain: its convolution has a kernel of 17, and at most 16 are served)"),
+        ("lfm2", {"conv_L_cache": 17}, "(Lfm2DecoderLayer is plain: its convolution has a kernel of 17, where a program takes at most 16)"),
         ("lfm2_moe", {**CONVOLVES, **EXPERTS}, "1 of 3 as programs"),
         ("lfm3", CONVOLVES, "3 of 3 as programs"),
     ],

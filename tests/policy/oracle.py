@@ -8,6 +8,7 @@ wrong time shows as a wrong prefix, whoever is to blame.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -231,8 +232,8 @@ class Driver:
 
     def _copy(self, copy: PageCopy) -> None:
         self.num_copies += 1
-        assert not any(group.carries for group in self.groups), "a state of other tokens than a part's is taken for theirs"
-        self.pages[copy.target].update({slot: held for slot, held in self.pages[copy.source].items() if slot < copy.num_tokens})
+        end = math.inf if self.groups[copy.group_id].carries else copy.num_tokens
+        self.pages[copy.target].update({slot: held for slot, held in self.pages[copy.source].items() if slot < end})
 
     def _check_plan(self, plan: StepPlan) -> None:
         pool, index = self.cache.pool, self.cache.index

@@ -17,7 +17,7 @@ native = pytest.importorskip("quire.tensors.native", reason="the native kernels 
 
 from quire.policy.copies import PageCopy  # noqa: E402
 from quire.tensors.attention.base import StatePlace, StepInputs, TableInputs  # noqa: E402
-from quire.tensors.attention.carried import Recurrence, Segments, recurrence  # noqa: E402
+from quire.tensors.attention.carried import PlainCarried, Recurrence, Segments  # noqa: E402
 from quire.tensors.attention.native import NativeAttention  # noqa: E402
 from quire.tensors.attention.reference import ReferenceAttention  # noqa: E402
 from quire.tensors.store import PageStore, StagedStep  # noqa: E402
@@ -98,7 +98,7 @@ def whole(rule: Rule, given: Recurrence, before: torch.Tensor | None) -> tuple[t
     return out, after[0]
 
 
-RULES: dict[str, Rule] = {"reference": recurrence, "native": NativeAttention(2).recur}
+RULES: dict[str, Rule] = {"reference": PlainCarried().recur, "native": NativeAttention(2).carried.recur}
 
 
 def assert_close(out: torch.Tensor, state: torch.Tensor, their_out: torch.Tensor, their_state: torch.Tensor) -> None:
@@ -151,7 +151,7 @@ def in_steps(given: Recurrence, rng: random.Random) -> list[tuple[int, int, list
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("isa")
 def test_any_cut_and_any_company_give_the_same_bits(rule: str, dtype: torch.dtype) -> None:
-    rng, recur = random.Random(4), RULES.get(rule) or NativeAttention(1).recur
+    rng, recur = random.Random(4), RULES.get(rule) or NativeAttention(1).carried.recur
     for shape, kind in ((SHAPES[0], True), (SHAPES[1], False)):
         sequences = [made(shape, rng.randint(2, 30), seed, dtype, normalized=kind, corrects=kind) for seed in range(4)]
         states: list[list[torch.Tensor | None]] = [[None] for _ in sequences]

@@ -78,7 +78,8 @@ class Engine:
     def _add_branch(self, state: RequestState, sequence: Sequence) -> None:
         model, index = self.runner.model, len(state.branches)
         branch = Branch(state.request, index, sequence, self.tokenizer, model.eos_token_ids, model.vocab_size)
-        sequence.drafter = drafter_of(branch, self.prompt_lookup_num_tokens)
+        if self.scheduler.cache.takes_back:
+            sequence.drafter = drafter_of(branch, self.prompt_lookup_num_tokens)
         state.branches.append(branch)
         self._branches[sequence.arrival] = (state, branch)
 

@@ -34,8 +34,11 @@ class PageCache:
         self.copies = Copies(self.pool)
         self.finder = HitFinder(self.groups, self.index, hash_bytes)
         self.unit, self.ids_by_size = self.finder.unit, self.finder.ids_by_size
-        # Parts of pages can be told from whole ones only where all have one size; a state is that of all its page's tokens.
-        self.keeps_parts = len(self.ids_by_size) == 1 and not any(g.carries for g in groups)
+        # Parts of pages can be told from whole ones only where all have one size. A state is that of all its page's tokens: a part with one is hit by
+        # what has all its tokens, and no more is written to its page once it can be.
+        self.takes_back = not any(g.carries for g in groups)  # tokens that are in pages and turn out not to be a sequence's
+        self.keeps_ends = len(self.ids_by_size) == 1
+        self.keeps_parts = self.keeps_ends and self.takes_back
         self.namespaces = Namespaces(identity, self.unit, hash_bytes)
         self._alike = alike(self.groups)
         self._windowed = [groups for groups in self._alike if groups.first.kind != "full"]
@@ -115,10 +118,13 @@ class PageCache:
         return True
 
     def part(self, seq: Sequence, start: int, limit: int) -> tuple[list[int], int]:
-        """(pages, n): an indexed page of every group whose first n tokens are the sequence's own from `start`, the end of a page, on."""
+        """(pages, n): an indexed page of every group whose first n tokens are the sequence's own from `start`, the end of a page, on; of groups that
+        carry states, all its tokens."""
         size = self.unit
         rest = pack(seq.tokens[start : min(start + size, limit)])
-        return self.index.longest_start(seq.parent_of(size, start // size, self.hash_bytes), rest) if self.keeps_parts else ([], 0)
+        if not self.keeps_ends:
+            return [], 0
+        return self.index.longest_start(seq.parent_of(size, start // size, self.hash_bytes), rest, whole=not self.keeps_parts)
 
     # -- growth and commit ----------------------------------------------------------------------------------------------------------------
 
@@ -145,7 +151,7 @@ class PageCache:
     def grow_by_one(self, seqs: Seq[Sequence]) -> bool:
         """Room for one more token in each of these sequences, which have none left; False, with nothing taken, if it must be made one by one."""
         num_groups = len(self.groups)
-        if not self.keeps_parts or self.unit == 1 or self.pool.num_available < len(seqs) * num_groups:
+        if not self.keeps_ends or self.unit == 1 or self.pool.num_available < len(seqs) * num_groups:
             return False
         new = iter(self.pool.take(len(seqs) * num_groups))
         for seq in seqs:
@@ -190,7 +196,7 @@ class PageCache:
             first = groups.first.first_kept(committed, self.unit)
             if first > seq.first_page[groups.first.group_id]:
                 self._leave(seq, groups, first)
-        if committed == seq.num_prompt:
+        if committed == seq.num_prompt and self.keeps_parts:
             self._index_part(seq)
         seq.next_tidy = committed + every - (committed - seq.arrival) % every if committed >= seq.num_prompt else 0
 
@@ -275,7 +281,7 @@ class PageCache:
     def _index_part(self, seq: Sequence) -> None:
         """Index the last, incomplete page under the tokens it has, so that a continuation can copy them; its owner may go on filling it."""
         full, part = divmod(seq.num_committed, self.unit)
-        if not part or not self.shares(seq) or not self.keeps_parts:
+        if not part or not self.shares(seq) or not self.keeps_ends:
             return
         tokens = pack(seq.tokens[seq.num_committed - part : seq.num_committed])
         key = PrefixKey(seq.parent_of(self.unit, full, self.hash_bytes), tokens, self.hash_bytes)

@@ -155,8 +155,8 @@ class PrefixIndex:
             keys += [key for key in self._children.get(parent.digest, {}).values() if key.parent is not None and key.parent.same(parent)]
         return [page_id for key in keys[1:] for page_id in key.pages if page_id >= 0]
 
-    def longest_start(self, parent: PrefixKey, tokens: bytes) -> tuple[list[int], int]:
-        """(pages, n): a continuation of `parent` with a page in every group whose first n tokens are the first n of `tokens`.
+    def longest_start(self, parent: PrefixKey, tokens: bytes, *, whole: bool = False) -> tuple[list[int], int]:
+        """(pages, n): a continuation of `parent` with a page in every group whose first n tokens, with `whole` all, are the first n of `tokens`.
 
         n is as large as found, 0 with no pages for none. Looks at the MAX_CHILDREN_SCANNED most recently indexed continuations.
         """
@@ -165,6 +165,8 @@ class PrefixIndex:
         siblings = self._children.get(parent.digest, {})
         for _, key in zip(range(MAX_CHILDREN_SCANNED), reversed(siblings.values()), strict=False):
             num = _common_tokens(key.tokens, tokens)
+            if whole and 4 * num < len(key.tokens):
+                continue
             if num > longest and min(key.pages) >= 0 and key.parent is not None and key.parent.same(parent):
                 pages, longest = list(key.pages), num
         return pages, longest

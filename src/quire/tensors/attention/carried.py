@@ -107,14 +107,14 @@ class CarriedStates:
         """x [T,C] along each sequence, whose last W - 1 rows are the first part of a state; [T,C]."""
         seg, back, staged = self._cut(place), weight.shape[1] - 1, self._stage(place)
         size = back * x.shape[1] * x.element_size()
-        none = torch.zeros(size, dtype=torch.uint8)
-        before = torch.stack([none if page < 0 else self._pages[page, place.offset : place.offset + size] for page in seg.before])
-        before = before.view(x.dtype).view(len(seg.before), back, x.shape[1])
+        none = x.new_zeros(back, x.shape[1])
+        rows = [none if page < 0 else self._pages[page, place.offset : place.offset + size].view(x.dtype).view_as(none) for page in seg.before]
+        before = torch.stack(rows)
         for s, (first, end) in enumerate(pairwise(seg.of)):
             for n in range(first, end) if back else ():
                 stop = seg.starts[n + 1]
                 last = torch.cat([before[s], x[max(seg.starts[first], stop - back) : stop]])[-back:]
-                staged[n, :size] = last.contiguous().view(torch.uint8).flatten()
+                staged[n, :size] = last.view(torch.uint8).flatten()
         assert self._kernels is not None, "refused where there are none"
         return self._kernels.convolve(before, x, weight, bias, self._inputs.query_start)
 
