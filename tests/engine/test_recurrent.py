@@ -88,7 +88,7 @@ def poison(llm: LLM) -> None:
 
 
 def test_batch_chunks_and_hits(folder: str, size: int) -> None:
-    work = long_jobs(1, 6, size)
+    work = long_jobs(1, 5, size)
     expected = alone(folder, work)
     for budget, seed in ((512, 0), (7, 1)):
         order = random.Random(seed).sample(range(len(work)), len(work))
@@ -115,7 +115,7 @@ def test_other_ways_to_serve_give_the_same_bits(folder: str, size: int, options:
 @pytest.mark.parametrize("folder", ["granitemoehybrid"], indirect=True)
 def test_preemption(folder: str, size: int) -> None:
     rng = random.Random(3)
-    params = [SamplingParams(max_tokens=3 * size, temperature=1.0, seed=i, logprobs=0, ignore_eos=True) for i in range(4)]
+    params = [SamplingParams(max_tokens=3 * size, temperature=1.0, seed=i, logprobs=0, ignore_eos=True) for i in range(3)]
     work = [([rng.randrange(3, VOCAB) for _ in range(size - 10 + i)], p) for i, p in enumerate(params)]
     expected = alone(folder, work)
     with LLM(folder) as llm:
@@ -127,6 +127,7 @@ def test_preemption(folder: str, size: int) -> None:
         llm.check_integrity()
 
 
+@pytest.mark.parametrize("folder", ["granitemoehybrid"], indirect=True)
 def test_sisters_slots_and_the_next_turn(folder: str, size: int) -> None:
     """Sampled n at a time, or in slots behind one prefix, whose last state each has a copy of; then a prompt that goes on from an answer."""
     prompt = [3 + (7 * i * i + 3 * i) % 500 for i in range(size + 9)]
@@ -153,7 +154,7 @@ def test_sisters_slots_and_the_next_turn(folder: str, size: int) -> None:
     assert got == [one[0][: len(mine)] for one, mine in zip(single, got, strict=True)]
 
 
-@pytest.mark.parametrize("folder", ["qwen3_5_text"], indirect=True)
+@pytest.mark.parametrize("folder", ["granitemoehybrid"], indirect=True)
 def test_restored_states_give_the_same_bits(folder: str, size: int, tmp_path: Path) -> None:
     work = [(prompt, params) for prompt, params in long_jobs(5, 5, size) if len(prompt) > size]
     expected = alone(folder, work)

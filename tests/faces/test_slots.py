@@ -64,7 +64,7 @@ def test_slots_are_requests_alone(checkpoint: Checkpoint, alone: Alone, family: 
     assert got == {slot: alone(folder, PROMPTS[i], len(got[slot]), DRAWN) for slot, i in ((0, 0), (1, 3), (2, 2))}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["llama", "granitemoehybrid"])
 def test_logits_that_are_not_numbers_are_told_by_slot(checkpoint: Checkpoint, alone: Alone, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that its caller can free that one and go on with the others, whose states have not moved on; and a prompt behind which there are none leaves
     nothing in the cache."""
