@@ -61,3 +61,22 @@ def test_engines_over_one_live_model_take_turns(family: str) -> None:
     assert after == before
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, own)
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}])
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_an_owner_who_runs_it_meanwhile_is_told(family: str, options: dict[str, bool]) -> None:
+    """On a thread of their own, while its layers are ours; a convolution has no attention that would tell."""
+    model, told, tokens = tiny_model(family), [""], torch.tensor([PROMPTS[0]])
+
+    def meanwhile(*_: object) -> None:
+        if not told:  # once is enough, and their own forward would come here, too
+            told.append("")
+            with ThreadPoolExecutor(1) as thread:
+                told.append(repr(thread.submit(model, tokens).exception()))
+
+    norm = model.model.norm if family == "llama" else model.model.embedding_norm
+    with norm.register_forward_pre_hook(meanwhile), LLM(model, **options) as llm:
+        told.clear()
+        assert llm.generate([PROMPTS[0]], DRAWN)[0].error is None
+    assert "run a live model between requests" in told[1]

@@ -103,8 +103,12 @@ def running(forward: Running) -> Iterator[None]:
 
 
 def current() -> Running:
-    """The forward in progress on this thread."""
-    forward: Running = _thread.forward
+    """The forward in progress on this thread. Raises UnsupportedModelError for a live model's owner who runs it on another one meanwhile."""
+    forward: Running | None = getattr(_thread, "forward", None)
+    if forward is None:
+        raise UnsupportedModelError(
+            f"attention {NAME!r} works only inside a forward of Quire; run a live model between requests, or choose another attn_implementation"
+        )
     return forward
 
 
@@ -126,11 +130,7 @@ def attention(
 
     `dropout` is zero, as the model runs in eval mode. Raises UnsupportedModelError for a call it cannot serve.
     """
-    forward: Running | None = getattr(_thread, "forward", None)
-    if forward is None:
-        raise UnsupportedModelError(
-            f"attention {NAME!r} works only inside a forward of Quire; run a live model between requests, or choose another attn_implementation"
-        )
+    forward = current()
     layer_idx = cast(int, getattr(module, "layer_idx", None))  # None is refused by examine
     if layer_idx not in forward.chunks:
         forward.chunks[layer_idx] = examine(module, layer_idx)

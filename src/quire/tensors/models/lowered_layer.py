@@ -99,11 +99,11 @@ class LoweredLayer:
         if chain is not None and chain.at == self.index > 0:
             passed: Any = chain.pass_on([*args, *kwargs.values()])
             return put_together(self._result, iter([passed]))
+        step = current().step.of_programs
         tensors: list[torch.Tensor] = []
         if not take_apart_as(self._skeleton, (args, kwargs), tensors):
             raise RuntimeError(f"layer {self._layer_idx} is called with other arguments than it was lowered for")
         given, num_tokens = self._given(tensors)
-        step = current().step.of_programs
         if self.passing and step is None:
             return put_together(self._result, iter([tensors[self._alike[0]]]))
         results = [torch.empty((1, num_tokens, *shape), dtype=dtype) for shape, dtype in self._outputs]
