@@ -49,22 +49,33 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The forward that such a module gets."""
     own = inspect.unwrap(type(module).forward)
     assert isinstance(own, FunctionType)
-    functions: dict[str, Callable[..., Any]] = {_CONVOLUTION: _convolution, _DELTA_RULE: _gated_delta_rule, _MAMBA2: _mamba2_scan}
-    found = own.__globals__ | {name: partial(function, module) for name, function in functions.items()}
-    ours = FunctionType(own.__code__, found, own.__name__, own.__defaults__, own.__closure__)
-    ours.__kwdefaults__ = own.__kwdefaults__
-    return MethodType(ours, module)
+    ours: dict[str, Callable[..., Any]] = {
+        _CONVOLUTION: partial(_convolution, module, recurs(module)),
+        _DELTA_RULE: partial(_gated_delta_rule, module),
+        _MAMBA2: partial(_mamba2_scan, module),
+    }
+    forward = FunctionType(own.__code__, own.__globals__ | ours, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(forward, module)
 
 
 def _convolution(
-    module: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None, **others: object
+    module: nn.Module,
+    carried: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **others: object,
 ) -> torch.Tensor:
-    """transformers' function: x [1,C,T], weight [C,W], bias [C] -> [1,C,T]. Raises UnsupportedModelError for a call it cannot serve."""
+    """transformers' function: x [1,C,T], weight [C,W], bias [C] -> [1,C,T]. Raises UnsupportedModelError for a call it cannot serve.
+
+    carried: a recurrence comes behind it.
+    """
     forward, layer_idx = _running(module, x.shape[0], others)
     rows = x[0].transpose(0, 1).contiguous()
     with forward.mode.paused():
-        convolve = forward.step.convolve_carried if recurs(module) else forward.step.convolve
-        out = convolve(layer_idx, rows, weight, bias)
+        out = (forward.step.convolve_carried if carried else forward.step.convolve)(layer_idx, rows, weight, bias)
     if activation is not None:
         out = _curve(forward, ACT2FN[activation], out)
     return out.transpose(0, 1).unsqueeze(0)
