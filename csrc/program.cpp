@@ -1,7 +1,5 @@
 #include "program.h"
 
-#include <string.h>
-
 #include <utility>
 
 #include "bind.h"
@@ -84,6 +82,41 @@ void Program::run(int64_t first, int64_t end, int64_t num_rows, const std::vecto
   }
 }
 
+namespace {
+
+// Memory of this thread for `count` kinds of rows of `row_bytes` each, the buffers from `mix` on. Throws where they are planned otherwise.
+void place_rows(const int64_t* row_bytes, size_t count, int64_t num_rows, RowBuffer* mix) {
+  static thread_local Kept kept;
+  int64_t size = 0, from[4];
+  for (size_t i = 0; i < count; ++i) {
+    require(mix[i].row_bytes == row_bytes[i], "rows of what mixes do not fit the layer's place");
+    from[i] = size;
+    size += (row_bytes[i] * num_rows + kLine - 1) / kLine * kLine;
+  }
+  char* const memory = kept.bytes(size);
+  for (size_t i = 0; i < count; ++i) mix[i].rows = memory + from[i];
+}
+
+// Where q, k, v and what attention gives lie: k and v where they are staged, if they are staged as they are.
+void place_mix(const AttendForm& form, const PageLayout& at, const Staged& staged, int64_t num_rows, RowBuffer* mix) {
+  require(form.num_heads > 0 && form.num_heads % at.num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
+  const int64_t heads = form.num_heads * element_bytes(form.dtype), kv_heads = at.num_kv_heads * element_bytes(form.dtype);
+  const int64_t row_bytes[] = {heads * at.k.dim, kv_heads * at.k.dim, kv_heads * at.v.dim, heads * at.v.dim};
+  place_rows(row_bytes, 4, num_rows, mix);
+  if (at.k.format < kInt8) mix[1].rows = (char*)staged.k;
+  if (at.v.format < kInt8) mix[2].rows = (char*)staged.v;
+}
+
+// Where x, which is staged, and what the convolution gives lie.
+void place_mix(const ConvolveForm& form, const PageLayout& at, const Staged& staged, int64_t num_rows, RowBuffer* mix) {
+  require(at.k.format == form.dtype && at.num_kv_heads == 1 && !at.v.dim, "rows of a convolution are keys of one head, of the pages' dtype");
+  const int64_t row = at.k.dim * element_bytes(form.dtype), row_bytes[] = {row, row};
+  place_rows(row_bytes, 2, num_rows, mix);
+  mix[0].rows = (char*)staged.k;
+}
+
+}  // namespace
+
 void Layers::add(const Program& program, int64_t middle, int64_t num_weights, int64_t num_inputs, const MixForm& form, int32_t layer_idx) {
   require(middle >= 0 && middle <= program.num_steps(), "steps are out of range");
   const Layer layer{&program, middle, num_weights, num_inputs, form, layer_idx, {}};
@@ -123,52 +156,22 @@ void Layers::run(Step& step, int64_t num_rows, std::vector<Address> inputs, int6
 void Layers::run_one(const Layer& layer, Step& step, int64_t num_rows, const std::vector<Address>& inputs,
                      const std::vector<Address>& outputs, int32_t num_threads) const {
   const LayerPlace& place = step.store().place(layer.layer_idx);
-  const PageLayout& at = place.layout;
-  const auto* const attends = std::get_if<AttendForm>(&layer.form);
-  const auto* const convolves = std::get_if<ConvolveForm>(&layer.form);
   require(int64_t(inputs.size()) == layer.num_inputs && int64_t(layer.weights.size()) == layer.num_weights,
           "a layer's inputs or weights are not all given");
   static thread_local std::vector<Address> addresses;
   addresses.assign(layer.weights.begin(), layer.weights.end());
   addresses.insert(addresses.end(), inputs.begin(), inputs.end());
-  const size_t mixed = addresses.size();
   addresses.resize(size_t(layer.first_output()), 0);
   addresses.insert(addresses.end(), outputs.begin(), outputs.end());
   std::vector<RowBuffer>& buffers = layer.program->bound(addresses, num_rows);
-  // What goes into the mixing and what comes out of it, in elements of a row.
-  int64_t width[4] = {at.k.dim, at.k.dim, 0, 0};
-  if (attends) {
-    require(attends->num_heads > 0 && attends->num_heads % at.num_kv_heads == 0, "num_heads must be a positive multiple of num_kv_heads");
-    const int64_t heads = attends->num_heads, kv_heads = at.num_kv_heads;
-    const int64_t attended[] = {heads * at.k.dim, kv_heads * at.k.dim, kv_heads * at.v.dim, heads * at.v.dim};
-    memcpy(width, attended, sizeof(width));
-  }
-  const int64_t element = element_bytes(attends ? attends->dtype : convolves->dtype);
-  const size_t count = size_t(layer.first_output()) - mixed;
-  static thread_local Kept kept;
-  int64_t size = 0, from[4];
-  for (size_t i = 0; i < count; ++i) {
-    require(buffers[mixed + i].row_bytes == width[i] * element, "rows of what mixes do not fit the layer's place");
-    from[i] = size;
-    size += (width[i] * element * num_rows + kLine - 1) / kLine * kLine;
-  }
-  char* const memory = kept.bytes(size);
-  RowBuffer* const mix = buffers.data() + mixed;
-  for (size_t i = 0; i < count; ++i) mix[i].rows = memory + from[i];
-  const Staged staged = step.rows_of(place);
-  if (convolves) {
-    require(at.k.format == convolves->dtype && at.num_kv_heads == 1 && !at.v.dim, "rows of a convolution are keys of one head, of the pages' dtype");
-    mix[0].rows = (char*)staged.k;
-  } else {
-    if (at.k.format < kInt8) mix[1].rows = (char*)staged.k;
-    if (at.v.format < kInt8) mix[2].rows = (char*)staged.v;
-  }
+  RowBuffer* const mix = buffers.data() + layer.num_weights + layer.num_inputs;
+  std::visit([&](const auto& form) { place_mix(form, place.layout, step.rows_of(place), num_rows, mix); }, layer.form);
   layer.program->run(0, layer.middle, num_rows, buffers, num_threads);
-  if (convolves) {
+  if (const auto* convolves = std::get_if<ConvolveForm>(&layer.form)) {
     const void* const bias = convolves->bias < 0 ? nullptr : pointer<void>(layer.weights[size_t(convolves->bias)]);
     step.convolve(layer.layer_idx, *convolves, pointer<void>(layer.weights[size_t(convolves->weight)]), bias, mix[0].rows, mix[1].rows, num_threads);
   } else {
-    step.attend(layer.layer_idx, *attends, mix[0].rows, mix[1].rows, mix[2].rows, mix[3].rows, num_threads);
+    step.attend(layer.layer_idx, std::get<AttendForm>(layer.form), mix[0].rows, mix[1].rows, mix[2].rows, mix[3].rows, num_threads);
   }
   layer.program->run(layer.middle, layer.program->num_steps(), num_rows, buffers, num_threads);
 }

@@ -1,7 +1,8 @@
 """How fast a workload can be at best on a machine: a lower bound of its seconds, from two rates measured in the same run.
 
     A   arithmetic: 2 x weights of the layers for each token computed, 2 x weights of the head for each row of logits that is needed, and
-        4 x heads x head_dim x visible keys for each query in each layer (a product for the score and one for the value, two operations a number)
+        4 x heads x head_dim x visible keys for each query in each layer (a product for the score and one for the value, two operations a number),
+        or what a layer that does not attend does for a token
     W   bytes of all weights as stored, two of bf16 however an engine keeps it, the head once, the embedding (a row a token) and norms not
     a(X) = A of X / matrix rate          r = W / read bandwidth: seconds to read all weights once
 
@@ -44,9 +45,10 @@ def weight_bytes(shape: Shape, quantization: str = "none") -> float:
 
 def flops(shape: Shape, start: int, stop: int, rows: int) -> float:
     """Arithmetic of the tokens at positions start..stop-1 of one sequence, with `rows` rows of logits."""
-    full, windowed = shape.num_full_layers, shape.layers - shape.num_full_layers
+    full, windowed = shape.num_full_layers, shape.num_attention_layers - shape.num_full_layers
     keys = full * _visible(start, stop) + windowed * _visible(start, stop, shape.window)
-    return 2 * shape.layer_weights * (stop - start) + 2 * shape.head_weights * rows + 4 * shape.heads * shape.head_dim * keys
+    token = 2 * shape.layer_weights + shape.mixer_flops
+    return token * (stop - start) + 2 * shape.head_weights * rows + 4 * shape.heads * shape.head_dim * keys
 
 
 def limit(workload: Workload, read_bytes_s: float, flop_s: float, quantization: str = "none") -> Limit:

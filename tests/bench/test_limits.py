@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from bench.speed.checkpoints import config_fields
 from bench.speed.limits import flops, least_tokens, limit, weight_bytes
-from bench.speed.shapes import GEMMA3, QWEN3, SHAPES, SMOLLM2, Shape
+from bench.speed.shapes import GEMMA3, QWEN3, SHAPES, SMOLLM2, Mixer, Shape
 from bench.speed.workloads import Job, Workload
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # Two layers; matrices of one: q 4 x 6, k 4 x 2, v 4 x 2, o 6 x 4, and three of 4 x 5: 24 + 8 + 8 + 24 + 60 = 124. Head 10 x 4 = 40.
 TINY = Shape(
     "tiny", "llama", vocab=10, hidden=4, intermediate=5, layers=2, heads=3, kv_heads=1, head_dim=2, context=99, rope_theta=1e4, rms_norm_eps=1e-6
 )
 HYBRID = replace(TINY, window=3, full_every=2)
+MIXED = replace(TINY, mixer=Mixer("conv", 30, 50, ()), attends=(1,))
 
 
 def jobs(*sizes: tuple[int, int]) -> tuple[Job, ...]:
@@ -40,6 +45,14 @@ def test_flops_of_a_full_and_a_windowed_layer() -> None:
     # Positions 3 and 4 alone: 4 + 5, and 3 + 3 in the window.
     assert flops(HYBRID, 3, 5, 2) == 2 * 496 + 2 * 80 + (9 + 6) * 24
     assert flops(TINY, 2, 2, 0) == 0
+
+
+def test_layers_that_do_not_attend() -> None:
+    # One layer of 30 + 60 weights in place of 124, 50 operations a token, and keys in the other alone.
+    assert MIXED.layer_weights == 90 + 124 and replace(MIXED, gated=True).layer_weights == 90 + 124 + 24
+    assert flops(MIXED, 0, 4, 1) == 4 * (2 * 214 + 50) + 80 + 10 * 24
+    assert MIXED.kv_bytes(5) == 5 * 2 * 2 * 2
+    assert MIXED.shortened(1).attends == (0,)
 
 
 def test_one_stream_is_bound_by_reading_the_weights() -> None:
@@ -81,8 +94,16 @@ def test_a_batch_with_a_shared_prefix() -> None:
 
 
 def test_the_shapes_are_the_public_ones() -> None:
-    assert SHAPES.keys() == {"qwen3-0.6b", "smollm2-135m", "gemma-3-270m"}
     millions = [round((shape.layer_weights + shape.head_weights) / 1e6, 1) for shape in (QWEN3, SMOLLM2, GEMMA3)]
     assert millions == [596.0, 134.5, 268.0]
     assert (QWEN3.kv_bytes(1), QWEN3.num_full_layers, GEMMA3.num_full_layers) == (114_688, 28, 3)
     assert GEMMA3.shortened(2).num_full_layers == 1 and GEMMA3.shortened(99) is GEMMA3
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_a_checkpoint_has_the_matrices_of_its_shape(shape: Shape) -> None:
+    config = CONFIG_MAPPING[shape.model_type](**config_fields(shape))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2]
+    assert sum(map(torch.Tensor.numel, matrices)) == shape.layer_weights + shape.head_weights  # the embedding is the head
