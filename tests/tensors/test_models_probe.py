@@ -17,7 +17,7 @@ from quire.engine import build
 from quire.errors import ProbeMismatchError, UnsupportedModelError
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.packing import pack_weights
-from quire.tensors.models.probe import probe
+from quire.tensors.models.probe import _errors, _own_logits, _packed, _sequences, probe
 from quire.tensors.models.row_by_row import RowByRow
 from quire.tensors.native_products import NativeProducts
 from quire.tensors.packed import PackedWeight
@@ -98,6 +98,17 @@ def test_a_forward_that_fails_on_several_tokens_is_told() -> None:
     given = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "moe_intermediate_size": 36}
     with pytest.raises(UnsupportedModelError, match="deepseek_v2: its forward fails on several tokens: RuntimeError: The size of tensor"):
         probe(served(tiny_model("deepseek_v2", num_experts_per_tok=2, **heads, **given)))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_the_second_opinion_rounds_nothing_that_is_convolved(family: str) -> None:
+    """transformers rounds it to its weight's dtype, which moved experts' ties, and what was quantised, by far more than is right in fp32."""
+    model = served(tiny_model(family, torch.bfloat16))
+    sequences = _sequences(model)
+    with model.with_float_activations():
+        errors = _errors(_packed(model, RowByRow, sequences), _own_logits(model, sequences))
+    assert float(errors.max()) < 1e-4
 
 
 class OfTransformers(LlamaMLP):

@@ -17,13 +17,16 @@ from quire.tensors.packed import PackedWeight
 
 # What insists on operands of one dtype. Everything else in a forward promotes by itself.
 _STRICT = {
-    functional.linear, functional.layer_norm, functional.rms_norm, functional.group_norm, torch.matmul, torch.mm, torch.bmm, torch.addmm,
-    torch.baddbmm, torch.einsum, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__,
+    functional.linear, functional.conv1d, functional.layer_norm, functional.rms_norm, functional.group_norm, torch.matmul, torch.mm, torch.bmm,
+    torch.addmm, torch.baddbmm, torch.einsum, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__,
+    torch.Tensor.__rmatmul__,
 }  # fmt: skip
+# What would round activations to the dtype of a weight that they are to meet, as convolutions and some routers do.
+_CONVERSIONS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
 class WithFloatActivations(TorchFunctionMode):
-    """While on, embeddings come out in fp32 and products widen what they are given to fp32."""
+    """While on, embeddings come out in fp32, what is fp32 is made no narrower, and products and convolutions widen what they are given to fp32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -31,7 +34,10 @@ class WithFloatActivations(TorchFunctionMode):
             return func(*args, **kwargs).float()
         if func in _STRICT:
             return func(*(_widened(given) for given in args), **{name: _widened(given) for name, given in kwargs.items()})
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _CONVERSIONS and args[0].dtype == torch.float32 and result.dtype in (torch.bfloat16, torch.float16):
+            return args[0].to(result.device)
+        return result
 
 
 class WidenedProducts:
