@@ -200,8 +200,20 @@ def hooked_in_later(model: PreTrainedModel) -> Iterator[None]:
     model.model.layers[1].mlp.register_forward_hook(lambda _, args, out: out + own(args[0]))
 
 
+def of_another_class_later(model: PreTrainedModel) -> Iterator[None]:
+    """As FSDP makes a module its own, in place."""
+
+    class Doubled(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = super().forward(x)
+            return out * 2
+
+    yield
+    model.model.layers[1].mlp.__class__ = Doubled
+
+
 @pytest.mark.parametrize("place", ["parameters", "a list"])
-@pytest.mark.parametrize("change", [nothing_at_first, switched_on_later, put_in_later, hooked_in_later])
+@pytest.mark.parametrize("change", [nothing_at_first, switched_on_later, put_in_later, hooked_in_later, of_another_class_later])
 def test_an_open_engine_gives_what_a_fresh_one_does(change: Callable[[PreTrainedModel], Iterator[None]], place: str) -> None:
     model = owned(SERVED["@"], place)
     changing = change(model)

@@ -38,6 +38,7 @@ class Form:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
+        self._kinds = [(weakref.ref(module), type(module)) for module in modules]
         self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._plain = [(module.__dict__, dict(module.__dict__)) for module in modules if not is_foreign(module)]
         self._parts = [part for module in modules for part in (module._parameters, module._buffers)]
@@ -71,7 +72,8 @@ class Form:
 
     def _is_built_so(self) -> bool:
         return (
-            all(inner == children for inner, children in self._children)
+            all(module().__class__ is kind for module, kind in self._kinds)
+            and all(inner == children for inner, children in self._children)
             and all(_same(state, kept) for state, kept in self._plain)
             and all(_equal(dict(vars(cls)), kept) for cls, kept in self._classes)
             and self._told_around() == self._around
