@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
 from quire import LLM, SamplingParams
 from quire.errors import InvalidRequestError, UnsupportedModelError
@@ -90,6 +92,22 @@ def test_a_number_that_switches_on_what_is_not_served_is_refused() -> None:
         own.alpha = 0.5
         with pytest.raises(UnsupportedModelError, match="Own calls convolution"):
             llm.generate(PROMPTS, PARAMS)
+
+
+def test_what_is_put_around_a_convolution_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros at first show in no bit, and later nobody asks."""
+    forward = Lfm2ShortConv.forward
+
+    @functools.wraps(forward)
+    def steered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs) + self.steering
+
+    monkeypatch.setattr(Lfm2ShortConv, "forward", steered)
+    model: Any = tiny_model("lfm2")
+    for i in (0, 2):
+        model.model.layers[i].conv.steering = nn.Parameter(torch.zeros(H))
+    with pytest.raises(UnsupportedModelError, match="layers 0, 2 of 3 never call .* a convolution by transformers' own forward .* wrapped"):
+        LLM(model)
 
 
 @pytest.mark.parametrize("change", [epsilon, another_hook, a_number, frequencies])

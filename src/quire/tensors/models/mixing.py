@@ -41,13 +41,23 @@ def recurs(module: nn.Module) -> bool:
 
 
 def _calls(module: nn.Module, name: str) -> bool:
-    forward = inspect.unwrap(type(module).forward)
+    forward = _own(module)
     return isinstance(forward, FunctionType) and name in forward.__code__.co_names and name in forward.__globals__
+
+
+def _own(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module's class, without what transformers puts around it; with anybody else's, whose effect would else be lost."""
+    found: Callable[..., Any] = inspect.unwrap(type(module).forward, stop=lambda outer: not _of_transformers(outer))
+    return found
+
+
+def _of_transformers(function: Callable[..., Any]) -> bool:
+    return getattr(function, "__globals__", {}).get("__name__", "").split(".")[0] in ("torch", "transformers")
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The forward that such a module gets."""
-    own = inspect.unwrap(type(module).forward)
+    own = _own(module)
     assert isinstance(own, FunctionType)
     ours: dict[str, Callable[..., Any]] = {
         _CONVOLUTION: partial(_convolution, module, recurs(module)),
