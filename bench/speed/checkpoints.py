@@ -38,8 +38,8 @@ def config_fields(shape: Shape) -> dict[str, Any]:
         fields |= {"sliding_window": shape.window, "query_pre_attn_scalar": shape.head_dim}
         fields["layer_types"] = [kinds[(i + 1) % shape.full_every == 0] for i in range(shape.layers)]
     if shape.mixer is not None:
-        attention = "attention" if shape.mixer.kind == "mamba" else "full_attention"
-        fields |= dict(shape.mixer.fields) | {"layer_types": [attention if i in shape.attends else shape.mixer.kind for i in range(shape.layers)]}
+        kinds = [shape.mixer.kind, shape.mixer.attention]
+        fields |= dict(shape.mixer.fields) | {"layer_types": [kinds[i in shape.attends] for i in range(shape.layers)]}
     return fields
 
 

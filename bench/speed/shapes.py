@@ -11,10 +11,11 @@ STORED_BYTES = {"none": 2.0, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 32}
 
 @dataclass(frozen=True)
 class Mixer:
-    """What layers have in place of attention: as the config's `layer_types` call it, the `weights` of one layer's matrices, its operations a token
-    beside them, computed a token at a time, and what the config says of it."""
+    """What layers have in place of attention: as the config's `layer_types` call it and those that attend, the `weights` of one layer's matrices,
+    its operations a token beside them, computed a token at a time, and what the config says of it."""
 
     kind: str
+    attention: str
     weights: int
     flops: int
     fields: tuple[tuple[str, Any], ...]
@@ -82,7 +83,7 @@ class Shape:
         """The same with fewer layers; a hybrid keeps at least one that sees all."""
         if layers is None or layers >= self.layers:
             return self
-        attends = tuple(i for i in self.attends if i < layers) or (layers - 1,) * bool(self.attends)
+        attends = tuple(i for i in self.attends if i < layers) or ((layers - 1,) if self.attends else ())
         return replace(self, layers=layers, full_every=min(self.full_every, layers), attends=attends, name=f"{self.name}-{layers}-layers")
 
 
@@ -93,14 +94,14 @@ LLAMA3 = Shape("llama-3-8b", "llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 819
 # A convolution of three taps between two gates.
 LFM2 = Shape(
     "lfm2-350m", "lfm2", 65_536, 1024, 4608, 16, 16, 8, 64, 128_000, 1e6, 1e-5,
-    mixer=Mixer("conv", 4 * 1024 * 1024, 8 * 1024, (("norm_eps", 1e-5), ("block_auto_adjust_ff_dim", False))),
+    mixer=Mixer("conv", "full_attention", 4 * 1024 * 1024, 8 * 1024, (("norm_eps", 1e-5), ("block_auto_adjust_ff_dim", False))),
     attends=(2, 5, 8, 10, 12, 14),
 )  # fmt: skip
 # A state of 16 heads of 128 x 128: read for its correction, changed and read.
 QWEN3_5 = Shape(
     "qwen3.5-0.8b", "qwen3_5_text", 248_320, 1024, 3584, 24, 8, 2, 256, 262_144, 1e7, 1e-6, gated=True,
     mixer=Mixer(
-        "linear_attention", 1024 * (6144 + 2048 + 32 + 2048), 8 * 6144 + 6 * 16 * 128 * 128,
+        "linear_attention", "full_attention", 1024 * (6144 + 2048 + 32 + 2048), 8 * 6144 + 6 * 16 * 128 * 128,
         (("linear_num_key_heads", 16), ("linear_num_value_heads", 16), ("linear_key_head_dim", 128), ("linear_value_head_dim", 128)),
     ),
     attends=(3, 7, 11, 15, 19, 23),
@@ -109,7 +110,7 @@ QWEN3_5 = Shape(
 GRANITE4 = Shape(
     "granite-4.0-h-350m", "granitemoehybrid", 100_352, 768, 2048, 32, 12, 4, 64, 32_768, 1e4, 1e-5,
     mixer=Mixer(
-        "mamba", 768 * (3376 + 1536), 8 * 1792 + 4 * 48 * 32 * 128,
+        "mamba", "attention", 768 * (3376 + 1536), 8 * 1792 + 4 * 48 * 32 * 128,
         (("shared_intermediate_size", 2048), ("num_local_experts", 0), ("mamba_n_heads", 48), ("mamba_d_head", 32), ("mamba_d_state", 128)),
     ),
     attends=(10, 13, 17, 27),

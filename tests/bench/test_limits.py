@@ -18,7 +18,7 @@ TINY = Shape(
     "tiny", "llama", vocab=10, hidden=4, intermediate=5, layers=2, heads=3, kv_heads=1, head_dim=2, context=99, rope_theta=1e4, rms_norm_eps=1e-6
 )
 HYBRID = replace(TINY, window=3, full_every=2)
-MIXED = replace(TINY, mixer=Mixer("conv", 30, 50, ()), attends=(1,))
+MIXED = replace(TINY, mixer=Mixer("conv", "full_attention", 30, 50, ()), attends=(1,))
 
 
 def jobs(*sizes: tuple[int, int]) -> tuple[Job, ...]:

@@ -17,7 +17,7 @@ native = pytest.importorskip("quire.tensors.native", reason="the native kernels 
 
 from quire.policy.copies import PageCopy  # noqa: E402
 from quire.tensors.attention.base import StatePlace, StepInputs, TableInputs  # noqa: E402
-from quire.tensors.attention.carried import PlainCarried, Recurrence, Segments  # noqa: E402
+from quire.tensors.attention.carried import MOST_K_DIM, MOST_WIDTH, PlainCarried, Recurrence, Segments  # noqa: E402
 from quire.tensors.attention.native import NativeAttention  # noqa: E402
 from quire.tensors.attention.reference import ReferenceAttention  # noqa: E402
 from quire.tensors.store import PageStore, StagedStep  # noqa: E402
@@ -178,6 +178,10 @@ def test_any_cut_and_any_company_give_the_same_bits(rule: str, dtype: torch.dtyp
             assert torch.equal(out, torch.cat([outs[i][first:end] for i, first, end, _ in works]))
             for (i, *_), last in zip(works, of[1:], strict=True):
                 carried[i] = after[last - 1].clone()
+
+
+def test_limits_that_are_told_without_the_kernels_are_theirs() -> None:
+    assert (native.lib.most_taps, native.lib.most_state_rows) == (MOST_WIDTH, MOST_K_DIM)
 
 
 def test_the_kernel_refuses_a_state_that_is_too_tall() -> None:

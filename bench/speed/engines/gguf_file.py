@@ -34,6 +34,8 @@ def gguf_of(folder: Path, quantization: str) -> Path:
 
 def _write(folder: Path, target: Path, type_name: str) -> None:
     config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] not in ARCHITECTURES:
+        sys.exit(f"model_type={config['model_type']}: written only for {', '.join(ARCHITECTURES)}")
     arch = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_context_length(config["max_position_embeddings"])

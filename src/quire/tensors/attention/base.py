@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from quire.tensors.codec import RowFormat
 from quire.tensors.packed import PackedLayout
+
+if TYPE_CHECKING:
+    from quire.tensors.attention.carried import CarriedKernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +120,8 @@ class AttentionBackend(Protocol):
     name: str
 
     @property
-    def carried(self) -> Any:
-        """The `CarriedKernels` (carried.py), None where layers with a state cannot be served."""
+    def carried(self) -> CarriedKernels | None:
+        """What computes them, None where layers with a state cannot be served."""
         ...
 
     def program_steps(self, pages: torch.Tensor, places: Iterable[LayerPlace]) -> Callable[[StepInputs, int], ProgramStep] | None:

@@ -22,7 +22,8 @@ import torch
 from quire.tensors.attention.base import StatePlace, StepInputs
 from quire.tensors.attention.convolve import convolved, sources
 
-MOST_WIDTH, MOST_K_DIM = 16, 512  # of what native kernels take (csrc/kernels.h)
+# Of what native kernels take (csrc/kernels.h), told here as well, since models are examined where there are none.
+MOST_WIDTH, MOST_K_DIM = 16, 512
 
 
 class Recurrence(NamedTuple):

@@ -46,12 +46,12 @@ def _calls(module: nn.Module, name: str) -> bool:
 
 
 def _own(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module's class, without what transformers puts around it; with anybody else's, whose effect would else be lost."""
-    found: Callable[..., Any] = inspect.unwrap(type(module).forward, stop=lambda outer: not _of_transformers(outer))
+    """The forward of a module's class, without what transformers and torch put around it; with anybody else's, whose effect would be lost."""
+    found: Callable[..., Any] = inspect.unwrap(type(module).forward, stop=lambda outer: not _of_a_library(outer))
     return found
 
 
-def _of_transformers(function: Callable[..., Any]) -> bool:
+def _of_a_library(function: Callable[..., Any]) -> bool:
     return getattr(function, "__globals__", {}).get("__name__", "").split(".")[0] in ("torch", "transformers")
 
 
