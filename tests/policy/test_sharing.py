@@ -9,7 +9,7 @@ import pytest
 from quire.policy.groups import Group
 from quire.policy.lookup import find
 from quire.policy.prefix import PrefixKey
-from tests.policy.oracle import Driver, chunked, full, numbered, one_bit, sliding
+from tests.policy.oracle import Driver, carried, chunked, full, numbered, one_bit, sliding
 
 B = 4
 FULL = numbered(full(B))
@@ -296,3 +296,17 @@ def run_in_between(driver: Driver, prompt: list[int]) -> int:
     while not client.done:
         driver.step()
     return client.num_hit
+
+
+def test_a_state_that_a_failed_commit_wrote_over_is_found_by_nobody() -> None:
+    """The step's writes are done but for the last sequence's: that is no row behind those that were there, but another state in their place."""
+    groups = numbered(full(4), carried(4))
+    driver = Driver(groups, 20, vocab=1)
+    for _ in range(2):
+        driver.add([0] * 6, 3)
+    driver.step()
+    driver.step(fail_at=1.0)
+    driver.check()
+    again = driver.add([0] * 7, 2)
+    driver.run(10)
+    assert again.num_hit == 4  # the whole page, which nobody writes any more

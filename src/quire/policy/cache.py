@@ -263,7 +263,7 @@ class PageCache:
             return
         seq.peak_pages = max(seq.peak_pages, seq.num_pages)
         if self.copies.cancel(seq.tables):  # the page one was for holds nothing and must not be indexed
-            seq.num_committed -= seq.num_committed % self.unit
+            self.forget_end(seq)
         if keep:
             self.index_complete(seq)
             self._index_part(seq)
@@ -273,6 +273,10 @@ class PageCache:
             self.index.forget(page_id for page_id in pages if self.pool.references(page_id) == 1)
         self.pool.release(pages)
         seq.clear_tables(len(self.groups))
+
+    def forget_end(self, seq: Sequence) -> None:
+        """What its last, incomplete pages hold is not sure: nobody shall find them."""
+        seq.num_committed -= seq.num_committed % self.unit
 
     def forget(self, root: PrefixKey) -> None:
         """Nobody will have this root again: nothing is indexed under it any more, and what is cached becomes free."""

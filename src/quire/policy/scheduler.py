@@ -146,6 +146,8 @@ class Scheduler:
         self.cache.copies.done(plan.copies)
         unsure = {copy.target for copy in plan.copies}  # the failure may have come before the copy
         for seq in (work.sequence for work in plan.works):
+            if not self.cache.takes_back:  # the failure may have come when the state behind what it had was written over, at the commit
+                self.cache.forget_end(seq)
             self.finish(seq, keep=all(unsure.isdisjoint(table) for table in seq.tables))
 
     def preempt_all(self) -> None:
