@@ -4,6 +4,8 @@
 //   part   512 keys at absolute multiples of 512; each row sums up a part from scratch, then merges parts in order
 //   tile   64 keys at absolute multiples of 64; scores, maximum, rescale and sums once per tile
 //
+// Up to kDirectRows rows meet a tile where it lies; more meet some tiles at once, copied to scratch, a panel of kMaxRows rows after the other.
+//
 // A row therefore does the same arithmetic whatever shares its block, step, thread or page size.
 #pragma once
 #include <stdio.h>
@@ -22,18 +24,17 @@ inline bool carve_scratch(const AttendArgs& args, Scratch& s) {
   const int64_t k_row = round_up(args.layout.k.dim + 1), v_row = round_up(args.layout.v.dim, 32), rows = kBlockRows;
   const Wanted wanted[] = {{&s.q, (rows + kMaxRows) * k_row},
                            {&s.columns, kColumnFloats + kScaleFloats},
-                           {&s.keys, kTile * k_row},
-                           {&s.values, kTile * v_row},
-                           {&s.scores, rows * kTile},
+                           {&s.keys, kGroupTiles * kTile * k_row},
+                           {&s.values, kGroupTiles * kTile * v_row},
+                           {&s.scores, kGroupTiles * kMaxRows * kTile},
                            {&s.out, rows * v_row},
                            {&s.total_out, rows * v_row},
                            {&s.sums, rows * 16},
                            {&s.max, rows},
                            {&s.total_max, rows},
                            {&s.total_sum, rows},
-                           {&s.alpha, rows},
                            {&s.seen, rows},
-                           {&s.value_scales, kTile},
+                           {&s.value_scales, kGroupTiles * kTile},
                            {&s.zeros, zero_floats(args)}};
   if (!carve(memory, wanted)) return false;
   memset(s.zeros, 0, size_t(zero_floats(args)) * 4);

@@ -13,11 +13,13 @@ namespace QUIRE_ISA {
 namespace {
 
 constexpr int kBlockRows = 192;  // query rows of one work item
+// Tiles that many rows meet at once, a panel of rows after the other: outputs stay in registers meanwhile. Keys and values of a group, and what a block's
+// rows have in scratch, fit into the second cache.
+constexpr int kGroupTiles = kPanel >= 2 ? 4 : 2;
 
 // One thread's working memory, in floats, carved from one allocation.
 struct Scratch {
-  float *q, *columns, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *alpha, *seen, *value_scales, *zeros;
-  int lo[kBlockRows], hi[kBlockRows];  // the keys of the tile at hand that a row sees
+  float *q, *columns, *keys, *values, *scores, *out, *total_out, *sums, *max, *total_max, *total_sum, *seen, *value_scales, *zeros;
 };
 
 struct Block {
@@ -30,6 +32,10 @@ struct Block {
   Coming* coming;            // null if that is not known
 
   const AttendArgs& args() const { return item.args; }
+  // Of a group's tile.
+  float* keys(int tile) const { return s.keys + tile * kTile * k_rows; }
+  int64_t key_stride() const { return k_rows * kPanelLanes; }  // from panel to panel
+  float* values(int tile) const { return s.values + tile * kTile * round_up(v_stride, kPanelLanes); }
   const float* queries(int row) const { return s.q + row / kMaxRows * (k_rows * kMaxRows) + row % kMaxRows; }
 };
 
@@ -77,101 +83,156 @@ QUIRE_INLINE void for_visible_keys(int unit, int rows, const int* lo, const int*
 // How many of the rows from `row` on, before `end`, share its panel of queries.
 QUIRE_INLINE int rows_in_panel(int row, int end) { return end - row < kMaxRows - row % kMaxRows ? end - row : kMaxRows - row % kMaxRows; }
 
+// The keys lo[r]..hi[r]-1 of the tile at `base` that each of some rows sees; neither falls from row to row. False if that is none.
+QUIRE_INLINE bool visible_keys(const Item& item, int64_t base, int first_row, int rows, int* lo, int* hi) {
+  const int first = first_row / item.heads, last = (first_row + rows - 1) / item.heads;
+  const bool all = item.first_key(last) <= base && item.position(first) + 1 >= base + kTile;
+  for (int r = 0; r < rows; ++r) {
+    lo[r] = all ? 0 : clip(item.first_key((first_row + r) / item.heads) - base, kTile);
+    hi[r] = all ? kTile : clip(item.position((first_row + r) / item.heads) + 1 - base, kTile);
+  }
+  return lo[0] < kTile && hi[rows - 1] > 0;
+}
+
 // Up to kDirectRows rows against a tile, read where it lies.
 inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fetcher& fetcher) {
   Scratch& s = b.s;
   QueryRows queries[kDirectRows];
-  int num_queries = 0;
+  int num_queries = 0, lo[kDirectRows], hi[kDirectRows];
+  float alpha[kDirectRows];
+  visible_keys(b.item, tile.base, first_row, end_row - first_row, lo, hi);
   for (int r0 = first_row, rows; r0 < end_row; r0 += rows) {
     rows = rows_in_panel(r0, end_row);
-    queries[num_queries++] = {b.queries(r0), s.scores + (r0 - first_row) * kTile, rows, (s.hi[r0 + rows - 1] + 15) / 16};
+    queries[num_queries++] = {b.queries(r0), s.scores + (r0 - first_row) * kTile, rows, (hi[r0 - first_row + rows - 1] + 15) / 16};
   }
+  if (b.value.scales) b.value.scales(tile, b.args().layout.v.dim, s.value_scales);
   b.key.score_few(tile, b.args().layout.k.dim, queries, num_queries, {s.columns, s.columns + kColumnFloats}, fetcher);
-  int r0 = first_row;
-  for (int i = 0; i < num_queries; r0 += queries[i++].rows) {
-    const int rows = queries[i].rows, *lo = s.lo + r0, *hi = s.hi + r0;
+  for (int i = 0, at = 0; i < num_queries; at += queries[i++].rows) {
+    const int rows = queries[i].rows, r0 = first_row + at;
     float* scores = queries[i].scores;
-    b.value.softmax(rows, queries[i].groups, lo, hi, b.args().scale, b.args().softcap, s.value_scales, scores, s.max + r0, s.sums + 16 * r0, s.alpha + r0);
+    b.value.softmax(rows, queries[i].groups, lo + at, hi + at, b.args().scale, b.args().softcap, s.value_scales, scores, s.max + r0, s.sums + 16 * r0, alpha);
     const auto meet = [&](int r, int count, int from, int to, const float* shrink) {
       float* out = s.out + (r0 + r) * b.v_stride;
       b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, fetcher);
     };
     if (b.value.whole)
-      meet(0, rows, lo[0], hi[rows - 1], s.alpha + r0);
+      meet(0, rows, lo[at], hi[at + rows - 1], alpha);
     else
-      for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, meet);
+      for_visible_keys(b.value.together, rows, lo + at, hi + at, alpha, meet);
   }
   ask_for_rest(fetcher);
 }
 
-// Any number of rows against a tile that is transposed and copied: each panel passes all rows before the next one.
-inline void many_rows(Block& b, const KeyPanels& keys, bool values_finite, int first_row, int end_row, Fetcher& fetcher) {
+// Tiles of keys and values, transposed and copied to scratch.
+struct Group {
+  int64_t base[kGroupTiles];
+  bool finite[kGroupTiles];  // all its values
+  int count = 0;
+};
+
+inline void place_tile(Block& b, const Rows& rows, Group& group) {
   Scratch& s = b.s;
-  const int passes = kTile / kPanelLanes + (int(b.v_stride) + kPanelLanes - 1) / kPanelLanes;
-  const int rate = tile_lines(b.args().layout) * 256 / ((end_row - 1) / kMaxRows + 1 - first_row / kMaxRows) / passes + 1;
-  int rows;
-  for (int group = 0; group < kTile / 16; group += kPanel) {
-    for (int r0 = first_row; r0 < end_row; r0 += rows) {
-      rows = rows_in_panel(r0, end_row);
-      fetch(fetcher, rate);
-      const int groups = (s.hi[r0 + rows - 1] + 15) / 16 - group;
-      if (groups > 0) b.key.score_panel(rows, b.queries(r0), keys, group, groups, b.args().layout.k.dim, s.scores + r0 * kTile);
+  const PageLayout& at = b.args().layout;
+  const int i = group.count++;
+  group.base[i] = rows.base;
+  b.key.transpose(rows, at.k.dim, b.keys(i), b.key_stride());
+  group.finite[i] = b.value.copy(rows, at.v.dim, b.values(i));
+  if (b.value.scales) b.value.scales(rows, at.v.dim, s.value_scales + i * kTile);
+}
+
+// Asks for the tiles from `base` on, as many as are at hand, while these are computed.
+struct Ahead {
+  Block& b;
+  int64_t base;
+  int tiles, rate;
+  Fetcher fetcher;
+
+  Ahead(Block& b, int64_t base, int tiles, int calls) : b(b), base(base), tiles(tiles), rate(tiles * tile_lines(b.args().layout) * 256 / calls + 1) {}
+  void ask_some() {
+    if (fetcher.run == fetcher.end_run && tiles > 0) {
+      if (const Rows* const next = tile_met(b.item, base, b.end, b.coming, (const char*)b.s.zeros)) {
+        fetcher.run = next->runs;
+        fetcher.end_run = next->runs + next->num_runs;
+      }
+      base += kTile;
+      --tiles;
     }
+    fetch(fetcher, rate);
   }
-  for (int r0 = first_row; r0 < end_row; r0 += rows) {
-    rows = rows_in_panel(r0, end_row);
-    const int groups = (s.hi[r0 + rows - 1] + 15) / 16;
-    b.value.softmax(rows, groups, s.lo + r0, s.hi + r0, b.args().scale, b.args().softcap, s.value_scales, s.scores + r0 * kTile, s.max + r0, s.sums + 16 * r0,
-                    s.alpha + r0);
-  }
-  for (int d = 0, unit = b.value.together; d < b.v_stride; d += kPanelLanes) {
-    const int vecs = int(b.v_stride - d) / 16;
-    for (int r0 = first_row; r0 < end_row; r0 += rows) {
-      rows = rows_in_panel(r0, end_row);
-      fetch(fetcher, rate);
-      const int *lo = s.lo + r0, *hi = s.hi + r0;
-      const auto meet = [&](int r, int n, int from, int to, const float* shrink) {
-        b.value.output_panel(n, s.scores + (r0 + r) * kTile, s.values, from, to, d, vecs, shrink, s.out + (r0 + r) * b.v_stride, b.v_stride);
-      };
+};
+
+// Any number of rows against the tiles of a group: a panel of rows meets all of them, then comes the next one.
+inline void many_rows(Block& b, const Group& group, int64_t next) {
+  Scratch& s = b.s;
+  const AttendArgs& args = b.args();
+  const int num_rows = b.item.rows(), unit = b.value.together;
+  const int calls = group.count * kTile / kPanelLanes + (int(b.v_stride) + kPanelLanes - 1) / kPanelLanes;  // for each panel of rows
+  Ahead ahead(b, next, group.count, (num_rows + kMaxRows - 1) / kMaxRows * calls);
+  for (int r0 = 0; r0 < num_rows; r0 += kMaxRows) {
+    const int rows = num_rows - r0 < kMaxRows ? num_rows - r0 : kMaxRows;
+    int lo[kGroupTiles][kMaxRows], hi[kGroupTiles][kMaxRows], count = 0;
+    float alpha[kGroupTiles][kMaxRows];
+    Terms terms[kGroupTiles];
+    bool finite = true;
+    for (int i = 0; i < group.count; ++i) {
+      if (!visible_keys(b.item, group.base[i], r0, rows, lo[count], hi[count])) continue;
+      float* const scores = s.scores + count * kMaxRows * kTile;
+      const int groups = (hi[count][rows - 1] + 15) / 16;
+      const KeyPanels keys{b.keys(i), b.key_stride()};
+      for (int at = 0; at < groups; at += kPanel) {
+        ahead.ask_some();
+        b.key.score_panel(rows, b.queries(r0), keys, at, groups - at, args.layout.k.dim, scores);
+      }
+      b.value.softmax(rows, groups, lo[count], hi[count], args.scale, args.softcap, s.value_scales + i * kTile, scores, s.max + r0, s.sums + 16 * r0, alpha[count]);
       // A key that a row does not see has probability zero: adding zero times a finite value changes nothing.
-      if (values_finite)
-        meet(0, rows, lo[0] / unit * unit, (hi[rows - 1] + unit - 1) / unit * unit, s.alpha + r0);
-      else
-        for_visible_keys(b.value.together, rows, lo, hi, s.alpha + r0, meet);
+      terms[count] = {scores, b.values(i), alpha[count], lo[count][0] / unit * unit, (hi[count][rows - 1] + unit - 1) / unit * unit};
+      finite &= group.finite[i];
+      ++count;
+    }
+    for (int d = 0; d < b.v_stride; d += kPanelLanes) {
+      const int vecs = int(b.v_stride - d) / 16;
+      float* const out = s.out + r0 * b.v_stride;
+      ahead.ask_some();
+      if (finite) {
+        b.value.output_panel(rows, terms, count, d, vecs, out, b.v_stride);
+        continue;
+      }
+      for (int i = 0; i < count; ++i)
+        for_visible_keys(unit, rows, lo[i], hi[i], alpha[i], [&](int r, int n, int from, int to, const float* shrink) {
+          const Terms some{terms[i].weights + r * kTile, terms[i].values, shrink, from, to};
+          b.value.output_panel(n, &some, 1, d, vecs, out + r * b.v_stride, b.v_stride);
+        });
     }
   }
 }
 
-inline void run_tile(Block& b, int64_t base) {
+// Some tiles from `base` on, before `end`; gives back where the next ones begin.
+inline int64_t run_tiles(Block& b, int64_t base, int64_t end) {
   Item& item = b.item;
   const char* const zeros = (const char*)b.s.zeros;
-  const Rows* const found = tile_at(item, base, zeros);
-  if (!found) return;
-  const Rows& rows = *found;
-  const int first_row = rows.first_token * item.heads, end_row = rows.end_token * item.heads;
-  for (int token = rows.first_token; token < rows.end_token; ++token) {
-    const int lo = clip(item.first_key(token) - base, kTile), hi = clip(item.position(token) + 1 - base, kTile);
-    for (int r = token * item.heads; r < (token + 1) * item.heads; ++r) {
-      b.s.lo[r] = lo;
-      b.s.hi[r] = hi;
-      b.s.seen[r] = 1.0f;
+  const int most = item.rows() > 2 * kMaxRows ? kGroupTiles : 1;  // else there are too few steps to ask for more in
+  Group group;
+  for (; base < end && group.count < most; base += kTile) {
+    const Rows* const rows = tile_at(item, base, zeros);
+    if (!rows) continue;
+    const int first_row = rows->first_token * item.heads, end_row = rows->end_token * item.heads;
+    const bool few = end_row - first_row <= kDirectRows;
+    if (few && group.count > 0) break;
+    for (int r = first_row; r < end_row; ++r) b.s.seen[r] = 1.0f;
+    if (!few) {
+      place_tile(b, *rows, group);
+      continue;
     }
+    Fetcher fetcher;
+    if (const Rows* const next = tile_met(item, base + kTile, b.end, b.coming, zeros)) {
+      fetcher.run = next->runs;
+      fetcher.end_run = next->runs + next->num_runs;
+    }
+    few_rows(b, *rows, first_row, end_row, fetcher);
+    return base + kTile;
   }
-  Fetcher fetcher;
-  if (const Rows* const next = tile_met(item, base + kTile, b.end, b.coming, zeros)) {
-    fetcher.run = next->runs;
-    fetcher.end_run = next->runs + next->num_runs;
-  }
-  if (b.value.scales) b.value.scales(rows, b.args().layout.v.dim, b.s.value_scales);
-  if (end_row - first_row <= kDirectRows) {
-    few_rows(b, rows, first_row, end_row, fetcher);
-  } else {
-    const PageLayout& at = b.args().layout;
-    const KeyPanels keys{b.s.keys, b.k_rows * kPanelLanes};
-    b.key.transpose(rows, at.k.dim, b.s.keys, keys.stride);
-    const bool values_finite = b.value.copy(rows, at.v.dim, b.s.values);
-    many_rows(b, keys, values_finite, first_row, end_row, fetcher);
-  }
+  if (group.count > 0) many_rows(b, group, base);
+  return base;
 }
 
 // What rows have of a part: nothing, or what they left.
@@ -206,7 +267,7 @@ inline void save_part(const Block& b, float* states) {
 inline void run_part(Block& b, int64_t part, const Beginning& begun) {
   begin_part(b, begun.states);
   const KeyRange keys = keys_of_part(b.item, part, begun.keys);
-  for (int64_t base = keys.begin / kTile * kTile; base < keys.end; base += kTile) run_tile(b, base);
+  for (int64_t base = keys.begin / kTile * kTile; base < keys.end;) base = run_tiles(b, base, keys.end);
 }
 
 // Adds the part to the rows' totals; parts come in ascending order.

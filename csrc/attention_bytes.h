@@ -256,21 +256,21 @@ inline bool copy_bytes(const Rows& rows, int v_dim, float* panels) {
 
 // As output_panel.
 template <int R = kMaxRows>
-void output_panel_bytes(int rows, const float* weights, const float* values, int lo, int hi, int d, int vecs, const float* alpha, float* out,
-                        int64_t out_stride) {
+void output_panel_bytes(int rows, const Terms* terms, int count, int d, int vecs, float* out, int64_t out_stride) {
   if constexpr (R > 1)
-    if (rows < R) return output_panel_bytes<R - 1>(rows, weights, values, lo, hi, d, vecs, alpha, out, out_stride);
-  for (int j = 0; j < vecs && j < kPanel; ++j) {
-    ByteSums<R, 1> sums;
-    begin_sums(sums);
-    const auto* from = (const uint32_t*)values + (d / kPanelLanes * kFours + lo / kFour) * kPanelLanes + 16 * j;
-    for (int four = lo / kFour; four < fours(hi); ++four, from += kPanelLanes) {
-      const U32x16 x[1] = {load_u32(from)};
-      add_fours(sums, weights + four, kTile, kFours, x);
+    if (rows < R) return output_panel_bytes<R - 1>(rows, terms, count, d, vecs, out, out_stride);
+  for (const Terms* t = terms; t < terms + count; ++t)
+    for (int j = 0; j < vecs && j < kPanel; ++j) {
+      ByteSums<R, 1> sums;
+      begin_sums(sums);
+      const auto* from = (const uint32_t*)t->values + (d / kPanelLanes * kFours + t->lo / kFour) * kPanelLanes + 16 * j;
+      for (int four = t->lo / kFour; four < fours(t->hi); ++four, from += kPanelLanes) {
+        const U32x16 x[1] = {load_u32(from)};
+        add_fours(sums, t->weights + four, kTile, kFours, x);
+      }
+      QUIRE_UNROLL for (int r = 0; r < R; ++r)
+        add_weighted(sums.high[r][0], sums.low[r][0], t->weights + r * kTile, t->alpha[r], out + r * out_stride + d + 16 * j);
     }
-    QUIRE_UNROLL for (int r = 0; r < R; ++r)
-      add_weighted(sums.high[r][0], sums.low[r][0], weights + r * kTile, alpha[r], out + r * out_stride + d + 16 * j);
-  }
 }
 
 inline void value_scales_of_bytes(const Rows& rows, int v_dim, float* to) {

@@ -163,11 +163,12 @@ inline Rows* tile_at(Item& item, int64_t base, const char* zeros) {
   return locate_tile(item, base, zeros, rows) ? &rows : nullptr;
 }
 
-// What a thread meets at `base`: a tile of the item, whose keys it takes up to `end`, or the first one of what is coming; null where that is not known.
+// What a thread meets at `base`: a tile of the item, whose keys it takes up to `end`, or, behind these, one of what is coming; null where that is not known.
 inline Rows* tile_met(Item& item, int64_t base, int64_t end, Coming* coming, const char* zeros) {
   if (base < end) return tile_at(item, base, zeros);
-  if (!coming || coming->first_key >= coming->end) return nullptr;
-  return tile_at(coming->item, coming->first_key / kTile * kTile, zeros);
+  if (!coming) return nullptr;
+  const int64_t then = coming->first_key / kTile * kTile + (base - round_up(end, kTile));
+  return then < coming->end ? tile_at(coming->item, then, zeros) : nullptr;
 }
 
 // log2(e) times the score, scaled and softcapped.

@@ -165,14 +165,36 @@ struct DirectValues {
   QUIRE_INLINE void read_n(const Row& r, F32x16* x, int n) { E::read_n(r, x, n); }
 };
 
-// out[r][d..] = out[r][d..] * alpha[r] + sum over keys lo <= key < hi of p[r][key] * v[key][d..], for 16 * N values, N a
-// multiple of V::kVecs. With kEnd there is just one unit of values, of which only `tail` exist.
+// R rows of outputs in registers, and shrunk as their bases grew, which few do in a tile.
+template <int R, int N>
+QUIRE_INLINE void load_sums(F32x16 (&acc)[R][N], const float* out, int64_t out_stride) {
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = load(out + r * out_stride + 16 * j);
+}
+template <int R, int N>
+QUIRE_INLINE void store_sums(const F32x16 (&acc)[R][N], float* out, int64_t out_stride) {
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) store(out + r * out_stride + 16 * j, acc[r][j]);
+}
+template <int R, int N>
+QUIRE_INLINE void shrink(F32x16 (&acc)[R][N], const float* alpha) {
+  const F32x16 one = set1(1.0f), all = select(lanes_between(0, R), load_n(alpha, R), one);
+  if (mask_bits(eq(all, one)) == 0xffff) return;
+  QUIRE_UNROLL for (int r = 0; r < R; ++r)
+    QUIRE_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = mul(acc[r][j], set1(alpha[r]));
+}
+
+// What a tile adds to outputs of rows: their weights of the keys lo..hi-1, [row][kTile], and these keys' values as panels. First the sums shrink by alpha[row].
+struct Terms {
+  const float *weights, *values, *alpha;
+  int lo, hi;
+};
+
+// Adds, over keys lo <= key < hi, p[r][key] * v[key][d..], for 16 * N values, N a multiple of V::kVecs. With kEnd there is just one unit of values, of
+// which only `tail` exist.
 template <class V, bool kEnd, int R, int N>
-void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, const float* alpha, float* out, int64_t out_stride, Fetcher* fetcher) {
+QUIRE_INLINE void add_values(F32x16 (&acc)[R][N], const float* p, const V& v, int lo, int hi, int d, int tail, Fetcher* fetcher) {
   static_assert(N % V::kVecs == 0 && (!kEnd || N == V::kVecs), "values come in whole units");
-  F32x16 acc[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
   for (int key = lo; key < hi; ++key) {
     const typename V::Row from = V::row(v, key, d);
     if constexpr (V::kDirect) ask_by_value<16 * N, V::kLine>(*fetcher, key);
@@ -187,20 +209,37 @@ void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, c
       for (int j = 0; j < N; ++j) acc[r][j] = fma(a, x[j], acc[r][j]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
+}
+
+// out[r][d..] = out[r][d..] * alpha[r] + these.
+template <class V, bool kEnd, int R, int N>
+void output_block(const float* p, const V& v, int lo, int hi, int d, int tail, const float* alpha, float* out, int64_t out_stride, Fetcher* fetcher) {
+  F32x16 acc[R][N];
+  load_sums(acc, out + d, out_stride);
+  shrink(acc, alpha);
+  add_values<V, kEnd, R, N>(acc, p, v, lo, hi, d, tail, fetcher);
+  store_sums(acc, out + d, out_stride);
+}
+
+template <class V, int R, int N>
+void output_terms(const Terms* terms, int count, int d, float* out, int64_t out_stride) {
+  F32x16 acc[R][N];
+  load_sums(acc, out + d, out_stride);
+  for (const Terms* t = terms; t < terms + count; ++t) {
+    shrink(acc, t->alpha);
+    add_values<V, false, R, N>(acc, t->weights, {t->values}, t->lo, t->hi, d, 0, nullptr);
+  }
+  store_sums(acc, out + d, out_stride);
 }
 
 // One panel of values for up to kMaxRows rows.
 template <bool kPairs, int R = kMaxRows>
-void output_panel(int rows, const float* p, const float* values, int lo, int hi, int d, int vecs, const float* alpha, float* out,
-                  int64_t out_stride) {
+void output_panel(int rows, const Terms* terms, int count, int d, int vecs, float* out, int64_t out_stride) {
   if constexpr (R > 1)
-    if (rows < R) return output_panel<kPairs, R - 1>(rows, p, values, lo, hi, d, vecs, alpha, out, out_stride);
+    if (rows < R) return output_panel<kPairs, R - 1>(rows, terms, count, d, vecs, out, out_stride);
   using V = PanelValues<kPairs>;
-  if (vecs >= kPanel) return output_block<V, false, R, kPanel>(p, {values}, lo, hi, d, 0, alpha, out, out_stride, nullptr);
-  for (int j = 0; j < vecs; j += V::kVecs)
-    output_block<V, false, R, V::kVecs>(p, {values}, lo, hi, d + 16 * j, 0, alpha, out, out_stride, nullptr);
+  if (vecs >= kPanel) return output_terms<V, R, kPanel>(terms, count, d, out, out_stride);
+  for (int j = 0; j < vecs; j += V::kVecs) output_terms<V, R, V::kVecs>(terms, count, d + 16 * j, out, out_stride);
 }
 
 // All Dv values for up to kDirectRows rows.

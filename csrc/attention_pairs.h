@@ -24,9 +24,16 @@ inline void softmax_pairs(int rows, int groups, const int* lo, const int* hi, fl
   const Settled settled = settle(rows, groups, lo, hi, scale, softcap, scores, max, alpha);
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kTile;
+    const auto weight = [&](int j) { return exp2_of<true>(load(row + 16 * j), settled.factor, set1(settled.minus[r])); };
     F32x16 sum = zero();
-    for (int j = 0; j < groups; ++j) {
-      const F32x16 p = exp2_of<true>(load(row + 16 * j), settled.factor, set1(settled.minus[r]));
+    int j = 0;
+    for (; j + 2 <= groups; j += 2) {
+      const F32x16 p = weight(j), then = weight(j + 1);
+      store_upper((uint16_t*)row + 16 * j, bits(p), bits(then));
+      sum = add(add(sum, p), then);
+    }
+    for (; j < groups; ++j) {
+      const F32x16 p = weight(j);
       store_upper((uint16_t*)row + 16 * j, bits(p));
       sum = add(sum, p);
     }
@@ -62,12 +69,9 @@ struct DirectPairs {
   }
 };
 
-// out[r][d..] = out[r][d..] * alpha[r] + the pairs first..end-1 for U units of 32 dims, of the last of which `n` exist; of each pair the halves in `seen`.
+// Adds the pairs first..end-1 to U units of 32 dims, of the last of which `n` exist; of each pair the halves in `seen`.
 template <class V, bool kMasked, int R, int U>
-void pair_block(const float* p, const V& v, int first, int end, uint32_t seen, int d, int n, const float* alpha, float* out, int64_t out_stride, Fetcher* fetcher) {
-  F32x16 acc[R][2 * U];
-  QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < 2 * U; ++j) acc[r][j] = mul(load(out + r * out_stride + d + 16 * j), set1(alpha[r]));
+QUIRE_INLINE void add_pairs(F32x16 (&acc)[R][2 * U], const float* p, const V& v, int first, int end, uint32_t seen, int d, int n, Fetcher* fetcher) {
   for (int pair = first; pair < end; ++pair) {
     if constexpr (V::kDirect) ask(*fetcher, 2 * U);
     U32x16 x[2 * U];
@@ -78,8 +82,16 @@ void pair_block(const float* p, const V& v, int first, int end, uint32_t seen, i
       QUIRE_UNROLL for (int j = 0; j < 2 * U; ++j) acc[r][j] = dot_pair(acc[r][j], a, x[j]);
     }
   }
-  QUIRE_UNROLL for (int r = 0; r < R; ++r)
-    QUIRE_UNROLL for (int j = 0; j < 2 * U; ++j) store(out + r * out_stride + d + 16 * j, acc[r][j]);
+}
+
+// out[r][d..] = out[r][d..] * alpha[r] + these pairs.
+template <class V, bool kMasked, int R, int U>
+void pair_block(const float* p, const V& v, int first, int end, uint32_t seen, int d, int n, const float* alpha, float* out, int64_t out_stride, Fetcher* fetcher) {
+  F32x16 acc[R][2 * U];
+  load_sums(acc, out + d, out_stride);
+  shrink(acc, alpha);
+  add_pairs<V, kMasked, R, U>(acc, p, v, first, end, seen, d, n, fetcher);
+  store_sums(acc, out + d, out_stride);
 }
 
 constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -98,13 +110,20 @@ QUIRE_INLINE void for_pairs(int lo, int hi, const float* alpha, const Meet& meet
 
 // Of a panel of values, for up to kMaxRows rows.
 template <int R = kMaxRows>
-void output_pairs_panel(int rows, const float* p, const float* values, int lo, int hi, int d, int, const float* alpha, float* out, int64_t out_stride) {
+void output_pairs_panel(int rows, const Terms* terms, int count, int d, int, float* out, int64_t out_stride) {
   if constexpr (R > 1)
-    if (rows < R) return output_pairs_panel<R - 1>(rows, p, values, lo, hi, d, 0, alpha, out, out_stride);
-  for_pairs(lo, hi, alpha, [&](int first, int end, uint32_t seen, const float* shrink) {
-    const auto block = seen == ~0u ? &pair_block<PanelPairs, false, R, 1> : &pair_block<PanelPairs, true, R, 1>;
-    block(p, {values}, first, end, seen, d, kPairPanel, shrink, out, out_stride, nullptr);
-  });
+    if (rows < R) return output_pairs_panel<R - 1>(rows, terms, count, d, 0, out, out_stride);
+  F32x16 acc[R][2];
+  load_sums(acc, out + d, out_stride);
+  for (const Terms* t = terms; t < terms + count; ++t) {
+    const PanelPairs values{t->values};
+    shrink(acc, t->alpha);
+    const int first = (t->lo + 1) / 2, end = t->hi / 2;
+    if (t->lo % 2 && t->lo < t->hi) add_pairs<PanelPairs, true, R, 1>(acc, t->weights, values, t->lo / 2, first, 0xffff0000u, d, kPairPanel, nullptr);
+    add_pairs<PanelPairs, false, R, 1>(acc, t->weights, values, first, end, ~0u, d, kPairPanel, nullptr);
+    if (t->hi % 2 && t->hi > t->lo && end >= first) add_pairs<PanelPairs, true, R, 1>(acc, t->weights, values, end, end + 1, 0x0000ffffu, d, kPairPanel, nullptr);
+  }
+  store_sums(acc, out + d, out_stride);
 }
 
 // All values for up to kDirectRows rows.

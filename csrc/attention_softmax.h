@@ -67,10 +67,26 @@ QUIRE_INLINE Follow follow(F32x16 top, F32x16 factor, F32x16 before) {
   const F32x16 none = set1(-__builtin_inff()), wanted = mul(top, factor);
   const Mask16 grown = gt(wanted, add(before, set1(8.0f)));
   const F32x16 base = select(grown, wanted, before), finite = select(eq(base, none), zero(), base);
-  return {base, finite, select(grown, exp2_nonpositive(sub(before, finite)), set1(1.0f)), grown};
+  Follow bases{base, finite, set1(1.0f), grown};
+  if (mask_bits(grown) != 0) bases.shrink = select(grown, exp2_nonpositive(sub(before, finite)), bases.shrink);
+  return bases;
 }
 
-// Up to sixteen rows' scores shaped, -inf where a row does not see a key, and their bases; a probability is then exp2_of(score, factor, minus[row]).
+// A row's scores shaped, -inf where it does not see a key; gives back the largest of each lane.
+QUIRE_INLINE F32x16 shape_row(float* row, int groups, int lo, int hi, float scale, float softcap, bool plain) {
+  const F32x16 none = set1(-__builtin_inff());
+  F32x16 top = none;
+  for (int j = 0; j < groups; ++j) {
+    F32x16 x = load(row + 16 * j);
+    if (!plain) x = shape_score(x, scale, softcap);
+    x = select(lanes_between(clip(lo - 16 * j, 16), clip(hi - 16 * j, 16)), x, none);
+    store(row + 16 * j, x);
+    top = max(top, x);
+  }
+  return top;
+}
+
+// Up to sixteen rows' scores shaped, and their bases; a probability is then exp2_of(score, factor, minus[row]).
 struct Settled {
   F32x16 factor;
   float minus[16];
@@ -78,23 +94,21 @@ struct Settled {
 inline Settled settle(int rows, int groups, const int* lo, const int* hi, float scale, float softcap, float* scores, float* max, float* alpha) {
   const F32x16 none = set1(-__builtin_inff());
   const float as_is = score_factor(scale, softcap);
-  const bool plain = as_is != 0.0f;
+  const bool plain = as_is != 0.0f, as_they_lie = plain && lo[rows - 1] == 0 && hi[0] >= 16 * groups;
   Settled settled{set1(plain ? as_is : 1.0f), {}};
-  float tops[16] = {};
+  F32x16 tops[16];
+  for (int r = rows; r < 16; ++r) tops[r] = none;
   for (int r = 0; r < rows; ++r) {
-    float* row = scores + r * kTile;
-    F32x16 top = none;
-    for (int j = 0; j < groups; ++j) {
-      F32x16 x = load(row + 16 * j);
-      if (!plain) x = shape_score(x, scale, softcap);
-      const bool all = lo[r] <= 16 * j && hi[r] >= 16 * j + 16;
-      if (!all) x = select(lanes_between(clip(lo[r] - 16 * j, 16), clip(hi[r] - 16 * j, 16)), x, none);
-      if (!plain || !all) store(row + 16 * j, x);
-      top = quire::QUIRE_ISA::max(top, x);
+    float* const row = scores + r * kTile;
+    if (!as_they_lie) {
+      tops[r] = shape_row(row, groups, lo[r], hi[r], scale, softcap, plain);
+      continue;
     }
-    tops[r] = max_lanes(top);
+    F32x16 top = load(row);
+    for (int j = 1; j < groups; ++j) top = quire::QUIRE_ISA::max(top, load(row + 16 * j));
+    tops[r] = top;
   }
-  const Follow bases = follow(load(tops), settled.factor, load_n(max, rows));
+  const Follow bases = follow(max_of_each(tops), settled.factor, load_n(max, rows));
   store_n(max, bases.base, rows);
   store_n(alpha, bases.shrink, rows);
   store(settled.minus, sub(zero(), bases.finite));

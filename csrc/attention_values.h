@@ -42,8 +42,7 @@ struct ValueFormat {
   using Copy = bool (*)(const Rows& rows, int v_dim, float* panels);
   using OutputFew = void (*)(int rows, const float* p, const char* const* values, int lo, int hi, int v_dim, const float* alpha, float* out,
                              int64_t out_stride, Fetcher& fetcher);
-  using OutputPanel = void (*)(int rows, const float* p, const float* values, int lo, int hi, int d, int vecs, const float* alpha, float* out,
-                               int64_t out_stride);
+  using OutputPanel = void (*)(int rows, const Terms* terms, int count, int d, int vecs, float* out, int64_t out_stride);
   Softmax softmax;
   Copy copy;
   OutputFew output_few;

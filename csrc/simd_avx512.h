@@ -85,6 +85,19 @@ QUIRE_INLINE float max_lanes(F32x16 a) {
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
 
+// The largest lane of each of sixteen vectors.
+QUIRE_INLINE F32x16 max_of_each(F32x16 (&x)[16]) {
+  const auto larger = [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); };
+  const auto pairs = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))); };
+  __m512 fours[4];
+  QUIRE_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512d a = pairs(x[4 * i].v, x[4 * i + 1].v), b = pairs(x[4 * i + 2].v, x[4 * i + 3].v);
+    fours[i] = larger(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto halves = [&](__m512 a, __m512 b) { return larger(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+  return {halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]))};
+}
+
 QUIRE_INLINE F32x16 widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
 // fp32 rounded to bf16 in the upper half of each lane; the lower half is rubbish.
 QUIRE_INLINE U32x16 round_bf16(F32x16 x) {
@@ -100,6 +113,12 @@ QUIRE_INLINE F32x16 load_bf16_n(const uint16_t* p, int n) { return widen_bf16(_m
 QUIRE_INLINE void store_bf16(uint16_t* p, F32x16 x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
 // The upper half of each lane.
 QUIRE_INLINE void store_upper(uint16_t* p, U32x16 u) { _mm256_storeu_si256((__m256i*)p, upper_halves(u)); }
+// Of one vector and then of the next one.
+QUIRE_INLINE void store_upper(uint16_t* p, U32x16 u, U32x16 then) {
+  const __m512i odd = _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d,
+                                        0x00230021, 0x00270025, 0x002b0029, 0x002f002d, 0x00330031, 0x00370035, 0x003b0039, 0x003f003d);
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(u.v, odd, then.v));
+}
 QUIRE_INLINE void store_bf16_n(uint16_t* p, F32x16 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(x)); }
 QUIRE_INLINE F32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 QUIRE_INLINE F32x16 load_f16_n(const uint16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
