@@ -118,12 +118,9 @@ struct Ahead {
 };
 // Another tile, if the lines of the last one have all been asked for.
 QUIRE_INLINE void go_on(Ahead& a) {
-  if (a.fetcher.run != a.fetcher.end_run || a.base >= a.end) return;
+  if (!a.fetcher.done() || a.base >= a.end) return;
   Rows& rows = a.item.tiles[a.base / kTile % 2];
-  if (locate_tile(a.item, a.base, a.zeros, rows)) {
-    a.fetcher.run = rows.runs;
-    a.fetcher.end_run = rows.runs + rows.num_runs;
-  }
+  if (locate_tile(a.item, a.base, a.zeros, rows)) a.fetcher = whole_tile(rows);
   a.base += kTile;
 }
 

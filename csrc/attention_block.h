@@ -94,8 +94,8 @@ QUIRE_INLINE bool visible_keys(const Item& item, int64_t base, int first_row, in
   return lo[0] < kTile && hi[rows - 1] > 0;
 }
 
-// Up to kDirectRows rows against a tile, read where it lies.
-inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fetcher& fetcher) {
+// Up to kDirectRows rows against a tile, read where it lies. While its keys are met its values are asked for, and then the next one's keys.
+inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row) {
   Scratch& s = b.s;
   QueryRows queries[kDirectRows];
   int num_queries = 0, lo[kDirectRows], hi[kDirectRows];
@@ -106,21 +106,24 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row, Fet
     queries[num_queries++] = {b.queries(r0), s.scores + (r0 - first_row) * kTile, rows, (hi[r0 - first_row + rows - 1] + 15) / 16};
   }
   if (b.value.scales) b.value.scales(tile, b.args().layout.v.dim, s.value_scales);
-  b.key.score_few(tile, b.args().layout.k.dim, queries, num_queries, {s.columns, s.columns + kColumnFloats}, fetcher);
+  Lines lines{values_alone(tile), {}};
+  if (const Rows* const next = tile_met(b.item, tile.base + kTile, b.end, b.coming, (const char*)s.zeros)) lines.keys = keys_alone(*next, b.args().layout.k.bytes);
+  b.key.score_few(tile, b.args().layout.k.dim, queries, num_queries, {s.columns, s.columns + kColumnFloats}, lines);
+  ask_for_rest(lines.values);
   for (int i = 0, at = 0; i < num_queries; at += queries[i++].rows) {
     const int rows = queries[i].rows, r0 = first_row + at;
     float* scores = queries[i].scores;
     b.value.softmax(rows, queries[i].groups, lo + at, hi + at, b.args().scale, b.args().softcap, s.value_scales, scores, s.max + r0, s.sums + 16 * r0, alpha);
     const auto meet = [&](int r, int count, int from, int to, const float* shrink) {
       float* out = s.out + (r0 + r) * b.v_stride;
-      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, fetcher);
+      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, lines.keys);
     };
     if (b.value.whole)
       meet(0, rows, lo[at], hi[at + rows - 1], alpha);
     else
       for_visible_keys(b.value.together, rows, lo + at, hi + at, alpha, meet);
   }
-  ask_for_rest(fetcher);
+  ask_for_rest(lines.keys);
 }
 
 // Tiles of keys and values, transposed and copied to scratch.
@@ -149,11 +152,8 @@ struct Ahead {
 
   Ahead(Block& b, int64_t base, int tiles, int calls) : b(b), base(base), tiles(tiles), rate(tiles * tile_lines(b.args().layout) * 256 / calls + 1) {}
   void ask_some() {
-    if (fetcher.run == fetcher.end_run && tiles > 0) {
-      if (const Rows* const next = tile_met(b.item, base, b.end, b.coming, (const char*)b.s.zeros)) {
-        fetcher.run = next->runs;
-        fetcher.end_run = next->runs + next->num_runs;
-      }
+    if (fetcher.done() && tiles > 0) {
+      if (const Rows* const next = tile_met(b.item, base, b.end, b.coming, (const char*)b.s.zeros)) fetcher = whole_tile(*next);
       base += kTile;
       --tiles;
     }
@@ -223,12 +223,7 @@ inline int64_t run_tiles(Block& b, int64_t base, int64_t end) {
       place_tile(b, *rows, group);
       continue;
     }
-    Fetcher fetcher;
-    if (const Rows* const next = tile_met(item, base + kTile, b.end, b.coming, zeros)) {
-      fetcher.run = next->runs;
-      fetcher.end_run = next->runs + next->num_runs;
-    }
-    few_rows(b, *rows, first_row, end_row, fetcher);
+    few_rows(b, *rows, first_row, end_row);
     return base + kTile;
   }
   if (group.count > 0) many_rows(b, group, base);

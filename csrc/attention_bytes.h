@@ -72,11 +72,11 @@ QUIRE_INLINE F32x16 score_of_sums(U32x16 sums, const float* q, int count, int r,
 // Scores of R rows with N groups of 16 keys, for the fours of d from `at` to `end` of `count`, which are `apart` floats from each other in `keys`; up to
 // the last four they are left as integers.
 template <int R, int N>
-void score_fours(const float* q, const float* keys, int apart, const float* scales, int at, int end, int count, float* scores, Fetcher* fetcher) {
+void score_fours(const float* q, const float* keys, int apart, const float* scales, int at, int end, int count, float* scores, Lines* lines) {
   ByteSums<R, N> sums;
   begin_sums(sums);
   for (int i = at; i < end; ++i, keys += apart) {
-    if (fetcher) ask_by_column<N>(*fetcher, i);
+    if (lines) ask_by_column<N>(*lines, i);
     U32x16 x[N];
     QUIRE_UNROLL for (int j = 0; j < N; ++j) x[j] = load_u32((const uint32_t*)keys + 16 * j);
     add_fours(sums, q + 2 * i * kMaxRows, 1, kMaxRows, x);
@@ -91,28 +91,28 @@ void score_fours(const float* q, const float* keys, int apart, const float* scal
 }
 
 template <int R = kDirectRows>
-void score_columns_of_bytes(const QueryRows& x, const Columns& keys, int at, int end, int count, Fetcher& fetcher) {
+void score_columns_of_bytes(const QueryRows& x, const Columns& keys, int at, int end, int count, Lines& lines) {
   if constexpr (R > 1)
-    if (x.rows < R) return score_columns_of_bytes<R - 1>(x, keys, at, end, count, fetcher);
+    if (x.rows < R) return score_columns_of_bytes<R - 1>(x, keys, at, end, count, lines);
   constexpr int N = R <= 3 ? 4 : 2;
   int j = 0;
-  for (; j + N <= x.groups; j += N) score_fours<R, N>(x.q, keys.at + 16 * j, kTile, keys.scales + 16 * j, at, end, count, x.scores + 16 * j, &fetcher);
-  for (; j < x.groups; ++j) score_fours<R, 1>(x.q, keys.at + 16 * j, kTile, keys.scales + 16 * j, at, end, count, x.scores + 16 * j, &fetcher);
+  for (; j + N <= x.groups; j += N) score_fours<R, N>(x.q, keys.at + 16 * j, kTile, keys.scales + 16 * j, at, end, count, x.scores + 16 * j, &lines);
+  for (; j < x.groups; ++j) score_fours<R, 1>(x.q, keys.at + 16 * j, kTile, keys.scales + 16 * j, at, end, count, x.scores + 16 * j, &lines);
 }
 
 // As score_few.
-inline void score_few_bytes(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Fetcher& fetcher) {
+inline void score_few_bytes(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Lines& lines) {
   const int count = fours(k_dim);
   for (int key = tile.lo & ~15; key < tile.hi; key += 16) place_scales(tile.k + key, k_dim, to.scales + key);
   for (int d = 0; d < k_dim; d += Int8::kSpan) {
     const int n = k_dim - d < Int8::kSpan ? k_dim - d : Int8::kSpan;
     for (int key = tile.lo & ~15; key < tile.hi; key += 16) {
-      ask(fetcher, kPatchLines);
+      ask(lines, kPatchLines);
       F32x16 columns[16];
       transpose_lanes<Int8>(tile.k + key, d, n, columns);
       for (int i = 0; i < 16; ++i) store(to.at + i * kTile + key, columns[i]);
     }
-    for (int i = 0; i < num_queries; ++i) score_columns_of_bytes(queries[i], to, d / kFour, fours(d + n), count, fetcher);
+    for (int i = 0; i < num_queries; ++i) score_columns_of_bytes(queries[i], to, d / kFour, fours(d + n), count, lines);
   }
 }
 

@@ -32,11 +32,11 @@ struct QueryRows {
 
 // All scores of a tile. Columns outside the groups of 16 that hold keys are rubbish.
 template <class E, bool kDot = false>
-void score_few(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Fetcher& fetcher) {
+void score_few(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Lines& lines) {
   for (int d = 0; d < k_dim; d += E::kSpan) {
     const int n = k_dim - d < E::kSpan ? k_dim - d : E::kSpan;
     for (int key = tile.lo & ~15; key < tile.hi; key += 16) {
-      ask(fetcher, kPatchLines);
+      ask(lines, kPatchLines);
       F32x16 columns[16];
       transpose_lanes<E>(tile.k + key, d, n, columns);
       for (int i = 0; i < 16; ++i) store(to.at + i * kTile + key, columns[i]);
@@ -46,7 +46,7 @@ void score_few(const Rows& tile, int k_dim, const QueryRows* queries, int num_qu
     }
     for (int i = 0; i < num_queries; ++i) {
       const QueryRows& x = queries[i];
-      add_scores<E, kDot>(x.rows, x.q + (kDot ? d / 2 : d) * kMaxRows, to, x.groups, n, d == 0, x.scores, fetcher);
+      add_scores<E, kDot>(x.rows, x.q + (kDot ? d / 2 : d) * kMaxRows, to, x.groups, n, d == 0, x.scores, lines);
     }
   }
 }
@@ -75,7 +75,7 @@ enum class Queries { kFloats, kPairs, kBytes };  // what queries are wanted as
 
 // What there is to know of a format of keys. `score_few` serves blocks of up to kDirectRows rows, the other two the larger ones.
 struct KeyFormat {
-  void (*score_few)(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Fetcher& fetcher);
+  void (*score_few)(const Rows& tile, int k_dim, const QueryRows* queries, int num_queries, const Columns& to, Lines& lines);
   void (*transpose)(const Rows& tile, int k_dim, float* panels, int64_t panel_stride);
   void (*score_panel)(int rows, const float* q, const KeyPanels& keys, int first, int groups, int k_dim, float* scores);
   Queries queries;

@@ -83,8 +83,8 @@ constexpr int kColumnFloats = 16 * kTile, kScaleFloats = 4 * kTile;
 // What steps ask for. Sixteen keys, transposed, take a line of each: they ask for half of that, and the columns, multiplied, for the other half.
 constexpr int kPatchLines = 8;
 template <int N>
-QUIRE_INLINE void ask_by_column(Fetcher& fetcher, int column) {
-  if (N > 1 || column % 2 == 0) ask(fetcher, N > 1 ? N / 2 : 1);
+QUIRE_INLINE void ask_by_column(Lines& lines, int column) {
+  if (N > 1 || column % 2 == 0) ask(lines, N > 1 ? N / 2 : 1);
 }
 // `n` values of a key, `line` of which are a line (of fp16 half a one, which only asks sooner).
 template <int n, int line>
@@ -94,14 +94,14 @@ QUIRE_INLINE void ask_by_value(Fetcher& fetcher, int key) {
 
 // Adds `n` head dimensions to the scores of R rows and N groups of 16 keys from group `first` on.
 template <class E, bool kDot, int R, int N>
-void score_columns(const float* q, const Columns& keys, int first, int n, bool fresh, float* scores, Fetcher& fetcher) {
+void score_columns(const float* q, const Columns& keys, int first, int n, bool fresh, float* scores, Lines& lines) {
   F32x16 acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) acc[r][j] = fresh ? zero() : load(scores + r * kTile + 16 * (first + j));
   typename E::Scale scale[N];
   const float* k = keys.at + 16 * first;
   for (int i = 0; i * E::kPer < n; ++i, k += kTile) {
-    ask_by_column<N>(fetcher, i);
+    ask_by_column<N>(lines, i);
     if constexpr (E::kScaleColumns > 0)
       if (i % E::kScaleColumns == 0)
         for (int j = 0; j < N; ++j) scale[j] = E::spread(load(keys.scales + i / E::kScaleColumns * kTile + 16 * (first + j)));
@@ -120,13 +120,13 @@ void score_columns(const float* q, const Columns& keys, int first, int n, bool f
 
 // `groups` groups of 16 keys for up to kDirectRows rows.
 template <class E, bool kDot, int R = kDirectRows>
-void add_scores(int rows, const float* q, const Columns& keys, int groups, int n, bool fresh, float* scores, Fetcher& fetcher) {
+void add_scores(int rows, const float* q, const Columns& keys, int groups, int n, bool fresh, float* scores, Lines& lines) {
   if constexpr (R > 1)
-    if (rows < R) return add_scores<E, kDot, R - 1>(rows, q, keys, groups, n, fresh, scores, fetcher);
+    if (rows < R) return add_scores<E, kDot, R - 1>(rows, q, keys, groups, n, fresh, scores, lines);
   constexpr int kVecs = R <= kSumRows ? kWideVecs / 2 : kWideVecs / 4;
   int j = 0;
-  for (; j + kVecs <= groups; j += kVecs) score_columns<E, kDot, R, kVecs>(q, keys, j, n, fresh, scores, fetcher);
-  for (; j < groups; ++j) score_columns<E, kDot, R, 1>(q, keys, j, n, fresh, scores, fetcher);
+  for (; j + kVecs <= groups; j += kVecs) score_columns<E, kDot, R, kVecs>(q, keys, j, n, fresh, scores, lines);
+  for (; j < groups; ++j) score_columns<E, kDot, R, 1>(q, keys, j, n, fresh, scores, lines);
 }
 
 // A tile's values copied to scratch, in panels [ceil(Dv / kPanelLanes)][kTile][kPanelLanes] of fp32, or of bf16 pairs where a

@@ -29,7 +29,7 @@ struct Run {
 struct Rows {
   const char* k[kTile];
   const char* v[kTile];
-  Run runs[2 * kTile];
+  Run runs[2 * kTile];  // of keys and of values, by turns
   int num_runs;
   int64_t base = -1;  // of the tile these are of
   int lo, hi;
@@ -82,48 +82,69 @@ inline void locate(const History& from, int64_t base, int lo, int hi, const char
   for (int j = hi; j & 31; ++j) rows.k[j] = rows.v[j] = zeros;
 }
 
-// Asks for the next tile's rows, line by line, while this tile is computed: pages lie anywhere, so the CPU cannot guess them. With few query rows each
+// Asks for rows that are wanted next, line by line, while others are computed: pages lie anywhere, so the CPU cannot guess them. With few query rows each
 // step asks for as many lines as it reads itself: a core has room for some twenty on their way, so many at once keep what is wanted now waiting, and
 // asking in one phase alone would leave the memory idle in the others.
 struct Fetcher {
-  const Run *run = nullptr, *end_run = nullptr;
-  int due = 0;  // in 1/256 lines
+  const Run *runs = nullptr, *end_runs = nullptr;
+  int apart = 1;         // of the runs that are wanted
+  int64_t step = kLine;  // bytes from line to line of a run; what lies between them is asked for in further passes
+  int passes = 1;
+  const Run* run = runs;
   const char *at = nullptr, *end = nullptr;  // of the run at hand
+  int pass = 0, due = 0;                     // due: in 1/256 lines
+
+  bool done() const { return at >= end && run >= end_runs && pass + 1 >= passes; }
 };
-// A tile of heads of 128 in bf16 is 32 KB, a whole first cache of many CPUs: lines that come into the second one made decoding read up to twice as much
-// (docs/speed.md). With AMX the first one has 48 KB.
-#if defined(QUIRE_AMX)
-constexpr bool kFetchFar = false;
+QUIRE_INLINE Fetcher whole_tile(const Rows& rows) { return {rows.runs, rows.runs + rows.num_runs}; }
+QUIRE_INLINE Fetcher values_alone(const Rows& rows) { return {rows.runs + 1, rows.runs + rows.num_runs, 2}; }
+// The first line of each row, then the second one: so keys are met.
+QUIRE_INLINE Fetcher keys_alone(const Rows& rows, int64_t bytes) {
+  return {rows.runs, rows.runs + rows.num_runs, 2, bytes, int((bytes + kLine - 1) / kLine)};
+}
+// Into the first cache where it has room for half a tile beside the other half, 16 KB each with heads of 128 in bf16; else, or with `kFar`, into the second
+// one: what came into a first cache that was full made decoding read half as much, and with AVX2, where a tile takes longer, it read a twentieth less
+// (docs/speed.md).
+#if defined(QUIRE_AVX512)
+constexpr bool kMayFetchNear = true;
 #else
-constexpr bool kFetchFar = true;
+constexpr bool kMayFetchNear = false;
 #endif
-// Into the first cache, or `kFar`, where that one is full, into the second.
-template <bool kFar = kFetchFar>
-QUIRE_INLINE void ask(Fetcher& f, int lines) {
+template <bool kFar = false>
+QUIRE_INLINE int ask(Fetcher& f, int lines) {  // gives back how many there are none left for
   const char* at = f.at;
-  for (; lines > 0; --lines, at += kLine) {
+  for (; lines > 0; --lines, at += f.step) {
     if (at >= f.end) {
-      if (f.run == f.end_run) break;
-      at = (const char*)(uintptr_t(f.run->at) & ~uintptr_t(kLine - 1));
+      if (f.run >= f.end_runs) {
+        if (f.pass + 1 >= f.passes) break;
+        ++f.pass;
+        f.run = f.runs;
+      }
+      at = (const char*)((uintptr_t(f.run->at) & ~uintptr_t(kLine - 1)) + f.pass * kLine);
       f.end = f.run->end;
-      ++f.run;
+      f.run += f.apart;
     }
-    if constexpr (kFar)
-      prefetch_l2(at);
-    else
-      prefetch(at);
+    !kFar && kMayFetchNear && kRoomyFirstCache ? prefetch(at) : prefetch_l2(at);
   }
   f.at = at;
+  return lines;
 }
 // The same where it need not be whole lines each time: `amount` in 1/256 of one.
-template <bool kFar = kFetchFar>
+template <bool kFar = false>
 QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   f.due += amount;
   ask<kFar>(f, f.due / 256);
   f.due %= 256;
 }
+// What few rows ask for while they meet a tile's keys, and its values.
+struct Lines {
+  Fetcher values, keys;  // of this tile; of the next one
+};
+QUIRE_INLINE void ask(Lines& lines, int count) {
+  if (const int left = ask(lines.values, count)) ask(lines.keys, left);
+}
 QUIRE_INLINE void ask_for_rest(Fetcher& f) {
-  while (f.run != f.end_run || f.at < f.end) ask(f, 1);
+  while (!f.done()) ask(f, 1);
 }
 
 }  // namespace
