@@ -12,7 +12,7 @@ namespace quire {
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int kBlockRows = 192;  // query rows of one work item
+constexpr int kBlockRows = kPanel >= 2 ? 384 : 192;  // query rows of one work item, for which a tile is copied once: as many as the second cache has room for
 // Tiles that many rows meet at once, a panel of rows after the other: outputs stay in registers meanwhile. Keys and values of a group, and what a block's
 // rows have in scratch, fit into the second cache.
 constexpr int kGroupTiles = kPanel >= 2 ? 4 : 2;
@@ -94,7 +94,7 @@ QUIRE_INLINE bool visible_keys(const Item& item, int64_t base, int first_row, in
   return lo[0] < kTile && hi[rows - 1] > 0;
 }
 
-// Up to kDirectRows rows against a tile, read where it lies. While its keys are met its values are asked for, and then the next one's keys.
+// Up to kDirectRows rows against a tile, read where it lies.
 inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row) {
   Scratch& s = b.s;
   QueryRows queries[kDirectRows];
@@ -106,24 +106,23 @@ inline void few_rows(Block& b, const Rows& tile, int first_row, int end_row) {
     queries[num_queries++] = {b.queries(r0), s.scores + (r0 - first_row) * kTile, rows, (hi[r0 - first_row + rows - 1] + 15) / 16};
   }
   if (b.value.scales) b.value.scales(tile, b.args().layout.v.dim, s.value_scales);
-  Lines lines{values_alone(tile), {}};
-  if (const Rows* const next = tile_met(b.item, tile.base + kTile, b.end, b.coming, (const char*)s.zeros)) lines.keys = keys_alone(*next, b.args().layout.k.bytes);
+  Lines lines = lines_ahead(tile, tile_met(b.item, tile.base + kTile, b.end, b.coming, (const char*)s.zeros), b.args().layout.k.bytes);
   b.key.score_few(tile, b.args().layout.k.dim, queries, num_queries, {s.columns, s.columns + kColumnFloats}, lines);
-  ask_for_rest(lines.values);
+  ask_for_rest(lines.first);
   for (int i = 0, at = 0; i < num_queries; at += queries[i++].rows) {
     const int rows = queries[i].rows, r0 = first_row + at;
     float* scores = queries[i].scores;
     b.value.softmax(rows, queries[i].groups, lo + at, hi + at, b.args().scale, b.args().softcap, s.value_scales, scores, s.max + r0, s.sums + 16 * r0, alpha);
     const auto meet = [&](int r, int count, int from, int to, const float* shrink) {
       float* out = s.out + (r0 + r) * b.v_stride;
-      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, lines.keys);
+      b.value.output_few(count, scores + r * kTile, tile.v, from, to, b.args().layout.v.dim, shrink, out, b.v_stride, lines.next);
     };
     if (b.value.whole)
       meet(0, rows, lo[at], hi[at + rows - 1], alpha);
     else
       for_visible_keys(b.value.together, rows, lo + at, hi + at, alpha, meet);
   }
-  ask_for_rest(lines.keys);
+  ask_for_rest(lines.next);
 }
 
 // Tiles of keys and values, transposed and copied to scratch.

@@ -102,13 +102,12 @@ QUIRE_INLINE Fetcher values_alone(const Rows& rows) { return {rows.runs + 1, row
 QUIRE_INLINE Fetcher keys_alone(const Rows& rows, int64_t bytes) {
   return {rows.runs, rows.runs + rows.num_runs, 2, bytes, int((bytes + kLine - 1) / kLine)};
 }
-// Into the first cache where it has room for half a tile beside the other half, 16 KB each with heads of 128 in bf16; else, or with `kFar`, into the second
-// one: what came into a first cache that was full made decoding read half as much, and with AVX2, where a tile takes longer, it read a twentieth less
-// (docs/speed.md).
+// Whether lines come into the first cache, half a tile ahead: two halves fit there, 16 KB each with heads of 128 in bf16. Else they come into the second one,
+// a tile ahead. In a smaller cache the former read half as much (docs/speed.md), and with AVX2, where a tile takes longer, a twentieth less.
 #if defined(QUIRE_AVX512)
-constexpr bool kMayFetchNear = true;
+QUIRE_INLINE bool fetch_near() { return kRoomyFirstCache; }
 #else
-constexpr bool kMayFetchNear = false;
+QUIRE_INLINE bool fetch_near() { return false; }
 #endif
 template <bool kFar = false>
 QUIRE_INLINE int ask(Fetcher& f, int lines) {  // gives back how many there are none left for
@@ -124,7 +123,7 @@ QUIRE_INLINE int ask(Fetcher& f, int lines) {  // gives back how many there are 
       f.end = f.run->end;
       f.run += f.apart;
     }
-    !kFar && kMayFetchNear && kRoomyFirstCache ? prefetch(at) : prefetch_l2(at);
+    !kFar && fetch_near() ? prefetch(at) : prefetch_l2(at);
   }
   f.at = at;
   return lines;
@@ -136,12 +135,18 @@ QUIRE_INLINE void fetch(Fetcher& f, int amount) {
   ask<kFar>(f, f.due / 256);
   f.due %= 256;
 }
-// What few rows ask for while they meet a tile's keys, and its values.
+// What few rows ask for: while they meet a tile's keys `first`, and then what is next, which values go on with.
 struct Lines {
-  Fetcher values, keys;  // of this tile; of the next one
+  Fetcher first, next;
 };
+QUIRE_INLINE Lines lines_ahead(const Rows& tile, const Rows* next, int64_t key_bytes) {
+  Lines lines;
+  if (fetch_near()) lines.first = values_alone(tile);
+  if (next) lines.next = fetch_near() ? keys_alone(*next, key_bytes) : whole_tile(*next);
+  return lines;
+}
 QUIRE_INLINE void ask(Lines& lines, int count) {
-  if (const int left = ask(lines.values, count)) ask(lines.keys, left);
+  if (const int left = ask(lines.first, count)) ask(lines.next, left);
 }
 QUIRE_INLINE void ask_for_rest(Fetcher& f) {
   while (!f.done()) ask(f, 1);
