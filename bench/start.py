@@ -130,10 +130,10 @@ def split(folder: str, started: str) -> dict[str, float]:
     lap("quire")
     probe, probing = build.probe, 0.0
 
-    def timed(model: Any, make_step: Any) -> None:
+    def timed(*what: Any) -> None:
         nonlocal probing
         start = time.perf_counter()
-        probe(model, make_step)
+        probe(*what)
         probing = time.perf_counter() - start
 
     build.probe = timed
