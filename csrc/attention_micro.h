@@ -11,7 +11,7 @@ namespace QUIRE_ISA {
 namespace {
 
 // With many query rows, keys and values are copied to scratch once, and kMaxRows rows x kPanel vectors of them meet in
-// registers; a panel stays in the first cache while all rows pass it. With up to kDirectRows rows (decode), values are
+// registers: these rows meet all keys that lie there before others do. With up to kDirectRows rows (decode), values are
 // used where they lie, and more vectors share the loop instead, to have enough independent sums; of more than kSumRows rows registers do not hold these.
 #if defined(QUIRE_AVX512)
 constexpr int kMaxRows = 12, kPanel = 2, kDirectRows = 6, kSumRows = 6, kWideVecs = 8, kWideRows = 2;
