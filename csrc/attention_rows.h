@@ -1,6 +1,7 @@
 // Where the rows of one tile of a sequence's keys and values lie: in pages, or in this step's staged tensors. All addresses
 // are in bytes; what is in a row concerns only those who read it (elements.h).
 #pragma once
+#include "caches.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -102,13 +103,7 @@ QUIRE_INLINE Fetcher values_alone(const Rows& rows) { return {rows.runs + 1, row
 QUIRE_INLINE Fetcher keys_alone(const Rows& rows, int64_t bytes) {
   return {rows.runs, rows.runs + rows.num_runs, 2, bytes, int((bytes + kLine - 1) / kLine)};
 }
-// Whether lines come into the first cache, half a tile ahead: two halves fit there, 16 KB each with heads of 128 in bf16. Else they come into the second one,
-// a tile ahead. In a smaller cache the former read half as much (docs/speed.md), and with AVX2, where a tile takes longer, a twentieth less.
-#if defined(QUIRE_AVX512)
-QUIRE_INLINE bool fetch_near() { return kRoomyFirstCache; }
-#else
-QUIRE_INLINE bool fetch_near() { return false; }
-#endif
+// Where lines come into the first cache they do so half a tile ahead, else a tile; `kFar`: into the second one.
 template <bool kFar = false>
 QUIRE_INLINE int ask(Fetcher& f, int lines) {  // gives back how many there are none left for
   const char* at = f.at;

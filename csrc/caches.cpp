@@ -1,7 +1,6 @@
 // What is to be known of a CPU's caches.
+#include <stdint.h>
 #include <unistd.h>
-
-#include "kernels.h"
 
 namespace quire {
 namespace {
@@ -16,6 +15,6 @@ int64_t first_cache_bytes() {
 
 }  // namespace
 
-const bool kRoomyFirstCache = first_cache_bytes() >= 48 << 10;
+extern const bool kRoomyFirstCache = first_cache_bytes() >= 48 << 10;
 
 }  // namespace quire

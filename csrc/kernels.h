@@ -54,8 +54,6 @@ struct Staged {
 constexpr int32_t kPartKeys = 512;
 constexpr int32_t kTileKeys = 64;  // and within a part, tile by tile; tiles start at absolute multiples, too
 
-extern const bool kRoomyFirstCache;  // it has 48 KB or more
-
 // A block of one sequence's query tokens; the scheduler orders these, largest first. A block with few rows and many keys
 // may be cut into `num_splits` items, each with some of the parts; the last one to finish merges them.
 struct WorkItem {

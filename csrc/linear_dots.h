@@ -224,13 +224,14 @@ struct DotProduct {
 
   static void pass(const LinearArgs& g, const TilePlan& p, const char* x, int64_t m, int count, int64_t panel, bool, char* own) {
     const int rows_of_all = int(smaller(g.m - m, int64_t(count) * p.tile_rows));
-    // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted.
+    // The CPU follows one walk through a panel by itself; with more than one it must be asked for the next block before it is wanted. Where lines come into the
+    // first cache one walk reads up to a quarter more that way, too.
     // One walk over 12 bits waits for decoding in between, and reads a tenth more where it asks, too (docs/speed-record.md, Zen 3).
     const int at_once = P::lines_at_once(int(smaller(p.tile_rows, P::kRows)));
     const bool opens = kOpens && rows_of_all > kMostShortRows;
     const int64_t walks = ceil_div(p.tile_rows, P::kRows) * (kLines / at_once) * count;
     // But for a sixteenth, which may come late: a fourth line each time, where three are nearly all, comes in a burst and costs up to a tenth with AVX2.
-    const int64_t each = walks > 1 || kOpens ? round_up(ceil_div(kBytes / 16 * 15, walks * P::kAsks), 64) : 0;
+    const int64_t each = walks > 1 || kOpens || ask_near() ? round_up(ceil_div(kBytes / 16 * 15, walks * P::kAsks), 64) : 0;
     auto* const sums = (float*)(own + kRoom);
     const char *w = panel_at<Format>(g.w, panel, g.k), *next;
     for (int64_t block = 0; block < blocks(g); ++block, w = next) {

@@ -6,6 +6,7 @@
 //   place(g, p, m0, first, last, x)            rows first..last-1 of x, from row m0 on, to tiles
 //   pass(g, p, x, m, count, panel, last, own)  a panel times `count` tiles of x, to y from its row m on; `last`: behind it nothing is this thread's
 #pragma once
+#include "caches.h"
 #include "linear_packed.h"
 
 namespace quire {
@@ -59,16 +60,24 @@ struct Ahead {
   const char* at;
   int64_t each;
 };
+// Tiles of AMX were measured with lines that come into the second cache alone.
+#if defined(QUIRE_AMX)
+constexpr bool ask_near() { return false; }
+#else
+QUIRE_INLINE bool ask_near() { return fetch_near(); }
+#endif
 // On x86 written out: with addresses told in the instruction itself, as GCC has it, one row reads 28 GB/s where it reads 34 with each in a register of its own.
 // Why is not known (docs/speed.md).
 QUIRE_INLINE void ask(Ahead& ahead) {
-  for (const char* const end = ahead.at + ahead.each; ahead.at < end; ahead.at += 64) {
+  const char* const end = ahead.at + ahead.each;
 #if defined(QUIRE_PLAIN)
-    prefetch_l2(ahead.at);
+  for (; ahead.at < end; ahead.at += 64) prefetch_l2(ahead.at);
 #else
-    asm volatile("prefetcht1 (%0)" ::"r"(ahead.at));
+  if (ask_near())
+    for (; ahead.at < end; ahead.at += 64) asm volatile("prefetcht0 (%0)" ::"r"(ahead.at));
+  else
+    for (; ahead.at < end; ahead.at += 64) asm volatile("prefetcht1 (%0)" ::"r"(ahead.at));
 #endif
-  }
 }
 
 // Of `bytes`, while `count` tiles of x, two of them together, pass so many steps of four operands.
