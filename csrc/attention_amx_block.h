@@ -109,21 +109,6 @@ inline bool may_wait(const Block& b, int group, const float* base, Span span, in
   return b.factor != 0.0f && mask_bits(eq(load(base), set1(-__builtin_inff()))) == 0 && all_seen(b.item, b.groups[group], span, at);
 }
 
-// The tiles of the next part, whose lines are asked for while this one is computed.
-struct Ahead {
-  Item& item;
-  const char* zeros;
-  int64_t base, end;
-  Fetcher fetcher;
-};
-// Another tile, if the lines of the last one have all been asked for.
-QUIRE_INLINE void go_on(Ahead& a) {
-  if (!a.fetcher.done() || a.base >= a.end) return;
-  Rows& rows = a.item.tiles[a.base / kTile % 2];
-  if (locate_tile(a.item, a.base, a.zeros, rows)) a.fetcher = whole_tile(rows);
-  a.base += kTile;
-}
-
 // Tiles of keys that are placed, from `base` on, and which of them have only finite values.
 struct Placed {
   int64_t base;
@@ -159,7 +144,8 @@ void run_part(Block& b, int64_t begin, int64_t end) {
     if (Format::place(b, rows, tile)) part.finite |= 1u << tile;
   }
   if (last < first) return;
-  Ahead ahead{item, zeros, part.base + part.tiles * kTile, part.base + 2 * part.tiles * kTile, {}};
+  const int64_t next = part.base + part.tiles * kTile, stop = next + part.tiles * kTile;
+  TilesAhead ahead{item, nullptr, zeros, next, stop, stop, {}};
   const int calls = (last - first + 2) / 2 * kSteps * b.x.k_steps, share = 256 * tile_lines(at) / calls + 1;  // of fetch() for each tile
   for (int group = first; group <= last; group += 2) {
     if (group < last)

@@ -75,7 +75,7 @@ template <int G>
 struct PassingBytes {
   Block& b;
   int group;
-  Ahead& ahead;
+  TilesAhead& ahead;
   alignas(64) float base[G][kLanes] = {};
   alignas(64) float down[G][kLanes] = {};
   int turn = 0;  // of two places for sums

@@ -18,7 +18,7 @@ template <int G>
 struct PassingPairs {
   Block& b;
   int group;
-  Ahead& ahead;
+  TilesAhead& ahead;
   alignas(64) float base[G][kLanes] = {}, minus_base[G][kLanes] = {};
   int turn = 0;          // of two places for sums
   bool fresh = true;     // nothing is in the outputs yet

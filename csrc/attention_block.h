@@ -142,31 +142,18 @@ inline void place_tile(Block& b, const Rows& rows, Group& group) {
   if (b.value.scales) b.value.scales(rows, at.v.dim, s.value_scales + i * kTile);
 }
 
-// Asks for the tiles from `base` on, as many as are at hand, while these are computed.
-struct Ahead {
-  Block& b;
-  int64_t base;
-  int tiles, rate;
-  Fetcher fetcher;
-
-  Ahead(Block& b, int64_t base, int tiles, int calls) : b(b), base(base), tiles(tiles), rate(tiles * tile_lines(b.args().layout) * 256 / calls + 1) {}
-  void ask_some() {
-    if (fetcher.done() && tiles > 0) {
-      if (const Rows* const next = tile_met(b.item, base, b.end, b.coming, (const char*)b.s.zeros)) fetcher = whole_tile(*next);
-      base += kTile;
-      --tiles;
-    }
-    fetch(fetcher, rate);
-  }
-};
-
 // Any number of rows against the tiles of a group: a panel of rows meets all of them, then comes the next one.
 inline void many_rows(Block& b, const Group& group, int64_t next) {
   Scratch& s = b.s;
   const AttendArgs& args = b.args();
   const int num_rows = b.item.rows(), unit = b.value.together;
   const int calls = group.count * kTile / kPanelLanes + (int(b.v_stride) + kPanelLanes - 1) / kPanelLanes;  // for each panel of rows
-  Ahead ahead(b, next, group.count, (num_rows + kMaxRows - 1) / kMaxRows * calls);
+  const int rate = group.count * tile_lines(args.layout) * 256 / ((num_rows + kMaxRows - 1) / kMaxRows * calls) + 1;
+  TilesAhead ahead{b.item, b.coming, (const char*)s.zeros, next, next + group.count * kTile, b.end, {}};
+  const auto ask_some = [&] {
+    go_on(ahead);
+    fetch(ahead.fetcher, rate);
+  };
   for (int r0 = 0; r0 < num_rows; r0 += kMaxRows) {
     const int rows = num_rows - r0 < kMaxRows ? num_rows - r0 : kMaxRows;
     int lo[kGroupTiles][kMaxRows], hi[kGroupTiles][kMaxRows], count = 0;
@@ -179,7 +166,7 @@ inline void many_rows(Block& b, const Group& group, int64_t next) {
       const int groups = (hi[count][rows - 1] + 15) / 16;
       const KeyPanels keys{b.keys(i), b.key_stride()};
       for (int at = 0; at < groups; at += kPanel) {
-        ahead.ask_some();
+        ask_some();
         b.key.score_panel(rows, b.queries(r0), keys, at, groups - at, args.layout.k.dim, scores);
       }
       b.value.softmax(rows, groups, lo[count], hi[count], args.scale, args.softcap, s.value_scales + i * kTile, scores, s.max + r0, s.sums + 16 * r0, alpha[count]);
@@ -191,7 +178,7 @@ inline void many_rows(Block& b, const Group& group, int64_t next) {
     for (int d = 0; d < b.v_stride; d += kPanelLanes) {
       const int vecs = int(b.v_stride - d) / 16;
       float* const out = s.out + r0 * b.v_stride;
-      ahead.ask_some();
+      ask_some();
       if (finite) {
         b.value.output_panel(rows, terms, count, d, vecs, out, b.v_stride);
         continue;

@@ -166,9 +166,24 @@ inline Rows* tile_at(Item& item, int64_t base, const char* zeros) {
 // What a thread meets at `base`: a tile of the item, whose keys it takes up to `end`, or, behind these, one of what is coming; null where that is not known.
 inline Rows* tile_met(Item& item, int64_t base, int64_t end, Coming* coming, const char* zeros) {
   if (base < end) return tile_at(item, base, zeros);
-  if (!coming) return nullptr;
+  if (!coming || coming->first_key >= coming->end) return nullptr;
   const int64_t then = coming->first_key / kTile * kTile + (base - round_up(end, kTile));
   return then < coming->end ? tile_at(coming->item, then, zeros) : nullptr;
+}
+
+// Tiles from `base` up to `stop`, as tile_met has them, whose lines are asked for one after the other while others are computed.
+struct TilesAhead {
+  Item& item;
+  Coming* coming;
+  const char* zeros;
+  int64_t base, stop, end;
+  Fetcher fetcher;
+};
+// Another tile, if the lines of the last one have all been asked for.
+QUIRE_INLINE void go_on(TilesAhead& a) {
+  if (!a.fetcher.done() || a.base >= a.stop) return;
+  if (const Rows* const rows = tile_met(a.item, a.base, a.end, a.coming, a.zeros)) a.fetcher = whole_tile(*rows);
+  a.base += kTile;
 }
 
 // log2(e) times the score, scaled and softcapped.
