@@ -107,7 +107,7 @@ inline void score_few_bytes(const Rows& tile, int k_dim, const QueryRows* querie
   for (int d = 0; d < k_dim; d += Int8::kSpan) {
     const int n = k_dim - d < Int8::kSpan ? k_dim - d : Int8::kSpan;
     for (int key = tile.lo & ~15; key < tile.hi; key += 16) {
-      ask(lines, kPatchLines);
+      ask_together<kPatchLines>(lines);
       F32x16 columns[16];
       transpose_lanes<Int8>(tile.k + key, d, n, columns);
       for (int i = 0; i < 16; ++i) store(to.at + i * kTile + key, columns[i]);
@@ -213,7 +213,7 @@ void output_fours(const float* weights, const char* const* values, int lo, int h
   ByteSums<R, N> sums;
   begin_sums(sums);
   for (int four = lo / kFour; four < fours(hi); ++four) {
-    ask(fetcher, N);
+    ask_together<N>(fetcher);
     U32x16 x[N];
     zip_four<N>(values + kFour * four, d, n, first, x);
     add_fours(sums, weights + four, kTile, kFours, x);

@@ -36,7 +36,7 @@ void score_few(const Rows& tile, int k_dim, const QueryRows* queries, int num_qu
   for (int d = 0; d < k_dim; d += E::kSpan) {
     const int n = k_dim - d < E::kSpan ? k_dim - d : E::kSpan;
     for (int key = tile.lo & ~15; key < tile.hi; key += 16) {
-      ask(lines, kPatchLines);
+      ask_together<kPatchLines>(lines);
       F32x16 columns[16];
       transpose_lanes<E>(tile.k + key, d, n, columns);
       for (int i = 0; i < 16; ++i) store(to.at + i * kTile + key, columns[i]);

@@ -84,12 +84,12 @@ constexpr int kColumnFloats = 16 * kTile, kScaleFloats = 4 * kTile;
 constexpr int kPatchLines = 8;
 template <int N>
 QUIRE_INLINE void ask_by_column(Lines& lines, int column) {
-  if (N > 1 || column % 2 == 0) ask(lines, N > 1 ? N / 2 : 1);
+  if (column % 4 == 0) ask_together<2 * N>(lines);
 }
 // `n` values of a key, `line` of which are a line (of fp16 half a one, which only asks sooner).
 template <int n, int line>
 QUIRE_INLINE void ask_by_value(Fetcher& fetcher, int key) {
-  if (n >= line || key % (line / n) == 0) ask(fetcher, n > line ? n / line : 1);
+  if (n >= line || key % (line / n) == 0) ask_together<(n > line ? n / line : 1)>(fetcher);
 }
 
 // Adds `n` head dimensions to the scores of R rows and N groups of 16 keys from group `first` on.

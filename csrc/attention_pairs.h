@@ -73,7 +73,7 @@ struct DirectPairs {
 template <class V, bool kMasked, int R, int U>
 QUIRE_INLINE void add_pairs(F32x16 (&acc)[R][2 * U], const float* p, const V& v, int first, int end, uint32_t seen, int d, int n, Fetcher* fetcher) {
   for (int pair = first; pair < end; ++pair) {
-    if constexpr (V::kDirect) ask(*fetcher, 2 * U);
+    if constexpr (V::kDirect) ask_together<2 * U>(*fetcher);
     U32x16 x[2 * U];
     QUIRE_UNROLL for (int u = 0; u < U; ++u) V::read(v, pair, d + kPairPanel * u, u + 1 < U ? kPairPanel : n, x + 2 * u);
     for (int j = 0; j < 2 * U && kMasked; ++j) x[j] = and_(x[j], set1_u32(seen));

@@ -123,6 +123,18 @@ QUIRE_INLINE int ask(Fetcher& f, int lines) {  // gives back how many there are 
   f.at = at;
   return lines;
 }
+// N lines, which one run mostly has: one test for all of them. The fewer operations there are to a line, the more lines are within what a core looks ahead.
+template <int N>
+QUIRE_INLINE int ask_together(Fetcher& f) {
+  const char* at = f.at;
+  if (f.end - at <= (N - 1) * f.step) return ask(f, N);
+  if (fetch_near())
+    QUIRE_UNROLL for (int i = 0; i < N; ++i, at += f.step) prefetch(at);
+  else
+    QUIRE_UNROLL for (int i = 0; i < N; ++i, at += f.step) prefetch_l2(at);
+  f.at = at;
+  return 0;
+}
 // The same where it need not be whole lines each time: `amount` in 1/256 of one.
 template <bool kFar = false>
 QUIRE_INLINE void fetch(Fetcher& f, int amount) {
@@ -140,8 +152,13 @@ QUIRE_INLINE Lines lines_ahead(const Rows& tile, const Rows* next, int64_t key_b
   if (next) lines.next = fetch_near() ? keys_alone(*next, key_bytes) : whole_tile(*next);
   return lines;
 }
-QUIRE_INLINE void ask(Lines& lines, int count) {
-  if (const int left = ask(lines.first, count)) ask(lines.next, left);
+template <int N>
+QUIRE_INLINE void ask_together(Lines& lines) {
+  const int left = ask_together<N>(lines.first);
+  if (left == N)
+    ask_together<N>(lines.next);
+  else if (left)
+    ask(lines.next, left);
 }
 QUIRE_INLINE void ask_for_rest(Fetcher& f) {
   while (!f.done()) ask(f, 1);
