@@ -51,6 +51,7 @@ ENGINE_TYPED: dict[str, tuple[Any, Any]] = {
     "max_sequences": ("8", 8),
     "max_waiting": ("9", 9),
     "cache_bytes": ("1.5GiB", 3 * 2**29),
+    "preallocate": (True, True),
     "reserve_bytes": ("1GiB", 2**30),
     "page_size": ("32", 32),
     "kv_codec": ("k=int8,v=int4", "k=int8,v=int4"),

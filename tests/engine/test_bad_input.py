@@ -61,7 +61,7 @@ def test_choices_are_refused_by_name(choice: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["dtype", "quantization", "backend", "cache_layout", "kv_codec", "page_size", "cache_bytes", "compile", "enforce_eager"]
+    "field", ["dtype", "quantization", "backend", "cache_layout", "kv_codec", "page_size", "cache_bytes", "preallocate", "compile", "enforce_eager"]
 )
 @pytest.mark.parametrize("value", [np.array([1, 2]), UNTOLD, Unseen()], ids=told)
 def test_options_are_refused_by_name(field: str, value: Any) -> None:
@@ -72,6 +72,11 @@ def test_options_are_refused_by_name(field: str, value: Any) -> None:
 def test_options_that_contradict_each_other_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="enforce_eager=True: must be False with compile=True"):
         EngineConfig(compile=True, enforce_eager=True)
+
+
+def test_a_pool_that_memory_does_not_hold_is_not_preallocated(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=r"preallocate=True: the pool of \d+ bytes must be at most 0 \(cache_bytes\)"):
+        LLM(checkpoint("llama"), cache_bytes=2**20, preallocate=True, reserve_bytes=2**49)
 
 
 def test_a_pool_that_no_system_has_is_refused_by_name(checkpoint: Checkpoint) -> None:

@@ -6,7 +6,10 @@ import ctypes
 
 import psutil
 import pytest
+import torch
 
+from quire.tensors import host
+from quire.tensors.device import CPU
 from quire.tensors.host import give_back_freed
 
 
@@ -22,3 +25,19 @@ def test_memory_that_was_freed_is_given_back() -> None:
     give_back_freed()
     assert process.memory_info().rss < before - 64 * 2**20
     assert pieces[10] == bytes([10]) * 65_536
+
+
+@pytest.mark.parametrize("by_the_system", [True, False])
+def test_memory_is_taken_at_once_and_what_is_there_stays(by_the_system: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the system's call, and by writing where it has none."""
+    if not by_the_system:
+        monkeypatch.setattr(host, "POPULATE_WRITE", 10_000)
+    size = 40 * 2**20 + 12_345
+    memory = CPU.room_for_pages(size)
+    memory[7::100_000] = 3
+    memory[-1] = 5
+    wanted, process = memory[7::100_000].clone(), psutil.Process()
+    before = process.memory_info().rss
+    CPU.take(memory, num_threads=2)
+    assert process.memory_info().rss > before + size - 4 * 2**20
+    assert torch.equal(memory[7::100_000], wanted) and memory[-1] == 5

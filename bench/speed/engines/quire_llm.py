@@ -12,9 +12,10 @@ COUNTERS = ("num_computed_tokens", "num_cached_tokens", "num_steps", "num_preemp
 
 
 def load(task: Task) -> Engine:
-    """Options that a user would give: how many at once, threads, room for all that may run."""
+    """Options that a user would give: how many at once, threads, room for all that may run. That is taken at load, as vLLM takes it: where a host
+    gives memory slowly, the first run would measure that."""
     options: dict[str, Any] = {} if task.quantization == "none" else {"quantization": task.quantization}
-    llm = LLM(task.folder, max_sequences=task.max_concurrent, num_threads=task.threads, cache_bytes=2 * 2**30, **options)
+    llm = LLM(task.folder, max_sequences=task.max_concurrent, num_threads=task.threads, cache_bytes=2 * 2**30, preallocate=True, **options)
 
     def run(prompts: list[list[int]], new: list[int], n: int) -> Done:
         before = llm.stats()
@@ -25,8 +26,12 @@ def load(task: Task) -> Engine:
         outputs = [output.raise_for_error() for turn in turns for output in llm.generate(*map(list, zip(*turn, strict=True)))]
         after = llm.stats()
         counters = {key: after[key] - before[key] for key in COUNTERS}
-        counters["pool_bytes"] = llm.info.page_bytes * (after["num_held_pages"] + after["num_cached_pages"])
-        counters |= {"weight_bytes": llm.info.weight_bytes, "workspace_bytes": llm.info.workspace_bytes, "backend": llm.info.backend}
+        counters |= {
+            "pool_bytes": llm.info.cache_bytes,
+            "weight_bytes": llm.info.weight_bytes,
+            "workspace_bytes": llm.info.workspace_bytes,
+            "backend": llm.info.backend,
+        }
         tokens = sum(len(sequence.token_ids) for output in outputs for sequence in output.outputs)
         return Done(tokens, [output.receipt.queued_s + output.receipt.prefill_s for output in outputs], counters)
 

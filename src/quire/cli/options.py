@@ -56,6 +56,7 @@ ENGINE = {
     "max_sequences": "The most sequences that run at once.",
     "max_waiting": "The most requests that may wait.",
     "cache_bytes": "Size of the page pool, such as 512MB or 2GiB.",
+    "preallocate": "Take the pool's memory at load, not page by page.",
     "reserve_bytes": "Memory to leave to others; the pool shrinks when less is available.",
     "page_size": "Tokens per page.",
     "kv_codec": f"Keys and values in the cache: {', '.join(CODECS)}, or one for each as in k=int8,v=none.",

@@ -190,6 +190,8 @@ def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineCo
     config = replace(config, max_tokens_per_step=_max_tokens_per_step(config, workspace))
     num_pages = _num_pages(config, arrangement, context_len, device)
     store = PageStore(layer_places(arrangement, layers), num_pages, arrangement.page_bytes, kernels.attention, device)
+    if config.preallocate:
+        store.preallocate(config.reserve_bytes, num_threads)
     identity = hashlib.blake2b(f"{model.identity}/{model.dtype}/{codec}".encode(), digest_size=16).digest()
     cache = PageCache(arrangement.groups, num_pages, sharing=config.prefix_sharing, identity=identity)
     tokenizer = _tokenizer(source, config)

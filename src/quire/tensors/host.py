@@ -26,6 +26,25 @@ def give_back(address: int, num_bytes: int) -> None:
         madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14, which Python's mmap does not name
+TAKEN_AT_ONCE = 16 * 2**20
+
+
+def take(memory: torch.Tensor, num_threads: int) -> None:
+    """Have the system give contiguous memory that it has only promised, as if all pages were written; what is there stays."""
+    whole = memory.view(torch.uint8).flatten()
+
+    def take_part(part: torch.Tensor) -> None:
+        first = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        if madvise is None or madvise(ctypes.c_void_p(first), ctypes.c_size_t(part.data_ptr() + part.nbytes - first), POPULATE_WRITE):
+            part[:: mmap.PAGESIZE] = part[:: mmap.PAGESIZE].clone()
+            part[-1:] = part[-1:].clone()
+
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="quire-load") as threads:
+        list(threads.map(take_part, torch.split(whole, TAKEN_AT_ONCE)))
+
+
 def give_back_freed() -> None:
     """Let the system have what malloc keeps of memory that was freed: after loading a model that may be hundreds of megabytes, in pieces."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's

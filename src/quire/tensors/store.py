@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quire.errors import ConfigError
 from quire.policy.copies import PageCopy
 from quire.policy.groups import Arrangement, Group, Place
 from quire.tensors.attention.base import AttentionBackend, LayerPlace, Mask, StatePlace, StepInputs, page_rows
@@ -72,7 +73,7 @@ def layer_places(arrangement: Arrangement, layers: Iterable[CachedLayer]) -> lis
 class PageStore:
     """All pages of all groups as one tensor [P, page_bytes] of bytes, and where each layer's share of a page is.
 
-    The CPU's memory is taken from the system as pages are first written, an accelerator's when the store is made.
+    The CPU's memory is taken from the system as pages are first written or when `preallocate` is called, an accelerator's when the store is made.
     """
 
     def __init__(
@@ -90,6 +91,15 @@ class PageStore:
     def page_bytes(self) -> int:
         """Bytes of one page."""
         return self.pages.shape[1]
+
+    def preallocate(self, reserve_bytes: int, num_threads: int) -> None:
+        """Take all pages' memory now. Raises ConfigError where that leaves others less than `reserve_bytes`; then nothing is taken."""
+        most = max(0, self.device.available_bytes() - reserve_bytes)
+        if self.pages.nbytes > most:
+            raise ConfigError(
+                f"preallocate=True: the pool of {self.pages.nbytes} bytes must be at most {most} (cache_bytes), available less reserve_bytes"
+            )
+        self.device.take(self.pages, num_threads)
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Copy the first tokens of pages; of a group that carries states, those."""
