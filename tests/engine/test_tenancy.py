@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from quire import LLM, SamplingParams
@@ -181,6 +182,16 @@ def test_the_pool_gives_memory_back_and_takes_it_again(checkpoint: Checkpoint) -
             llm.resize_cache(1)
         assert bits(llm.generate([PROMPT], DRAWN)[0]) == bits(cold[0])
         llm.check_integrity()
+
+
+def test_a_pool_taken_at_load_is_there_before_anything_is_asked(checkpoint: Checkpoint) -> None:
+    process, size = psutil.Process(), 128 * 2**20
+    with LLM(checkpoint("llama"), cache_bytes=size) as llm:
+        promised = process.memory_info().rss
+        cold = llm.generate(PROMPT, DRAWN)
+    with LLM(checkpoint("llama"), cache_bytes=size, preallocate=True) as llm:
+        assert process.memory_info().rss > promised + size // 2
+        assert bits(llm.generate(PROMPT, DRAWN)[0]) == bits(cold[0])
 
 
 def test_priorities_go_first(checkpoint: Checkpoint) -> None:

@@ -38,6 +38,6 @@ def test_memory_is_taken_at_once_and_what_is_there_stays(by_the_system: bool, mo
     memory[-1] = 5
     wanted, process = memory[7::100_000].clone(), psutil.Process()
     before = process.memory_info().rss
-    CPU.take(memory, num_threads=2)
+    CPU.preallocate(memory, num_threads=2)
     assert process.memory_info().rss > before + size - 4 * 2**20
     assert torch.equal(memory[7::100_000], wanted) and memory[-1] == 5

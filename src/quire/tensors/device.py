@@ -21,7 +21,7 @@ import torch
 
 from quire.errors import ConfigError
 from quire.tensors.feeds import CopyFeed, Feed, FixedFeed, HostFeed
-from quire.tensors.host import give_back, give_back_freed, on_one_torch_thread, one_torch_thread_here, room, take
+from quire.tensors.host import give_back, give_back_freed, on_one_torch_thread, one_torch_thread_here, preallocate, room
 from quire.tensors.memory import available_bytes
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Device(Protocol):
         """Let others have a page's memory, whose content may be lost; it may be written again."""
         ...
 
-    def take(self, memory: torch.Tensor, num_threads: int) -> None:
+    def preallocate(self, memory: torch.Tensor, num_threads: int) -> None:
         """Have the system give all of what `room_for_pages` gave, now; what is there stays."""
         ...
 
@@ -151,9 +151,9 @@ class Cpu:
         """It reads as zeros afterwards."""
         give_back(memory.data_ptr(), memory.nbytes)
 
-    def take(self, memory: torch.Tensor, num_threads: int) -> None:
-        """See `host.take`."""
-        take(memory, num_threads)
+    def preallocate(self, memory: torch.Tensor, num_threads: int) -> None:
+        """See `host.preallocate`."""
+        preallocate(memory, num_threads)
 
     def feed(self) -> Feed:
         """See `Device`."""
@@ -219,7 +219,7 @@ class Accelerator:
     def give_back(self, memory: torch.Tensor) -> None:
         """The pool is one tensor, of which nothing can be given back."""
 
-    def take(self, memory: torch.Tensor, num_threads: int) -> None:
+    def preallocate(self, memory: torch.Tensor, num_threads: int) -> None:
         """All of it was taken at once."""
 
     def feed(self) -> Feed:

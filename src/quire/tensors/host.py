@@ -30,11 +30,11 @@ POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14, which Python's mmap d
 TAKEN_AT_ONCE = 16 * 2**20
 
 
-def take(memory: torch.Tensor, num_threads: int) -> None:
-    """Have the system give contiguous memory that it has only promised, as if all pages were written; what is there stays."""
-    whole = memory.view(torch.uint8).flatten()
+def preallocate(memory: torch.Tensor, num_threads: int) -> None:
+    """Have the system give contiguous memory (uint8) that it has only promised, as if all pages were written; what is there stays."""
+    whole = memory.flatten()
 
-    def take_part(part: torch.Tensor) -> None:
+    def take(part: torch.Tensor) -> None:
         first = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         if madvise is None or madvise(ctypes.c_void_p(first), ctypes.c_size_t(part.data_ptr() + part.nbytes - first), POPULATE_WRITE):
             part[:: mmap.PAGESIZE] = part[:: mmap.PAGESIZE].clone()
@@ -42,7 +42,7 @@ def take(memory: torch.Tensor, num_threads: int) -> None:
 
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="quire-load") as threads:
-        list(threads.map(take_part, torch.split(whole, TAKEN_AT_ONCE)))
+        list(threads.map(take, torch.split(whole, TAKEN_AT_ONCE)))
 
 
 def give_back_freed() -> None:

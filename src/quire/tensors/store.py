@@ -99,7 +99,7 @@ class PageStore:
             raise ConfigError(
                 f"preallocate=True: the pool of {self.pages.nbytes} bytes must be at most {most} (cache_bytes), available less reserve_bytes"
             )
-        self.device.take(self.pages, num_threads)
+        self.device.preallocate(self.pages, num_threads)
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Copy the first tokens of pages; of a group that carries states, those."""
