@@ -9,6 +9,7 @@
 
 #include "bind.h"
 #include "check.h"
+#include "kept.h"
 #include "schedule.h"
 #include "step.h"
 
@@ -195,17 +196,22 @@ void convolve(int32_t dtype, Address before, Address x, Address weight, Address 
 }
 
 void recur(int32_t dtype, Address q, Address k, Address v, Address decay, Address beta, Address out, const std::vector<Address>& before,
-                 Address after, int64_t after_stride, const std::vector<int64_t>& starts, const std::vector<int64_t>& of, int64_t num_k_heads,
-                 int64_t num_v_heads, int64_t k_dim, int64_t v_dim, float scale, bool normalized, bool corrects, int32_t num_threads) {
+           const std::vector<Address>& after, const std::vector<int64_t>& starts, const std::vector<int64_t>& of, int64_t num_k_heads, int64_t num_v_heads,
+           int64_t k_dim, int64_t v_dim, float scale, bool normalized, bool corrects, int32_t num_threads) {
   require(is_dtype(dtype), "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
   require(num_k_heads > 0 && num_v_heads > 0 && num_v_heads % num_k_heads == 0, "num_v_heads must be a positive multiple of num_k_heads");
   require(k_dim > 0 && k_dim <= kMostStateRows && v_dim > 0 && num_threads > 0, "k_dim, v_dim or num_threads is out of range");
-  require(of.size() == before.size() + 1 && of.front() == 0 && of.back() + 1 == int64_t(starts.size()), "segments and sequences do not fit");
-  std::vector<const float*> states;
-  for (const Address one : before) states.push_back(pointer<float>(one));
-  const RecurArgs args{pointer<void>(q), pointer<void>(k), pointer<void>(v), pointer<float>(decay), pointer<float>(beta), pointer<void>(out),
-                            states.data(), pointer<float>(after), after_stride, starts.data(), of.data(), int64_t(before.size()), num_k_heads,
-                            num_v_heads, k_dim, v_dim, dtype, num_threads, scale, normalized, corrects};
+  require(of.size() == before.size() + 1 && of.front() == 0 && of.back() + 1 == int64_t(starts.size()) && starts.size() == after.size() + 1,
+          "segments and sequences do not fit");
+  std::vector<const float*> from;
+  std::vector<float*> to;
+  for (const Address one : before) from.push_back(pointer<float>(one));
+  for (const Address one : after) to.push_back(pointer<float>(one));
+  static thread_local Kept scratch;
+  auto* const floats = reinterpret_cast<float*>(scratch.bytes(num_threads * k_dim * v_dim * int64_t(sizeof(float))));
+  const RecurArgs args{pointer<void>(q), pointer<void>(k), pointer<void>(v), pointer<float>(decay), pointer<float>(beta), pointer<void>(out), from.data(),
+                       to.data(), floats, starts.data(), of.data(), int64_t(before.size()), num_k_heads, num_v_heads, k_dim, v_dim, dtype, num_threads,
+                       scale, normalized, corrects};
   active_kernels().recur(&args);
 }
 

@@ -129,8 +129,8 @@ struct RecurArgs {
   const float *decay, *beta;   // [T, Hv]
   void* out;                   // [T, Hv, Dv]
   const float* const* before;  // [S], null where a sequence begins
-  float* after;                // [N], so many floats apart
-  int64_t after_stride;
+  float* const* after;         // [N], null where nobody wants it; it may be the one before
+  float* scratch;              // [threads, Dk, Dv]: states that nobody wants
   const int64_t *starts, *of;  // [N + 1]: first tokens of segments; [S + 1]: first segments of sequences
   int64_t num_seqs, num_k_heads, num_v_heads, k_dim, v_dim;
   int32_t dtype, num_threads;

@@ -36,12 +36,18 @@ struct RecurToken {
   F32x16 decay, beta;
 };
 
-// Columns of a state from `state` on, `n` of the last vector.
+// The state that a thread comes to next, whose lines it asks for meanwhile: states lie in pages, and each is some 64 KB that nobody has read since the step
+// before.
+struct NextState {
+  const char *at, *end;
+};
+
+// Columns of a state, which goes from `from` to `to`, maybe the same; `n` of the last vector.
 template <int N>
-QUIRE_INLINE void recur_columns(const RecurArgs& g, const RecurToken& token, const char* v, float* state, char* out, int n) {
+QUIRE_INLINE void recur_columns(const RecurArgs& g, const RecurToken& token, const char* v, const float* from, float* to, char* out, int n, NextState& next) {
   const int64_t element = element_bytes(g.dtype);
   const auto state_at = [&](int64_t i, int j) {
-    const float* const at = state + i * g.v_dim + 16 * j;
+    const float* const at = from + i * g.v_dim + 16 * j;
     return mul(N > 1 || n == 16 ? load(at) : load_n(at, n), token.decay);
   };
   F32x16 added[N], sums[N];
@@ -61,8 +67,9 @@ QUIRE_INLINE void recur_columns(const RecurArgs& g, const RecurToken& token, con
   }
   for (int64_t i = 0; i < g.k_dim; ++i) {
     const F32x16 k = set1(token.k[i]), q = set1(token.q[i]);
+    for (int j = 0; j < N && next.at < next.end; ++j, next.at += 64) prefetch_l2(next.at);
     QUIRE_UNROLL for (int j = 0; j < N; ++j) {
-      float* const at = state + i * g.v_dim + 16 * j;
+      float* const at = to + i * g.v_dim + 16 * j;
       const F32x16 s = fma(k, added[j], state_at(i, j));
       N > 1 || n == 16 ? store(at, s) : store_n(at, s, n);
       sums[j] = fma(q, s, sums[j]);
@@ -71,7 +78,7 @@ QUIRE_INLINE void recur_columns(const RecurArgs& g, const RecurToken& token, con
   QUIRE_UNROLL for (int j = 0; j < N; ++j) store_elements_n(g.dtype, out + 16 * j * element, sums[j], n);
 }
 
-void recur_token(const RecurArgs& g, int64_t t, int64_t head, float* state) {
+void recur_token(const RecurArgs& g, int64_t t, int64_t head, const float* from, float* to, NextState& next) {
   RecurToken token;
   const int64_t element = element_bytes(g.dtype), key_head = t * g.num_k_heads + head / (g.num_v_heads / g.num_k_heads), row = t * g.num_v_heads + head;
   recur_row(g, g.q, key_head, g.scale, token.q);
@@ -82,24 +89,33 @@ void recur_token(const RecurArgs& g, int64_t t, int64_t head, float* state) {
   char* const out = (char*)g.out + row * g.v_dim * element;
   int64_t c = 0;
   for (; c + 16 * kStateVectors <= g.v_dim; c += 16 * kStateVectors)
-    recur_columns<kStateVectors>(g, token, v + c * element, state + c, out + c * element, 16);
-  for (; c < g.v_dim; c += 16) recur_columns<1>(g, token, v + c * element, state + c, out + c * element, int(g.v_dim - c < 16 ? g.v_dim - c : 16));
+    recur_columns<kStateVectors>(g, token, v + c * element, from + c, to + c, out + c * element, 16, next);
+  for (; c < g.v_dim; c += 16) recur_columns<1>(g, token, v + c * element, from + c, to + c, out + c * element, int(g.v_dim - c < 16 ? g.v_dim - c : 16), next);
+}
+
+// A head of a sequence, segment after segment.
+void recur_head(const RecurArgs& g, int64_t s, int64_t head, float* scratch, NextState& next) {
+  const int64_t size = g.k_dim * g.v_dim;
+  const float* from = g.before[s] ? g.before[s] + head * size : nullptr;
+  for (int64_t n = g.of[s]; n < g.of[s + 1]; ++n) {
+    float* const to = g.after[n] ? g.after[n] + head * size : scratch;
+    if (!from) from = (const float*)memset(to, 0, size_t(size) * sizeof(float));
+    for (int64_t t = g.starts[n]; t < g.starts[n + 1]; ++t, from = to) recur_token(g, t, head, from, to, next);
+  }
 }
 
 void recur(const RecurArgs* args) {
   const RecurArgs& g = *args;
   const int64_t size = g.k_dim * g.v_dim;
-  Next next{g.num_seqs * g.num_v_heads};
-  parallel(g.num_threads, [&](const Member&) {
-    for (int64_t item; next.take(item);) {
-      const int64_t s = item / g.num_v_heads, head = item % g.num_v_heads;
-      const float* from = g.before[s] ? g.before[s] + head * size : nullptr;
-      for (int64_t n = g.of[s]; n < g.of[s + 1]; ++n) {
-        float* const state = g.after + n * g.after_stride + head * size;
-        from ? memcpy(state, from, size_t(size) * sizeof(float)) : memset(state, 0, size_t(size) * sizeof(float));
-        for (int64_t t = g.starts[n]; t < g.starts[n + 1]; ++t) recur_token(g, t, head, state);
-        from = state;
-      }
+  Next items{g.num_seqs * g.num_v_heads};
+  parallel(g.num_threads, [&](const Member& me) {
+    int64_t item, coming;
+    for (bool some = items.take(item); some; item = coming) {
+      some = items.take(coming);
+      const float* const then = some ? g.before[coming / g.num_v_heads] : nullptr;
+      const char* const at = then ? (const char*)(then + coming % g.num_v_heads * size) : nullptr;
+      NextState next{at, at ? at + size * int64_t(sizeof(float)) : nullptr};
+      recur_head(g, item / g.num_v_heads, item % g.num_v_heads, g.scratch + me.id * size, next);
     }
   });
 }

@@ -94,7 +94,7 @@ def test_a_sequence_whose_state_has_been_given_back_is_told() -> None:
 def whole(rule: Rule, given: Recurrence, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and last state of one sequence in one segment."""
     out, after = torch.full_like(given.v, torch.nan), torch.full((1, *given.state_shape), torch.nan)
-    rule(given, Segments([0, len(given.v)], [0, 1], [-1], [-1]), [before], after, out)
+    rule(given, Segments([0, len(given.v)], [0, 1], [-1], [-1]), [before], list(after), out)
     return out, after[0]
 
 
@@ -173,7 +173,7 @@ def test_any_cut_and_any_company_give_the_same_bits(rule: str, dtype: torch.dtyp
                 wanted += [states[i][end] for end in ends]
             rows = torch.full((len(wanted), 5 + given.state_shape[0] * given.state_shape[1] * given.state_shape[2]), torch.nan)
             after, out = rows[:, 5:].view(-1, *given.state_shape), torch.full_like(given.v, torch.nan)  # behind the rest of a layer's state
-            recur(given, Segments(starts, of, [], []), [carried[i] for i, *_ in works], after, out)
+            recur(given, Segments(starts, of, [], []), [carried[i] for i, *_ in works], list(after), out)
             assert rows[:, :5].isnan().all() and all(torch.equal(x, y) for x, y in zip(after, wanted, strict=True) if y is not None)
             assert torch.equal(out, torch.cat([outs[i][first:end] for i, first, end, _ in works]))
             for (i, *_), last in zip(works, of[1:], strict=True):

@@ -28,11 +28,14 @@ class NativeCarried:
         )  # fmt: skip
         return out
 
-    def recur(self, given: Recurrence, seg: Segments, before: Sequence[torch.Tensor | None], after: torch.Tensor, out: torch.Tensor) -> None:
+    def recur(
+        self, given: Recurrence, seg: Segments, before: Sequence[torch.Tensor | None], after: Sequence[torch.Tensor | None], out: torch.Tensor
+    ) -> None:
         """See `CarriedKernels`."""
         heads, k_dim, v_dim = given.state_shape
+        from_, to = ([0 if state is None else state.data_ptr() for state in states] for states in (before, after))
         lib.recur(
             DTYPE_CODES[given.v.dtype], given.q.data_ptr(), given.k.data_ptr(), given.v.data_ptr(), given.decay.data_ptr(), given.beta.data_ptr(),
-            out.data_ptr(), [0 if state is None else state.data_ptr() for state in before], after.data_ptr(), after.stride(0), seg.starts, seg.of,
-            given.k.shape[1], heads, k_dim, v_dim, given.scale, given.normalized, given.corrects, self._num_threads,
+            out.data_ptr(), from_, to, seg.starts, seg.of, given.k.shape[1], heads, k_dim, v_dim, given.scale, given.normalized, given.corrects,
+            self._num_threads,
         )  # fmt: skip

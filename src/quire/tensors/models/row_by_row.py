@@ -57,7 +57,7 @@ class RowByRow:
         """See `PlainCarried`: it goes a token at a time, too."""
         count, out = len(self._lengths), torch.empty_like(given.v)
         whole = Segments([0, *accumulate(self._lengths)], list(range(count + 1)), [-1] * count, [-1] * count)
-        PlainCarried().recur(given, whole, [None] * count, given.decay.new_empty(count, *given.state_shape), out)
+        PlainCarried().recur(given, whole, [None] * count, [None] * count, out)
         return out
 
 
