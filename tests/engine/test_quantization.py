@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quire import LLM
-from quire.errors import ConfigError
+from quire.errors import ConfigError, ProbeMismatchError
+from quire.tensors.models import probe
 from tests.engine.conftest import Checkpoint
 from tests.engine.test_codecs import jobs
 from tests.engine.test_transparency import bits
@@ -30,3 +31,22 @@ def test_bits_do_not_move(checkpoint: Checkpoint, quantization: str, family: str
 def test_quantization_is_validated() -> None:
     with pytest.raises(ConfigError, match="quantization='int2': must be one of none, int8, int4"):
         LLM("/nowhere", quantization="int2")
+
+
+def test_what_codes_round_is_no_mismatch(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to little more than what our products differ by, the model is served, and refused where torch's may not differ by more."""
+    folder, bf16, found = checkpoint("qwen3_5_text", dtype=torch.bfloat16), torch.bfloat16, []
+    errors = probe._errors
+    monkeypatch.setattr(probe, "_errors", lambda packed, alone: found.append(errors(packed, alone)) or found[-1])
+    monkeypatch.setitem(probe.TOLERANCE, bf16, 1e-9)
+    with pytest.raises(ProbeMismatchError):
+        LLM(folder, quantization="int8")
+    held_to = 1.1 * float(found[1].max())
+    assert held_to < float(found[0].median()), "else there is a second opinion in fp32"
+    monkeypatch.setitem(probe.TOLERANCE, bf16, held_to)
+    monkeypatch.setattr(probe, "TOLERANCE_OF_CODES", 0.0)
+    with pytest.raises(ProbeMismatchError, match=r"packed with others, logits differ by 0\.\d+ deviations"):
+        LLM(folder, quantization="int8")
+    monkeypatch.undo()
+    monkeypatch.setitem(probe.TOLERANCE, bf16, held_to)
+    LLM(folder, quantization="int8").close()
