@@ -80,45 +80,6 @@ def test_namespaces_with_colliding_hashes_do_not_meet_either() -> None:
         driver.check()
 
 
-# -- looking up -------------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("groups", KINDS)
-def test_explaining_foresees_the_hit_and_takes_nothing(groups: tuple[Group, ...]) -> None:
-    driver = Driver(groups, 300)
-    run(driver, tokens(45))
-    for prompt in (tokens(45), tokens(60), tokens(30) + tokens(30, 2), tokens(9, 3)):
-        held, cached = driver.cache.pool.num_held, list(driver.cache.pool.cached_pages())
-        told = driver.keeper.explain(prompt, "")
-        assert (held, cached) == (driver.cache.pool.num_held, list(driver.cache.pool.cached_pages()))
-        client = driver.add(prompt, 1)
-        driver.step()
-        assert client.num_hit == told.cached_tokens and told.fits
-        driver.run(100)
-
-
-def test_why_a_prompt_missed() -> None:
-    driver = Driver(FULL, 30, budget=1000)
-    explain = driver.keeper.explain
-    assert explain(tokens(20), "").reason == "never seen"
-    run(driver, tokens(20))
-    told = explain([*tokens(10), 96, *tokens(20)], "")
-    assert (told.miss_index, told.reason) == (10, "never seen")
-    assert explain(tokens(20), "").miss_index is None
-    assert (explain(tokens(20), "b").miss_index, explain(tokens(20), "b").reason) == (0, "other namespace")
-    run(driver, tokens(29 * B, 1))
-    assert explain(tokens(20), "").reason == "evicted"
-
-
-def test_what_does_not_fit_is_told() -> None:
-    driver = Driver(FULL, 10, budget=1000)
-    driver.add(tokens(6 * B), 2)
-    driver.step()
-    told = driver.keeper.explain(tokens(5 * B, 1), "")
-    assert (told.pages_needed, told.fits) == (5, False)
-    assert driver.keeper.explain(tokens(3 * B, 1), "").fits
-
-
 # -- forks ------------------------------------------------------------------------------------------------------------------------------------
 
 
