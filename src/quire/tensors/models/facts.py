@@ -54,6 +54,12 @@ def context_len(config: PreTrainedConfig, *, stretched: bool = False) -> int:
     raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
 
 
+def check_context(model: PreTrainedModel, served: int) -> None:
+    """Raise UnsupportedModelError where an owner has made the context of a model's config shorter than what is served of it."""
+    if (length := context_len(text_config(model))) < served:
+        raise UnsupportedModelError(f"{model.config.model_type}: its config has a context of {length} tokens, and {served} are served: open it anew")
+
+
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
     """The module that makes logits of final hidden states, None where there is none."""
     found: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
