@@ -20,7 +20,8 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
     """The ids below `count` without those the config names: a model warns of a pad, and takes some for an image to come."""
-    special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    named = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_ids", "_token_index"))]
+    special = {token for value in named for token in (value if isinstance(value, (list, tuple)) else [value])}
     return [token for token in range(count) if token not in special]
 
 
