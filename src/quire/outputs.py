@@ -25,7 +25,7 @@ class Receipt:
     `drawn_tokens` were drawn, with those of sequences that `best_of` leaves out.
     `peak_cache_bytes` is the most page memory its tables named at once (a page shared with others counts whole, one that its own sequences share
     once). Times in seconds: `queued_s` until first admission, `prefill_s` from there to the first token, `decode_s` from there to the end.
-    `waited_for` is what kept it from starting: "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix),
+    `waited_for` is what kept it from starting: "sequences" (as many run already as may), "pages", "prefix" (another was computing its prefix),
     "disk", "logits" (others' prompts were being scored), or None if it started at once.
 
     Where the prompt could have hit more than it did, `miss_index` is its first token that was not found, `miss_text` that token's text and

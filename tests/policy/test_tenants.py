@@ -10,6 +10,7 @@ from quire.errors import InvalidRequestError
 from quire.policy.fairness import MAX_GIVEN_WAY
 from quire.policy.groups import Group
 from quire.policy.pins import MAX_PINNED_SHARE
+from quire.policy.scheduler import MAX_SCORED
 from tests.policy.oracle import Client, Driver, full, numbered, one_bit, sliding
 
 B = 4
@@ -133,6 +134,37 @@ def test_higher_priorities_start_first() -> None:
     for priority in (0, 5, -1, 5, 0):
         driver.add(tokens(5, priority), 2, priority=priority)
     assert order_of_starts(driver) == [1, 3, 0, 4, 2]
+
+
+@pytest.mark.parametrize("limits", [{"budget": 3}, {"budget": 3, "max_sequences": 8}, {"budget": 64, "max_sequences": 3}])
+def test_a_higher_priority_need_not_wait_until_one_ends_where_as_many_run_as_may(limits: dict[str, int]) -> None:
+    """As many as there are tokens in a step is as many as there may be."""
+    driver = Driver(FULL, 200, **limits)
+    low = [driver.add(tokens(5, seed), 40) for seed in range(5)]
+    while sum(client.num_drawn > 0 for client in low) < 3:
+        driver.step()
+    high = driver.add(tokens(5, 9), 5, priority=1)
+    for _ in range(10):  # five for its prompt, where others have all but one token of a step, and four more for what it draws
+        driver.step()
+    assert high.done and driver.scheduler.num_preemptions == 1 and not any(client.done for client in low)
+    driver.run(1000)
+    assert all(client.done for client in low) and driver.scheduler.num_preemptions == 1, "of one priority nobody gives way"
+
+
+def test_nobody_gives_way_to_what_waits_for_rows_of_logits() -> None:
+    driver = Driver(FULL, 400, budget=MAX_SCORED + 1, max_sequences=2)
+    scheduler = driver.scheduler
+    plain, *scored = (driver.keeper.sequence(tokens(3 * MAX_SCORED if i else 2, i), "", arrival=i, own_root=str(i), scores=i > 0) for i in range(3))
+    scheduler.add(plain)
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.commit(plan)
+    plain.tokens.append(1)
+    for seq, priority in zip(scored, (2, 1), strict=True):
+        scheduler.add(seq, priority=priority)
+    plan = scheduler.plan()
+    assert plan is not None and [(work.sequence, work.num_tokens) for work in plan.works] == [(plain, 1), (scored[0], MAX_SCORED)]
+    assert scored[1].waits_for == "logits"
 
 
 def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
