@@ -30,7 +30,7 @@ class EngineConfig:
         max_tokens_per_step: the token budget, the most tokens one step may compute, >= 1.
         workspace_bytes: the most bytes that a step's tensors may take beside weights and cache; fewer tokens are computed in a step where
             `max_tokens_per_step` would take more. `None` sets no bound.
-        max_sequences: the most sequences that run at once, >= 1.
+        max_sequences: the most sequences that run at once, >= 1; no more do than a step may compute tokens.
         max_waiting: the most requests that may wait, >= 1; one more is refused.
         cache_bytes: bytes of the page pool; `None` takes what `max_sequences` full contexts need, at most 40 % of the memory available.
         preallocate: have the system give the pool's memory at load, not as pages are first written, which steps wait for: a fault for each 4 KiB, of

@@ -25,11 +25,13 @@ class Receipt:
     `drawn_tokens` were drawn, with those of sequences that `best_of` leaves out.
     `peak_cache_bytes` is the most page memory its tables named at once (a page shared with others counts whole, one that its own sequences share
     once). Times in seconds: `queued_s` until first admission, `prefill_s` from there to the first token, `decode_s` from there to the end.
-    `waited_for` is what kept it from starting: "sequences" (max_sequences run already), "pages", "prefix" (another was computing its prefix),
+    `waited_for` is what kept it from starting: "sequences" (as many run already as may), "pages", "prefix" (another was computing its prefix),
     "disk", "logits" (others' prompts were being scored), or None if it started at once.
 
     Where the prompt could have hit more than it did, `miss_index` is its first token that was not found, `miss_text` that token's text and
-    `miss_reason` "never seen", "evicted" or "other namespace". Doors to callers that must not learn of each other leave the reason out.
+    `miss_reason` why, as far as is remembered: "never seen"; "not kept", seen, but what a hit there would need was not kept (a recurrent layer's
+    state is only where a page or a text ended, pages behind a window only while there is plenty of room); "evicted", kept, and left for want of
+    room; or "other namespace". Doors to callers that must not learn of each other leave the reason out.
     """
 
     prompt_tokens: int = 0

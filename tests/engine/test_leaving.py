@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -14,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from quire import LLM, EngineDeadError, InvalidRequestError, PagedCache, SamplingParams, Slots
+from quire import LLM, EngineDeadError, Generator, InvalidRequestError, PagedCache, SamplingParams, Slots
 from quire.tensors.models.turns import turn_of
 from tests.engine.conftest import Checkpoint
 from tests.tensors.checkpoints import tiny_model
@@ -136,6 +139,10 @@ def test_a_fork_is_told_that_its_engine_is_elsewhere(llm: LLM, checkpoint: Check
     next(iter(open_stream))
     slots, pages = Slots(checkpoint("llama"), 1), PagedCache(tiny_model("llama"), 2, 4)
     prefix = slots.prefill([5, 6, 7])
+
+    async def first() -> Any:
+        return await anext(aiter(open_stream))
+
     calls: list[Callable[[], Any]] = [
         lambda: llm.generate([[5, 6, 7]], GREEDY),
         lambda: llm.submit([5, 6, 7], GREEDY),
@@ -144,6 +151,10 @@ def test_a_fork_is_told_that_its_engine_is_elsewhere(llm: LLM, checkpoint: Check
         lambda: slots.prefill([5]),
         lambda: slots.insert(prefix, 0),
         lambda: pages.copy_page(0, 1),
+        open_stream.wait,
+        lambda: next(iter(open_stream)),
+        lambda: asyncio.run(first()),
+        lambda: asyncio.run(open_stream.result()),
     ]
 
     def child() -> None:
@@ -163,6 +174,18 @@ def test_a_fork_is_told_that_its_engine_is_elsewhere(llm: LLM, checkpoint: Check
     llm.check_integrity()
     slots.close()
     pages.close()
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_belongs_to_an_engine_is_not_copied(llm: LLM, checkpoint: Checkpoint, again: Callable[[object], object]) -> None:
+    """The first of two to go would end the engine of both, and of one stream's events each would have some, and wait for the last one for ever."""
+    stream = llm.submit([5, 6, 7], SamplingParams(max_tokens=1))
+    with Slots(checkpoint("llama"), 1) as slots, PagedCache(checkpoint("llama"), 2, 4) as pages:
+        for one in (llm, stream, slots, slots.prefill([5, 6, 7]), pages, Generator(llm)):
+            with pytest.raises(TypeError, match=f"^a {type(one).__name__} can be neither copied nor pickled"):
+                again(one)
+    stream.wait(60)
+    assert llm.generate([[5, 6, 7]], GREEDY)[0].error is None
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

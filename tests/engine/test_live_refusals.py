@@ -53,6 +53,18 @@ def test_what_an_open_engine_cannot_take_is_refused_each_time(why: str) -> None:
                 llm.generate(PROMPTS, PARAMS)
 
 
+def test_a_context_made_shorter_than_what_is_served_is_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    with LLM(model, page_size=16, cache_bytes=2**24) as llm, LLM(model, page_size=16, cache_bytes=2**24, max_model_len=100) as shorter:
+        model.config.max_position_embeddings = 1000
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match="^llama: its config has a context of 1000 tokens, and 2048 are served: open it anew"):
+                llm.generate(PROMPTS, PARAMS)
+        assert all(output.error is None for output in shorter.generate(PROMPTS, PARAMS)), "no more than 100 are served of it"
+        model.config.max_position_embeddings = 2048
+        assert all(output.error is None for output in llm.generate(PROMPTS, PARAMS))
+
+
 @pytest.mark.parametrize("config", ["config", "generation_config"])
 def test_ends_set_later_in_a_config_end_sequences_or_are_refused(config: str) -> None:
     model = tiny_model("llama", num_hidden_layers=2)

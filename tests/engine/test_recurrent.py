@@ -154,6 +154,14 @@ def test_sisters_slots_and_the_next_turn(folder: str, size: int) -> None:
     assert got == [one[0][: len(mine)] for one, mine in zip(single, got, strict=True)]
 
 
+def test_a_prompt_that_leaves_a_text_within_a_page_is_told_that_no_state_was_kept(folder: str, size: int) -> None:
+    prompt = [3 + (7 * i * i + 3 * i) % 500 for i in range(size + 9)]
+    with LLM(folder) as llm:
+        for one, expected in ((prompt, (0, "never seen")), ([*prompt[:-2], 5, 6], (size, "not kept")), (prompt, (size, "not kept"))):
+            told, receipt = llm.explain(one), llm.generate([one], SamplingParams(max_tokens=3, ignore_eos=True))[0].receipt
+            assert (receipt.miss_index, receipt.miss_reason) == (told.miss_index, told.reason) == expected
+
+
 @pytest.mark.parametrize("folder", ["granitemoehybrid"], indirect=True)
 def test_restored_states_give_the_same_bits(folder: str, size: int, tmp_path: Path) -> None:
     work = [(prompt, params) for prompt, params in long_jobs(5, 5, size) if len(prompt) > size]

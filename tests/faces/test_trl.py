@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +50,15 @@ def model() -> Any:
 def rollouts() -> Iterator[QuireRollouts]:
     with QuireRollouts(cache_bytes=2**23) as made:
         yield made
+
+
+def test_a_copy_has_the_options_and_no_engine(rollouts: QuireRollouts, model: Any) -> None:
+    prompts = [[{"role": "user", "content": "red"}]]
+    rollouts(prompts, trainer(model))
+    for other in (copy.copy(rollouts), copy.deepcopy(rollouts), pickle.loads(pickle.dumps(rollouts))):
+        assert (other._options, other._llm, other._model) == (rollouts._options, None, None)
+        other.close()
+    assert rollouts(prompts, trainer(model))["completion_ids"][0], "its engine is its own"
 
 
 def logprobs(model: Any, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:

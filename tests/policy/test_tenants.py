@@ -10,6 +10,7 @@ from quire.errors import InvalidRequestError
 from quire.policy.fairness import MAX_GIVEN_WAY
 from quire.policy.groups import Group
 from quire.policy.pins import MAX_PINNED_SHARE
+from quire.policy.scheduler import MAX_SCORED
 from tests.policy.oracle import Client, Driver, full, numbered, one_bit, sliding
 
 B = 4
@@ -80,45 +81,6 @@ def test_namespaces_with_colliding_hashes_do_not_meet_either() -> None:
         driver.check()
 
 
-# -- looking up -------------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("groups", KINDS)
-def test_explaining_foresees_the_hit_and_takes_nothing(groups: tuple[Group, ...]) -> None:
-    driver = Driver(groups, 300)
-    run(driver, tokens(45))
-    for prompt in (tokens(45), tokens(60), tokens(30) + tokens(30, 2), tokens(9, 3)):
-        held, cached = driver.cache.pool.num_held, list(driver.cache.pool.cached_pages())
-        told = driver.keeper.explain(prompt, "")
-        assert (held, cached) == (driver.cache.pool.num_held, list(driver.cache.pool.cached_pages()))
-        client = driver.add(prompt, 1)
-        driver.step()
-        assert client.num_hit == told.cached_tokens and told.fits
-        driver.run(100)
-
-
-def test_why_a_prompt_missed() -> None:
-    driver = Driver(FULL, 30, budget=1000)
-    explain = driver.keeper.explain
-    assert explain(tokens(20), "").reason == "never seen"
-    run(driver, tokens(20))
-    told = explain([*tokens(10), 96, *tokens(20)], "")
-    assert (told.miss_index, told.reason) == (10, "never seen")
-    assert explain(tokens(20), "").miss_index is None
-    assert (explain(tokens(20), "b").miss_index, explain(tokens(20), "b").reason) == (0, "other namespace")
-    run(driver, tokens(29 * B, 1))
-    assert explain(tokens(20), "").reason == "evicted"
-
-
-def test_what_does_not_fit_is_told() -> None:
-    driver = Driver(FULL, 10, budget=1000)
-    driver.add(tokens(6 * B), 2)
-    driver.step()
-    told = driver.keeper.explain(tokens(5 * B, 1), "")
-    assert (told.pages_needed, told.fits) == (5, False)
-    assert driver.keeper.explain(tokens(3 * B, 1), "").fits
-
-
 # -- forks ------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +134,37 @@ def test_higher_priorities_start_first() -> None:
     for priority in (0, 5, -1, 5, 0):
         driver.add(tokens(5, priority), 2, priority=priority)
     assert order_of_starts(driver) == [1, 3, 0, 4, 2]
+
+
+@pytest.mark.parametrize("limits", [{"budget": 3}, {"budget": 3, "max_sequences": 8}, {"budget": 64, "max_sequences": 3}])
+def test_a_higher_priority_need_not_wait_until_one_ends_where_as_many_run_as_may(limits: dict[str, int]) -> None:
+    """As many as there are tokens in a step is as many as there may be."""
+    driver = Driver(FULL, 200, **limits)
+    low = [driver.add(tokens(5, seed), 40) for seed in range(5)]
+    while sum(client.num_drawn > 0 for client in low) < 3:
+        driver.step()
+    high = driver.add(tokens(5, 9), 5, priority=1)
+    for _ in range(10):  # five for its prompt, where others have all but one token of a step, and four more for what it draws
+        driver.step()
+    assert high.done and driver.scheduler.num_preemptions == 1 and not any(client.done for client in low)
+    driver.run(1000)
+    assert all(client.done for client in low) and driver.scheduler.num_preemptions == 1, "of one priority nobody gives way"
+
+
+def test_nobody_gives_way_to_what_waits_for_rows_of_logits() -> None:
+    driver = Driver(FULL, 400, budget=MAX_SCORED + 1, max_sequences=2)
+    scheduler = driver.scheduler
+    plain, *scored = (driver.keeper.sequence(tokens(3 * MAX_SCORED if i else 2, i), "", arrival=i, own_root=str(i), scores=i > 0) for i in range(3))
+    scheduler.add(plain)
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.commit(plan)
+    plain.tokens.append(1)
+    for seq, priority in zip(scored, (2, 1), strict=True):
+        scheduler.add(seq, priority=priority)
+    plan = scheduler.plan()
+    assert plan is not None and [(work.sequence, work.num_tokens) for work in plan.works] == [(plain, 1), (scored[0], MAX_SCORED)]
+    assert scored[1].waits_for == "logits"
 
 
 def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:

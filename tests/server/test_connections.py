@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import resource
 import socket
 import time
@@ -62,20 +63,28 @@ def whole(body: dict[str, object]) -> bytes:
 @pytest.mark.parametrize(
     "sent", [b"", HEAD.encode() * 9, HEAD.encode() + b"content-length: 500\r\n\r\n" + b" " * 400], ids=["nothing", "headers", "a body"]
 )
-def test_a_request_must_come_in_time(server: Running, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+def test_a_request_must_come_in_time(server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sent: bytes) -> None:
     monkeypatch.setattr(protocol, "REQUEST_S", 0.5)
-    before = late(server)
+    caplog.set_level(logging.INFO, "quire.access")
+    before, left = late(server), refusals(server, 499)
     with connected(server) as sock:
         at = sent.find(b"\r\n\r\n") + 4 if b"\r\n\r\n" in sent else 0
         sock.sendall(sent[:at])
         answer = drip(sock, sent[at:], 0.02)
     assert b" 408 " in answer.splitlines()[0] and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
     assert late(server) == before + 1, "what is answered below the application counts as well"
+    told = [vars(line)["facts"]["status"] for line in caplog.records if vars(line).get("event") == "refused"]
+    assert told == [408] and refusals(server, 499) == left, "once"
     assert server.complete(**GOOD)
 
 
 def late(server: Running) -> float:
-    (line,) = [line for line in server.get("/metrics").text.splitlines() if line.startswith('quire_request_errors_total{status="408"}')]
+    return refusals(server, 408)
+
+
+def refusals(server: Running, status: int) -> float:
+    named = f'quire_request_errors_total{{status="{status}"}}'
+    (line,) = [line for line in server.get("/metrics").text.splitlines() if line.startswith(named)]
     return float(line.split()[-1])
 
 

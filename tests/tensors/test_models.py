@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quire.errors import ModelError, ProbeMismatchError, UnsupportedModelError
 from quire.tensors.attention.base import Mask
+from quire.tensors.models.facts import ordinary_tokens
 from quire.tensors.models.load import load_model
 from quire.tensors.models.model import CausalModel
 from quire.tensors.models.probe import TOLERANCE, probe
@@ -115,6 +116,12 @@ def test_a_text_model_within_a_composite_one() -> None:
     assert {config._attn_implementation for config in (composite.config, *vars(composite.config).values()) if hasattr(config, "model_type")} == {
         "sdpa"
     }
+
+
+def test_ids_that_a_config_lists_are_not_ordinary() -> None:
+    kind: Any = CONFIG_MAPPING["llama"]
+    config = kind(pad_token_id=0, bos_token_id=1, eos_token_id=[2, 7], image_token_index=None, indicator_token_ids=(3, 600))
+    assert ordinary_tokens(config, 10) == [4, 5, 6, 8, 9]
 
 
 def test_a_composite_model_that_hands_down_which_logits_are_wanted() -> None:

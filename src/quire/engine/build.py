@@ -178,7 +178,7 @@ def _measured(model: CausalModel, page_size: int) -> Workspace:
 
 
 def _lay_out(source: str | PreTrainedModel, model: CausalModel, config: EngineConfig, kernels: Kernels, num_threads: int) -> Built:
-    context_len = _context_len(config, model)
+    context_len = model.context_len = _context_len(config, model)
     if config.cache_layout == "stacked":
         config = replace(config, page_size=context_len)
     device = kernels.device

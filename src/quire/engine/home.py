@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, SupportsIndex, TypeVar
 
 from quire.errors import EngineDeadError
 
@@ -28,6 +28,11 @@ class Home:
         """Raise EngineDeadError in any other process."""
         if not self.is_here:
             raise EngineDeadError(f"the engine lives in process {self._process_id}, not in {os.getpid()}, forked from it: make another one here")
+
+
+def stays_here(self: object, _: SupportsIndex) -> NoReturn:
+    """The `__reduce_ex__` of what belongs to an engine, asked for by whoever copies or pickles it: two would end one engine, or miss events."""
+    raise TypeError(f"a {type(self).__name__} can be neither copied nor pickled: its engine is one, and lives in its process; pass it on as it is")
 
 
 class Errand(Generic[T]):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from quire.config import EngineConfig
 from quire.engine.build import Built, EngineInfo, build_engine
 from quire.engine.cache_map import CacheMap, PageContent, page_content, take_map
+from quire.engine.home import stays_here
 from quire.engine.intake import Intake, Prompt, as_list
 from quire.engine.keeper import CacheKeeper
 from quire.engine.pooling import normalized
@@ -109,9 +110,8 @@ class LLM:
             raise InvalidRequestError("params", params, "a SamplingParams, or one for each prompt") from None
         if len(each) != len(many):
             raise InvalidRequestError("params", f"{len(each)} SamplingParams", f"one, or one for each of the {len(many)} prompts")
-        requests = [
-            self._request(prompt, one, namespace, priority, read=False) for prompt, one in zip(many, each, strict=True)
-        ]  # all are checked before any is submitted
+        # All are checked before any is submitted.
+        requests = [self._request(prompt, one, namespace, priority, read=False) for prompt, one in zip(many, each, strict=True)]
         streams: list[RequestStream] = []
         try:
             streams.extend(self._worker.submit(request) for request in requests)
@@ -224,9 +224,8 @@ class LLM:
             if pin is not None:
                 return pin
             self.generate([token_ids], SamplingParams(max_tokens=1, temperature=0.0), namespace=namespace)[0].raise_for_error()
-        raise InvalidRequestError(
-            "prompt", f"{len(token_ids)} tokens", "one that is not evicted between computing and pinning it; try when less is open"
-        )
+        limit = "one that is not evicted between computing and pinning it; try when less is open"
+        raise InvalidRequestError("prompt", f"{len(token_ids)} tokens", limit)
 
     def unpin(self, pin: Pin | int) -> None:
         """Let a pinned prompt's pages go; they stay cached until something else needs room.
@@ -293,6 +292,8 @@ class LLM:
         except BaseException:
             self._close = weakref.finalize(self, _shut_down, self._worker, self._built)
             raise
+
+    __reduce_ex__ = stays_here
 
     def __enter__(self) -> LLM:
         return self

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from dataclasses import replace
 from typing import TypeVar, cast
 
+from quire.engine.home import Home, stays_here
 from quire.errors import InvalidRequestError
 from quire.outputs import RequestOutput, TokenEvent
 
@@ -43,7 +44,7 @@ class RequestStream:
         self, request_id: str, cancel: Callable[[str], None], wake_later: Callable[[Waiter], None] | None = None, *, read: bool = True
     ) -> None:
         self.request_id, self._read = request_id, read
-        self._cancel = cancel
+        self._cancel, self._home = cancel, Home()
         self._wake = wake_later if wake_later is not None else lambda waiter: wake([waiter])
         self._lock = threading.RLock()
         self._blocked: list[threading.Lock] = []  # shut ones, of threads that wait for the next event
@@ -51,6 +52,8 @@ class RequestStream:
         self._output: RequestOutput | None = None
         self._readers: list[Waiter] = []
         self._at_end: list[Waiter] = []
+
+    __reduce_ex__ = stays_here
 
     def put(self, event: TokenEvent) -> None:
         """Called by the engine's thread. Never blocks."""
@@ -79,6 +82,7 @@ class RequestStream:
         Raises:
             TimeoutError: it has not ended within `timeout_s` seconds.
             InvalidRequestError: `timeout_s` is no such number.
+            EngineDeadError: this is a process forked from the engine's, which no event reaches; so do all that read.
         """
         if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s <= threading.TIMEOUT_MAX):
             raise InvalidRequestError("timeout_s", timeout_s, f"a number of at most {threading.TIMEOUT_MAX:g}, or None")
@@ -94,6 +98,7 @@ class RequestStream:
 
         A Ctrl-C may come at any moment. In a Condition, which is Python code, one leaves the lock taken now and then, and the engine waits for it.
         """
+        self._home.check()  # before the lock, which the engine may have held at the fork
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             shut, left_s = threading.Lock(), -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
@@ -110,6 +115,7 @@ class RequestStream:
 
     async def result(self) -> RequestOutput:
         """`wait` for a coroutine: its loop is woken once, at the end."""
+        self._home.check()
         waiter = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._output is None:
@@ -121,6 +127,7 @@ class RequestStream:
 
     def take(self, waiter: Waiter | None = None) -> list[TokenEvent]:
         """The unread events, if any; if there are none, `waiter` is woken when there are."""
+        self._home.check()
         with self._lock:
             events, self._events = self._events, []
             self._readers = [reader for reader in self._readers if not reader.done()]  # of an earlier call: another stream had news

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from quire.engine.home import stays_here
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, InvalidRequestError
 from quire.faces.generation import ids_of, sampling, what_is_asked
@@ -116,6 +117,8 @@ class Generator(AbstractContextManager["Generator"]):
         """End the engine that was made here; an `LLM` that was given goes on. A second call does nothing."""
         if self._owns:
             self.llm.close()
+
+    __reduce_ex__ = stays_here
 
     def __exit__(self, *_: object) -> None:
         self.close()

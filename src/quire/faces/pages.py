@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from quire.config import EngineConfig, split_codec
 from quire.engine.build import open_model
-from quire.engine.home import OwnThread
+from quire.engine.home import OwnThread, stays_here
 from quire.engine.kernels import choose_kernels
 from quire.errors import InvalidRequestError, UnsupportedModelError
 from quire.faces.checked import integer, integers, is_whole
@@ -147,6 +147,8 @@ class PagedCache:
         """Leave a live model as it was. A second call does nothing."""
         self._thread.close()
         self._close()
+
+    __reduce_ex__ = stays_here
 
     def __enter__(self) -> PagedCache:
         return self

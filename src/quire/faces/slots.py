@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from quire.config import EngineConfig
 from quire.engine.build import EngineInfo
+from quire.engine.home import stays_here
 from quire.engine.manual import Held, ManualEngine
 from quire.errors import InvalidRequestError
 from quire.faces.checked import MOST_SEED, integer, integers
@@ -46,6 +47,8 @@ class Prefix:
         self.token_ids = tuple(held.sequence.tokens)
         self.next_token = drawn.token_id
         self._engine, self._held, self._logits = engine, held, drawn.logits
+
+    __reduce_ex__ = stays_here
 
 
 class Slots:
@@ -173,6 +176,8 @@ class Slots:
         """For whoever fills, moves or frees slots."""
         self._engine.home.check()  # before the lock, which somebody may have held at the fork
         return self._moving
+
+    __reduce_ex__ = stays_here
 
     def __enter__(self) -> Slots:
         return self

@@ -63,6 +63,10 @@ class QuireRollouts(AbstractContextManager["QuireRollouts"]):
             self._llm.close()
         self._llm = self._model = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes an engine of its own."""
+        return {**vars(self), "_llm": None, "_model": None}
+
     def __exit__(self, *_: object) -> None:
         self.close()
 

@@ -9,7 +9,7 @@ from quire.policy.cache import PageCache
 from quire.policy.prefix import PrefixKey, pack
 from quire.policy.sequence import Sequence
 
-MissReason = Literal["never seen", "evicted", "other namespace"]
+MissReason = Literal["never seen", "not kept", "evicted", "other namespace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +45,37 @@ def find(cache: PageCache, seq: Sequence) -> Found:
 def find_miss(cache: PageCache, seq: Sequence, num_cached: int) -> Miss | None:
     """Why a sequence found `num_cached` tokens and not all but its last; None if it did.
 
-    A page is known by all its tokens, so what differs within one is found by its first tokens, and an incomplete page counts as never seen.
+    A page is known by all its tokens, so what differs within one is found by its first tokens, and an incomplete page counts as never seen; where a
+    part of a page is no hit, it is told whether one is there that begins so.
     """
     if num_cached >= seq.num_known - 1 or not cache.shares(seq):
         return None
-    unit = cache.unit
+    return Miss(num_cached, _reason(cache, seq, num_cached))
+
+
+def _reason(cache: PageCache, seq: Sequence, num_cached: int) -> MissReason:
+    unit, index = cache.unit, cache.index
     i = num_cached // unit
-    if (i + 1) * unit > seq.num_known:
-        return Miss(num_cached, "never seen")
-    key = seq.chain(unit, i + 1, cache.hash_bytes)[i + 1]
-    # A key that is there and was no hit lacks the pages that a window would need.
-    if cache.index.find(key) is not None or cache.index.was_evicted(key):
-        return Miss(num_cached, "evicted")
-    if any(cache.index.find(_under(cache, root, seq, i + 1)) is not None for root in cache.namespaces.others(seq.root)):
-        return Miss(num_cached, "other namespace")
-    return Miss(num_cached, "never seen")
+    if (i + 1) * unit <= seq.num_known:
+        seen = _seen(cache, seq, i)
+        if any(index.was_evicted(key) for key in seen):
+            return "evicted"
+        if index.find(seen[-1]) is not None:  # and was no hit: it lacks a state, or pages that a window would need
+            return "not kept"
+        if any(index.find(_under(cache, root, seq, i + 1)) is not None for root in cache.namespaces.others(seq.root)):
+            return "other namespace"
+    if not cache.keeps_parts:
+        begins = pack(seq.tokens[i * unit : num_cached + 1])
+        if index.goes_on(seq.parent_of(unit, i, cache.hash_bytes), begins):
+            return "not kept"
+    return "never seen"
+
+
+def _seen(cache: PageCache, seq: Sequence, i: int) -> list[PrefixKey]:
+    """The keys of page i of a sequence, the last, and of the pages before it without which it is no hit, though those up to it may be none."""
+    end = (i + 1) * cache.unit
+    first = min([i * cache.unit, *(group.first_visible(end) for group in cache.groups if group.kind != "full")])
+    return seq.chain(cache.unit, i + 1, cache.hash_bytes)[first // cache.unit + 1 : i + 2]
 
 
 def _under(cache: PageCache, root: PrefixKey, seq: Sequence, num_pages: int) -> PrefixKey:

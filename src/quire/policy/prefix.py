@@ -171,6 +171,11 @@ class PrefixIndex:
                 pages, longest = list(key.pages), num
         return pages, longest
 
+    def goes_on(self, parent: PrefixKey, tokens: bytes) -> bool:
+        """Whether one of the MAX_CHILDREN_SCANNED most recently indexed continuations of `parent` begins with `tokens`, whatever pages it has."""
+        recent = zip(range(MAX_CHILDREN_SCANNED), reversed(self._children.get(parent.digest, {}).values()), strict=False)
+        return any(key.tokens.startswith(tokens) and key.parent is not None and key.parent.same(parent) for _, key in recent)
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless keys, pages and continuations agree."""
         for digest, key in self._keys.items():

@@ -34,7 +34,14 @@ class Outline:
     def most(self, seq: Sequence) -> int:
         """How many of the tokens that a sequence has in hand this step may compute."""
         num_tokens = min(seq.num_remaining, self.budget)
-        return min(num_tokens, self.scores_left) if seq.scores and seq.num_committed < seq.num_prompt - 1 else num_tokens
+        return min(num_tokens, self.scores_left) if self._scores(seq) else num_tokens
+
+    def lacks_rows(self, seq: Sequence) -> bool:
+        """Whether the prompts that are scored leave it no row, with whatever budget."""
+        return self._scores(seq) and not self.scores_left
+
+    def _scores(self, seq: Sequence) -> bool:
+        return seq.scores and seq.num_committed < seq.num_prompt - 1
 
     def put(self, seq: Sequence, num_tokens: int) -> None:
         """Have it compute so many tokens."""
@@ -64,7 +71,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self._budget = max_tokens_per_step
-        self._max_sequences = max_sequences
+        self._max_sequences = min(max_sequences, max_tokens_per_step)  # each takes a token of every step, at least
         self._waiting = Line()
         self._running: dict[int, Sequence] = {}
         self._shares = FairShares()
@@ -115,7 +122,8 @@ class Scheduler:
         outline = Outline(self._budget)
         self._plan_running(outline)
         # Nothing new starts while one that runs waits for room, nor while the first in the queue is known to find none.
-        if outline.budget and self._waiting and len(outline.works) == len(self._running) and not self._no_room_yet():
+        may_start = outline.budget or self._is_full
+        if may_start and self._waiting and len(outline.works) == len(self._running) and not self._no_room_yet():
             self._admit(outline)
         if len(outline.works) < MAX_DRAWN:
             self._draft(outline)
@@ -217,15 +225,18 @@ class Scheduler:
         self._waiting.add(seq)
 
     def _admit(self, outline: Outline) -> None:
-        """Start waiting sequences in order, until one does not fit. One that would compute what another computes in this step waits for it."""
+        """Start waiting sequences in order, until one does not fit. One that would compute what another computes in this step waits for it.
+
+        Without budget, too, where as many run as may: one that gives way gives its tokens back.
+        """
         coming = self._pages_coming(outline.works.values())
         place = 0  # those before it wait for what is coming
-        while outline.budget and place < min(len(self._waiting), MAX_DEFERRED):
+        while (outline.budget or self._is_full) and place < min(len(self._waiting), MAX_DEFERRED):
             seq = self._waiting[place]
             if coming and self._would_compute(seq, coming):
                 seq.waits_for = "prefix"
                 place += 1
-            elif not outline.most(seq):
+            elif outline.lacks_rows(seq):
                 seq.waits_for = "logits"
                 place += 1
             elif self.tier.fetch(seq):
@@ -249,7 +260,7 @@ class Scheduler:
 
     def _start_in_free_room(self, seq: Sequence, outline: Outline) -> bool:
         """Let a waiting sequence run if all it has in hand fits beside the next page of each that runs."""
-        if len(self._running) >= self._max_sequences:
+        if self._is_full:
             seq.waits_for = "sequences"
             return False
         pool, num_groups, headroom = self.cache.pool, len(self.cache.groups), self._pages_soon()
@@ -270,6 +281,11 @@ class Scheduler:
         seq.waits_for = "pages"
         self._no_room_for = (seq.arrival, len(self._running), pool.num_available)
         return False
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether as many sequences run as may."""
+        return len(self._running) >= self._max_sequences
 
     def _pages_soon(self) -> int:
         """The pages that all which run will next come to need, each one of every group; a slot of the whole context is all a sequence needs."""

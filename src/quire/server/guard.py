@@ -51,7 +51,7 @@ class Guard:
                 if status == 405:
                     others = [header for header in message["headers"] if header[0].lower() != b"allow"]
                     message["headers"] = [*others, (b"allow", _allowed(asked))]
-                if status >= 400:
+                if status >= 400 and not state.get("refused"):
                     self._serving.metrics.refused(status)
                 await send(message)
                 if head:  # over here, so that a stream without an end is as well
@@ -98,9 +98,9 @@ class Guard:
 
     def _tell(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         """Which route and what became of it: never what was asked, not even the address, which is the client's own text."""
-        if not access_log.isEnabledFor(logging.INFO):
-            return
         state = scope["state"]
+        if state.get("refused") or not access_log.isEnabledFor(logging.INFO):  # by the connection, which has told of it
+            return
         facts = {
             "method": method if method in METHODS else "other",
             "route": OPENAPI if scope["path"] == OPENAPI else getattr(scope.get("route"), "path", None),  # FastAPI names all routes but its own

@@ -88,6 +88,8 @@ class Protocol(H11Protocol):
         facts = {"id": name, "status": error.status, "code": error.code}
         tell("refused", f"a connection is refused: {error.status}, {error.code}, id {name}", facts, to=access_log)
         self._refused(error.status)
+        if self.cycle is not None and not self.cycle.response_started:  # the application waits for the rest of a body: to it the client has left
+            self.cycle.scope["state"]["refused"] = True
         body = error.response().body
         told = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", "x-request-id": name, **error.headers}
         answer = h11.Response(status_code=error.status, headers=list(told.items()), reason=b"")

@@ -20,7 +20,8 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def ordinary_tokens(config: PreTrainedConfig, count: int) -> list[int]:
     """The ids below `count` without those the config names: a model warns of a pad, and takes some for an image to come."""
-    special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    named = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_ids", "_token_index"))]
+    special = {token for value in named for token in (value if isinstance(value, (list, tuple)) else [value])}
     return [token for token in range(count) if token not in special]
 
 
@@ -52,6 +53,12 @@ def context_len(config: PreTrainedConfig, *, stretched: bool = False) -> int:
         if isinstance(value, int) and value > 0:
             return value if stretched else min(value, unstretched_len(config) or value)
     raise UnsupportedModelError(f"{config.model_type}: its config names no context length ({', '.join(_CONTEXT_FIELDS)})")
+
+
+def check_context(model: PreTrainedModel, served: int) -> None:
+    """Raise UnsupportedModelError where an owner has made the context of a model's config shorter than what is served of it."""
+    if (length := context_len(text_config(model))) < served:
+        raise UnsupportedModelError(f"{model.config.model_type}: its config has a context of {length} tokens, and {served} are served: open it anew")
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:

@@ -80,12 +80,14 @@ def _convolution(
 ) -> torch.Tensor:
     """transformers' function: x [1,C,T], weight [C,W], bias [C] -> [1,C,T]. Raises UnsupportedModelError for a call it cannot serve.
 
-    carried: a recurrence comes behind it. Then all is of the weight's dtype, as there; without one, rows lie in pages, and are of theirs.
+    carried: a recurrence comes behind it. Then all is of the weight's dtype, as there; without one, rows lie in pages, and are of theirs, with the
+    numbers that the weight's has.
     """
     forward, layer_idx = _running(module, x.shape[0], others)
-    rows = x[0].transpose(0, 1).to(weight.dtype if carried else x.dtype).contiguous()
+    rows = x[0].transpose(0, 1).to(weight.dtype).to(weight.dtype if carried else x.dtype).contiguous()
     with forward.mode.paused():
         out = (forward.step.convolve_carried if carried else forward.step.convolve)(layer_idx, rows, weight, bias)
+    out = out.to(weight.dtype)
     if activation is not None:
         out = _curve(forward, ACT2FN[activation], out)
     return out.to(x.dtype).transpose(0, 1).unsqueeze(0)

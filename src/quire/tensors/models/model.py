@@ -21,7 +21,7 @@ from quire.tensors.attention.base import Products, RowReductions
 from quire.tensors.device import CPU, Device
 from quire.tensors.models.calls import is_foreign, is_wrapped
 from quire.tensors.models.exact import VECTOR
-from quire.tensors.models.facts import context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
+from quire.tensors.models.facts import check_context, context_len, eos_token_ids, ordinary_tokens, text_config, weight_bytes
 from quire.tensors.models.form import Form
 from quire.tensors.models.geometry import DryRun, LayerGeometry, NoAttention, NoProducts, check_layers, check_vocabulary
 from quire.tensors.models.hidden import HiddenRows, kept, output_layer, width
@@ -44,7 +44,7 @@ class CausalModel:
 
     Attributes:
         name: hub id, folder, or the class of a live model. model_type: the config's.
-        dtype: of the weights. vocab_size: rows of the logits. context_len: the longest position + 1.
+        dtype: of the weights. vocab_size: rows of the logits. context_len: the longest position + 1 that is served.
         eos_token_ids: of the config and the generation config.
         layers: one `LayerGeometry` per attention layer, in order.
         identity: changes whenever the logits may: weights, config, dtype, versions. A live model's is new each time it is wrapped.
@@ -150,9 +150,9 @@ class CausalModel:
     def _take(self, model: PreTrainedModel) -> None:
         self.lowered = None
         refuse_model(model, self.where, live=self.live)
+        check_context(model, self.context_len)
         self._read(model)
-        now = (model.dtype, *self._shapes(model), width(self._output_layer))
-        if now != (self.dtype, self.vocab_size, self.layers, self.hidden_size):
+        if (model.dtype, *self._shapes(model), width(self._output_layer)) != (self.dtype, self.vocab_size, self.layers, self.hidden_size):
             what = "its dtype, its vocabulary, its width or what its layers keep of a token is another"
             raise UnsupportedModelError(f"{self.model_type}: {what}: open it anew")
         if self._lowers:
