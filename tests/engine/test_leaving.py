@@ -241,6 +241,12 @@ def test_what_is_closed_says_so(checkpoint: Checkpoint) -> None:
     for call in (lambda: slots.prefill([5]), lambda: slots.insert(prefix, 0), slots.check_integrity, lambda: pages.copy_page(0, 1)):
         with pytest.raises(EngineDeadError, match="has been closed"):
             call()
+    for model in (checkpoint("llama"), tiny_model("llama")):
+        llm = LLM(model)
+        llm.close()
+        for look in (lambda llm=llm: llm.model, lambda llm=llm: Generator(llm)):
+            with pytest.raises(EngineDeadError, match="is closed"):
+                look()
 
 
 def test_a_close_that_is_broken_off_is_gone_on_with(checkpoint: Checkpoint, tmp_path: Path, ctrl_c: Callable[[], None]) -> None:

@@ -28,6 +28,14 @@ def test_slots_give_the_same_bits_as_pages(checkpoint: Checkpoint, family: str) 
                 assert (llm.stats()["num_cached_tokens"] > 0) == sharing
 
 
+def test_a_hit_that_there_is_no_room_to_copy_is_not_foreseen(checkpoint: Checkpoint) -> None:
+    prompt, params = [7, 5, 9, 11, 3], SamplingParams(max_tokens=2)
+    with LLM(checkpoint("llama"), cache_layout="stacked", max_sequences=1) as llm:
+        for _ in range(2):
+            told, output = llm.explain(prompt), llm.generate(prompt, params)[0]
+            assert told.cached_tokens == output.receipt.cached_tokens == 0 and told.fits
+
+
 def test_slots_that_memory_has_no_room_for_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="cache_layout='stacked': 60000 slots of .* must be fewer"):
         LLM(checkpoint("llama", max_position_embeddings=2**20), cache_layout="stacked", max_sequences=60_000)

@@ -159,6 +159,9 @@ def test_pins(checkpoint: Checkpoint) -> None:
         llm.pin(PROMPT, ttl=0.05)
         time.sleep(0.06)
         assert llm.pins() == [] and llm.stats()["num_held_pages"] == 0
+        llm.pin(PROMPT, ttl=0.05)
+        time.sleep(0.5)  # nothing happens meanwhile: the engine lets it go by itself
+        assert llm.stats()["num_pinned_pages"] == llm.cache_map().counts()["pinned"] == 0
         with pytest.raises(InvalidRequestError, match="ttl=0: must be a number of seconds above 0"):
             llm.pin(PROMPT, ttl=0)
         llm.pin(PROMPT)

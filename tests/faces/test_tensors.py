@@ -51,6 +51,18 @@ def test_a_batch_is_its_rows_alone_under_any_padding(llm: LLM, temperature: floa
             assert torch.equal(tokens[i, -9:], alone[0, -9:]) and torch.equal(logits[i], alone_logits[0])
 
 
+def test_a_pad_id_that_no_token_can_be_is_no_token(llm: LLM) -> None:
+    """In a narrow dtype -1 is 255, and 256 is 0."""
+    rows = torch.tensor([[255, 0, 7], [9, 255, 255]])
+    for dtype, pad_id in ((torch.uint8, -1), (torch.uint8, 256), (torch.int16, 2**16)):
+        expected, found = (
+            quire.generate(llm, tokens, max_generated_tokens=3, temperature=0.0, pad_id=pad)[0]
+            for tokens, pad in ((rows, -1), (rows.to(dtype), pad_id))
+        )
+        assert torch.equal(found, expected)
+        assert torch.equal(quire.score(llm, rows.to(dtype), pad_id=pad_id), quire.score(llm, rows, pad_id=-1))
+
+
 def test_logits_are_the_models_before_temperature_and_cuts(llm: LLM, model: PreTrainedModel) -> None:
     tokens, logits = quire.generate(llm, left(), max_generated_tokens=6, temperature=0.7, top_k=5, rng=torch.Generator().manual_seed(1))
     assert logits.dtype == torch.float32 and logits.shape == (4, 6, VOCAB) and not logits.requires_grad

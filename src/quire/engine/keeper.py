@@ -18,6 +18,7 @@ from quire.tensors.store import PageStore
 from quire.text.tokenizer import TextTokenizer
 
 LOOK_EVERY_S = 1.0
+IDLE_LOOK_S = 5.0
 
 
 class CacheKeeper:
@@ -39,6 +40,11 @@ class CacheKeeper:
     def _least_pages(self) -> int:
         """Pages that the pool must keep: with fewer an open request might never end."""
         return max(len(self._cache.groups), self._scheduler.pages_at_most + self._pins.num_pages)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds that an idle engine may sleep: then a pin has had its time, whose pages others may want."""
+        return max(0.0, min(IDLE_LOOK_S, self._pins.left_s))
 
     def sequence(
         self, prompt: Seq[int], namespace: str, *, arrival: int = -1, own_root: str = "", scores: bool = False, pooling: str | None = None

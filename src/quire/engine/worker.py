@@ -23,8 +23,6 @@ from quire.request import Request
 T = TypeVar("T")
 log = logging.getLogger("quire")
 
-IDLE_LOOK_S = 5.0
-
 
 class Worker:
     """One engine on one thread. Thread-safe."""
@@ -160,8 +158,8 @@ class Worker:
         """Read the mail, then one step. False when it is time to end."""
         with self._lock:
             while not (self._mail or self._stopping or self._engine.has_work):
-                if not self._wake.wait(IDLE_LOOK_S):
-                    break  # an idle engine too gives memory back when others need it
+                if not self._wake.wait(self._engine.keeper.idle_s):
+                    break  # an idle engine too lets pins go, and gives memory back when others need it
             if self._stopping:
                 return False
             num_messages = len(self._mail)

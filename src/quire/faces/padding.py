@@ -92,6 +92,7 @@ def rows_of(
     padded = prompt[None] if prompt.dim() == 1 else prompt
     if padded.dim() != 2 or not padded.numel() or not is_whole(padded):
         raise InvalidRequestError("prompt", f"{tuple(prompt.shape)} {prompt.dtype}", "integers [B, P] or [P], at least one")
+    padded = padded.long()  # in a narrow dtype a pad_id beyond its range, such as -1 for no pads, would be equal to some token
     found = _given_spans(padded, pad_id, lens, side) if lens is not None else _found_spans(padded, pad_id, side)
     return Rows(padded, _checked(found))
 

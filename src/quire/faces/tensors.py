@@ -101,7 +101,7 @@ def generate(
         if told is not None:
             told[i, : len(one.token_ids)] = torch.tensor(one.logprobs, dtype=torch.float32) if logprobs else one.logits
     device = rows.padded.device
-    whole = torch.cat([rows.padded.long().repeat_interleave(num_samples, dim=0), tokens.to(device)], dim=1)
+    whole = torch.cat([rows.padded.repeat_interleave(num_samples, dim=0), tokens.to(device)], dim=1)
     return whole, None if told is None else told.to(device)
 
 
@@ -126,7 +126,7 @@ def score(
         raise InvalidRequestError("tokens", tokens, "a tensor of integers [B, W]")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == tokens.shape and bool(((mask == 0) | (mask == 1)).all())):
         raise InvalidRequestError("mask", mask, f"True and False, or 1 and 0, of shape {list(tokens.shape)}, like tokens")
-    real = tokens != integer("pad_id", pad_id) if mask is None else mask.bool()
+    real = tokens.long() != integer("pad_id", pad_id) if mask is None else mask.bool()
     spans = []
     for b, row in enumerate(real.tolist()):
         start, end = (row.index(True), len(row) - row[::-1].index(True)) if any(row) else (0, 0)

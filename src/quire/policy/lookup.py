@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -38,8 +39,15 @@ def find(cache: PageCache, seq: Sequence) -> Found:
     for group, table in zip(cache.groups, found, strict=True):
         hits += table[group.first_kept(length, cache.unit) : length // group.page_size]
     needed = max(0, needed - len(hits))
-    available = pool.num_available - sum(pool.references(page_id) == 0 for page_id in hits)
-    return Found(length + cache.part(seq, length, limit)[1], needed, needed <= available)
+    available = pool.num_available - _num_nobodys(cache, hits)
+    sources, num_tokens = cache.part(seq, length, limit)
+    if available - _num_nobodys(cache, sources) < len(sources):  # no room for a copy beside what it would be of
+        num_tokens = 0
+    return Found(length + num_tokens, needed, needed <= available)
+
+
+def _num_nobodys(cache: PageCache, page_ids: Seq[int]) -> int:
+    return sum(cache.pool.references(page_id) == 0 for page_id in page_ids)
 
 
 def find_miss(cache: PageCache, seq: Sequence, num_cached: int) -> Miss | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Pins:
     def pages(self) -> Set[int]:
         """The pages that are pinned."""
         return self._holders.keys()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the first of them has had its time, infinity where none will."""
+        return min((pin.expires_s for pin, _ in self._pins.values() if pin.expires_s is not None), default=math.inf) - self._clock()
 
     def pin(self, seq: Sequence, ttl_s: float | None, num_pages_kept_free: int) -> Pin | None:
         """Pin all whole pages of a sequence's prompt, and the last part of one; None if the cache does not hold them now.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quire.errors import QuireError, UnsupportedModelError
+from quire.errors import EngineDeadError, QuireError, UnsupportedModelError
 from quire.tensors.attention.base import Products, RowReductions
 from quire.tensors.device import CPU, Device
 from quire.tensors.models.calls import is_foreign, is_wrapped
@@ -326,5 +326,5 @@ class CausalModel:
 
     def _open(self) -> tuple[PreTrainedModel, Surgery]:
         if self._model is None or self._surgery is None:
-            raise RuntimeError(f"model {self.name} is closed")
+            raise EngineDeadError(f"model {self.name} is closed")
         return self._model, self._surgery
