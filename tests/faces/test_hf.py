@@ -280,7 +280,8 @@ BAD: dict[str, tuple[str, Callable[[Pair], dict[str, Any]]]] = {
     "long words": ("bad_words_ids", lambda p: {**p.batch, "bad_words_ids": [[5], [6, 7]]}),
     "a bias outside": ("sequence_bias", lambda p: {**p.batch, "sequence_bias": {(10**6,): -math.inf}}),
     "a word outside": ("bad_words_ids", lambda p: {**p.batch, "bad_words_ids": [[5], [10**6]]}),
-    "no samples": ("n", lambda p: {**p.batch, "do_sample": True, "num_return_sequences": 0}),
+    "a mask of another shape": ("attention_mask", lambda p: {**p.batch, "attention_mask": torch.ones_like(p.batch["input_ids"])[:, 1:]}),
+    "no samples": ("num_return_sequences", lambda p: {**p.batch, "do_sample": True, "num_return_sequences": 0}),
     "too far": ("prompt", lambda p: {**p.batch, "max_new_tokens": 10**6}),
 }
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from quire.config import MAX_DRAFTS
 from quire.errors import InvalidRequestError
 from quire.faces.checked import integer
-from quire.params import SamplingParams
+from quire.params import MAX_SEQUENCES_PER_REQUEST, SamplingParams
 
 _HONOURED = frozenset((  # here, or by transformers before it hands over
     "input_ids", "attention_mask", "bad_words_ids", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "min_length",
@@ -56,6 +56,9 @@ def sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
         raise InvalidRequestError("sequence_bias", given, "left out with a repetition_penalty, which transformers applies behind it")
     banned = {*ids_of(config.suppress_tokens), *(i for (i,) in words), *(i for (i,), bias in biases.items() if bias == -math.inf)}
     lookup = None if config.prompt_lookup_num_tokens is None else integer("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
+    num_rows = integer("num_return_sequences", config.num_return_sequences)
+    if not 1 <= num_rows <= MAX_SEQUENCES_PER_REQUEST:
+        raise InvalidRequestError("num_return_sequences", num_rows, f"an integer from 1 to {MAX_SEQUENCES_PER_REQUEST}")
     drawn = {name: value for name in ("temperature", "top_k", "top_p", "min_p") if (value := getattr(config, name)) is not None}
     return SamplingParams(
         max_tokens=max_tokens,
@@ -65,7 +68,7 @@ def sampling(config: Any, width: int, vocab_size: int) -> SamplingParams:
         allowed_token_ids=[i for i in range(vocab_size) if i not in banned] if banned else None,
         stop_token_ids=[i for i in eos if 0 <= i < vocab_size],
         ignore_eos=True,
-        n=integer("num_return_sequences", config.num_return_sequences),
+        n=num_rows,
         prompt_lookup_num_tokens=None if lookup is None else min(lookup, MAX_DRAFTS),
         return_logits=bool(config.return_dict_in_generate and (config.output_logits or config.output_scores)),
         **(drawn if config.do_sample else {"temperature": 0.0}),

@@ -65,6 +65,9 @@ class Generator(AbstractContextManager["Generator"]):
         for ids in (inputs, kwargs.get("input_ids")):
             if ids is not None and not (isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.numel() and ids.dtype in (torch.int, torch.long)):
                 raise InvalidRequestError("input_ids", ids, "integers [B, P], at least one")
+            mask = kwargs.get("attention_mask")  # looked at here, as transformers drops one that is all 1, whatever its shape
+            if ids is not None and isinstance(mask, torch.Tensor) and mask.shape != ids.shape:
+                raise InvalidRequestError("attention_mask", list(mask.shape), f"of shape {list(ids.shape)}, like input_ids")
         if strings is not None and tokenizer is None:
             raise InvalidRequestError("tokenizer", None, "the model's tokenizer where there are stop_strings")
         stops = None if strings is None else StopStringCriteria(tokenizer, strings)
