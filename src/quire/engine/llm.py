@@ -162,8 +162,8 @@ class LLM:
     ) -> RequestStream:
         """Queue one prompt and return its stream at once, for `for`, `async for`, `wait()` and `cancel()`. Thread-safe.
 
-        With `best_of` all comes with one event, which is the best one's. Errors as in `generate`, and of an open request's `request_id`. The stream does
-        not hold this object: when nobody does any more the engine is closed, and what runs is cancelled.
+        With `best_of` all comes with one event, which is the best one's. Errors as in `generate`, and of an open request's `request_id`. The stream
+        does not hold this object: when nobody does any more the engine is closed, and what runs is cancelled.
         """
         return self._worker.submit(self._request(prompt, params if params is not None else SamplingParams(), namespace, priority, request_id))
 
