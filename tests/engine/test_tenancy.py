@@ -6,7 +6,6 @@ import dataclasses
 import time
 from typing import Any
 
-import psutil
 import pytest
 
 from quire import LLM, SamplingParams
@@ -14,6 +13,7 @@ from quire.errors import InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.text.tokenizer import TextTokenizer
 from tests.engine.conftest import Checkpoint
+from tests.tensors.test_device import taken
 from tests.text.text_tokenizers import PythonBytes
 
 PROMPT = [5 + (i * i * 7 + 3 * i) % 180 for i in range(37)]
@@ -188,12 +188,11 @@ def test_the_pool_gives_memory_back_and_takes_it_again(checkpoint: Checkpoint) -
 
 
 def test_a_pool_taken_at_load_is_there_before_anything_is_asked(checkpoint: Checkpoint) -> None:
-    process, size = psutil.Process(), 128 * 2**20
-    with LLM(checkpoint("llama"), cache_bytes=size) as llm:
-        promised = process.memory_info().rss
+    with LLM(checkpoint("llama"), cache_bytes=2**27) as llm:
+        assert not all(taken(llm._built.engine.keeper._store.pages))
         cold = llm.generate(PROMPT, DRAWN)
-    with LLM(checkpoint("llama"), cache_bytes=size, preallocate=True) as llm:
-        assert process.memory_info().rss > promised + size // 2
+    with LLM(checkpoint("llama"), cache_bytes=2**27, preallocate=True) as llm:
+        assert all(taken(llm._built.engine.keeper._store.pages))
         assert bits(llm.generate(PROMPT, DRAWN)[0]) == bits(cold[0])
 
 

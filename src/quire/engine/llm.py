@@ -110,8 +110,7 @@ class LLM:
             raise InvalidRequestError("params", params, "a SamplingParams, or one for each prompt") from None
         if len(each) != len(many):
             raise InvalidRequestError("params", f"{len(each)} SamplingParams", f"one, or one for each of the {len(many)} prompts")
-        # All are checked before any is submitted.
-        requests = [self._request(prompt, one, namespace, priority, read=False) for prompt, one in zip(many, each, strict=True)]
+        requests = [self._request(prompt, one, namespace, priority, read=False) for prompt, one in zip(many, each, strict=True)]  # checks all first
         streams: list[RequestStream] = []
         try:
             streams.extend(self._worker.submit(request) for request in requests)
